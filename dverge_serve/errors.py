@@ -1,0 +1,48 @@
+"""Errors that are not ours to fix: the user's or the environment's, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Iterable
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of the `dverge` command."""
+
+    DONE = 0
+    NOT_MET = 1  # a gate or a parity check
+    USER = 2  # the user's or the environment's mistake
+    NOT_VALID = 3  # a verification that is INCONCLUSIVE or INVALID
+    BUG = 70
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user or the environment can mend. Prints as one line, exits with 2.
+
+    Args:
+        found: what was found, naming the file, key or value.
+        expected: what was expected in its place.
+        next_step: what to do now.
+    """
+
+    exit_code = Exit.USER
+
+    def __init__(self, found: str, expected: str = "", next_step: str = "") -> None:
+        self.found, self.expected, self.next_step = found, expected, next_step
+        parts = [found, f"expected {expected}" if expected else "", next_step]
+        super().__init__(" ".join("; ".join(part for part in parts if part).split()))
+
+
+class NotMetError(UserError):
+    """A check that ran and was not met: parity at export, a gate at verification."""
+
+    exit_code = Exit.NOT_MET
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return the line that helps after an unknown `word`: the nearest option, or all of them."""
+    options = sorted(options)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options)}"

@@ -1,0 +1,91 @@
+"""Files that are whole or not there: atomic writes and content hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dverge_serve.errors import UserError
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of `data` as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return `value` as JSON with one spelling, so that equal values have equal hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def pretty_json(value: Any) -> bytes:
+    """Return `value` as indented JSON ending in a newline, for files people read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
+
+    A reader sees the old file or the new one, never a part; so does whoever looks after a kill.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file still stands.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files for the owner alone
+        temporary.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically, making the folder if need be."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """Return the one-line error for a write to `path` that failed with `error`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left on the disk while writing {path}",
+            next_step="free some space and run the same command again; what was saved before stands",
+        )
+    return UserError(
+        f"cannot write {path} ({error.strerror or error})", "a folder that can be written"
+    )
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the JSON in `path`.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON; `what` says what it should have been.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not valid JSON"
+        raise UserError(f"cannot read {path} ({reason})", what) from error

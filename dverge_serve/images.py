@@ -1,0 +1,172 @@
+"""The only decoder and the only preprocessing: training, `predict` and the service all see this."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from dverge_serve.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PIXELS = 16_777_216
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+CHANNELS = {"L": 1, "RGB": 3}
+
+# Our own bound is checked before any pixel is decoded; Pillow's would only warn.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class ImageError(ValueError):
+    """Bytes that are not an image we accept. `code` is a stable word, the text is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How any image becomes the model's input.
+
+    The image is converted to `mode`, scaled (aspect ratio kept) until it just covers `resize`,
+    then its centre of size `crop` is taken. An image that already has that size is left untouched.
+    """
+
+    mode: Literal["L", "RGB"]
+    resize: tuple[int, int]  # height, width in pixels
+    crop: tuple[int, int]  # height, width in pixels, each at most resize's
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.mode not in CHANNELS:
+            raise UserError(f"image mode '{self.mode}'", "L or RGB")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(f"interpolation '{self.interpolation}'", ", ".join(INTERPOLATIONS))
+        for inner, outer in zip(self.crop, self.resize, strict=True):
+            if not 1 <= inner <= outer:
+                raise UserError(
+                    f"crop {list(self.crop)} and resize {list(self.resize)}",
+                    "a crop of at least 1 pixel that fits in the resized image",
+                )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of what comes out."""
+        return (CHANNELS[self.mode], *self.crop)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form kept in a model's metadata."""
+        return {
+            "mode": self.mode,
+            "resize": list(self.resize),
+            "crop": list(self.crop),
+            "interpolation": self.interpolation,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Preprocess:
+        """Read `to_json`'s form back."""
+        return cls(
+            mode=value["mode"],
+            resize=(int(value["resize"][0]), int(value["resize"][1])),
+            crop=(int(value["crop"][0]), int(value["crop"][1])),
+            interpolation=value["interpolation"],
+        )
+
+
+def load(
+    data: bytes, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
+    """Decode one image file and preprocess it.
+
+    Content decides the format. EXIF orientation is applied, alpha composited on white, 16-bit
+    scaled, CMYK and palette converted.
+
+    Returns:
+        uint8 array `[channels, height, width]`.
+
+    Raises:
+        ImageError: not a PNG, JPEG or WebP, broken, animated, or larger than `max_pixels`.
+    """
+    if not data:
+        raise ImageError("empty_image", "the image is empty; expected PNG, JPEG or WebP bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about metadata it cannot read
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        "image_too_large",
+                        f"the image has {width}x{height} pixels; expected at most {max_pixels}",
+                    )
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ImageError(
+                        "animated_image", "the image is animated; expected a single frame"
+                    )
+                image.load()
+                return _array(ImageOps.exif_transpose(image), preprocess)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(
+            "not_an_image", "the bytes are not an image; expected PNG, JPEG or WebP"
+        ) from error
+    # Broken files surface as almost any exception from inside the codecs.
+    except Exception as error:
+        raise ImageError(
+            "broken_image", "the image is truncated or corrupt; expected a complete file"
+        ) from error
+
+
+def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return 8-bit images as the float32 in `[0,1]` that models take; any shape."""
+    return images.astype(np.float32) / np.float32(255)
+
+
+def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    image = _opaque(image).convert(preprocess.mode)
+    if image.size != preprocess.crop[::-1]:
+        image = _cover(image, preprocess)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return the image as 8-bit L or RGB (or CMYK), alpha composited on white."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grayscale
+        wide = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(np.rint(wide / 257), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def _cover(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    height, width = preprocess.resize
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    crop_h, crop_w = preprocess.crop
+    left, top = (size[0] - crop_w) // 2, (size[1] - crop_h) // 2
+    # Resample only what the crop keeps: a 1x16000 image must not become a 16000x16000 one.
+    box = (
+        left * image.width / size[0],
+        top * image.height / size[1],
+        (left + crop_w) * image.width / size[0],
+        (top + crop_h) * image.height / size[1],
+    )
+    resampling = INTERPOLATIONS[preprocess.interpolation]
+    return image.resize((crop_w, crop_h), resampling, box=box)

@@ -1,0 +1,86 @@
+"""Progress with time left: a bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """One running task, shown on standard error.
+
+    Args:
+        label: what is being done, e.g. "DVERGE training".
+        total: how many units the whole task has.
+        start: units already done (a resumed run).
+    """
+
+    def __init__(self, label: str, total: int, *, start: int = 0) -> None:
+        self._label, self._total, self._done = label, max(total, 1), start
+        self._begun, self._begun_done = time.monotonic(), start
+        self._said = self._begun
+        self._rich: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._rich = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._rich.add_task(label, total=self._total, completed=start, note="")
+
+    def __enter__(self) -> Progress:
+        if self._rich:
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+        elif kind is None:
+            seconds = time.monotonic() - self._begun
+            self._line(f"done in {duration(seconds)}")
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count `units` more as done; `note` is a short line of figures to show beside them."""
+        self._done += units
+        if self._rich:
+            self._rich.update(self._task, completed=self._done, **({"note": note} if note else {}))
+            return
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_S:
+            self._said = now
+            rate = (self._done - self._begun_done) / (now - self._begun)
+            left = duration((self._total - self._done) / rate) if rate > 0 else "?"
+            percent = 100 * self._done // self._total
+            self._line(f"{percent:3d}%, {left} left{', ' + note if note else ''}")
+
+    def _line(self, text: str) -> None:
+        print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` in words a person reads at a glance, e.g. "2m 05s"."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+

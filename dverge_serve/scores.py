@@ -1,0 +1,73 @@
+"""What an ensemble's logits say: probabilities, and how much the members disagree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return the softmax over the last axis, in float64, stable for large logits."""
+    wide = np.asarray(logits, dtype=np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The outputs of one model call.
+
+    Args:
+        logits: float32 `[batch, classes]`, the mean of the members' logits.
+        member_logits: float32 `[batch, members, classes]`.
+    """
+
+    logits: Floats
+    member_logits: Floats
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @cached_property
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """Softmax of the mean logits, `[batch, classes]`."""
+        return softmax(self.logits)
+
+    @cached_property
+    def predictions(self) -> npt.NDArray[np.int64]:
+        """The ensemble's answers, class indices `[batch]`."""
+        return self.logits.argmax(axis=-1)
+
+    @cached_property
+    def agreement(self) -> npt.NDArray[np.float64]:
+        """Share of members whose own answer is the ensemble's, `[batch]` in 0..1."""
+        votes = self.member_logits.argmax(axis=-1)
+        return np.asarray((votes == self.predictions[:, None]).mean(axis=1))
+
+    @cached_property
+    def disagreement(self) -> npt.NDArray[np.float64]:
+        """Jensen-Shannon divergence of the members' softmax outputs, `[batch]`, nats.
+
+        0 where all members give the same probabilities, log(members) at most.
+        """
+        members = softmax(self.member_logits)
+        mean = members.mean(axis=1)
+        return np.asarray(np.maximum(_entropy(mean) - _entropy(members).mean(axis=1), 0.0))
+
+    @classmethod
+    def concatenate(cls, parts: list[Scores]) -> Scores:
+        """Join the outputs of several calls in order."""
+        return cls(
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate([part.member_logits for part in parts]),
+        )
+
+
+def _entropy(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    safe = np.where(probabilities > 0, probabilities, 1.0)
+    return np.asarray(-(probabilities * np.log(safe)).sum(axis=-1))
