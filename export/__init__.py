@@ -1,0 +1,1 @@
+"""Export: from a run's members to one averaged-logit ONNX graph."""

@@ -1,0 +1,1 @@
+"""Training: members, DVERGE and the run directory."""

@@ -1,0 +1,289 @@
+"""Every setting of a training run: frozen dataclasses, read from TOML recipes. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dverge_serve.errors import UserError, nearest
+from dverge_serve.images import Preprocess
+
+MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
+EMBEDDED = ("digits",)
+DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
+DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and how they are made into the model's input."""
+
+    name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "svhn", "imagefolder"] = (
+        "imagefolder"
+    )
+    path: str = ""  # imagefolder: a folder with train/<class>/ and test/<class>/
+    mode: Literal["L", "RGB"] = "RGB"
+    crop: tuple[int, int] = (32, 32)  # height, width of the model's input in pixels
+    resize: tuple[int, int] | None = None  # covered before the crop; none: same as crop
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = ()  # per channel, pixels in [0,1]; empty: measured
+    std: tuple[float, ...] = ()
+    pad: int = 4  # random-crop padding in pixels
+    flip: bool = True  # random horizontal flip
+    holdout: float = 0.1  # share of the training images kept for choosing anything
+    train_limit: int = 0  # use only this many training images; 0: all
+    test_limit: int = 0
+
+    def __post_init__(self) -> None:
+        _check("data.holdout", self.holdout, 0.0 < self.holdout <= 0.5, "a share in (0, 0.5]")
+        for key in ("pad", "train_limit", "test_limit"):
+            value = getattr(self, key)
+            _check(f"data.{key}", value, value >= 0, "0 or more")
+        _check("data.crop", self.crop, min(self.crop) >= 8, "at least 8 by 8 pixels")
+        channels = self.preprocess.shape[0]
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            _check(f"data.{key}", value, len(value) in (0, channels), f"{channels} numbers or none")
+        _check("data.std", self.std, all(value > 0 for value in self.std), "numbers above 0")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing these settings name; it travels in the model's metadata."""
+        return Preprocess(
+            mode=self.mode,
+            resize=self.resize or self.crop,
+            crop=self.crop,
+            interpolation=self.interpolation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """SGD with momentum over one stage of training."""
+
+    epochs: int = 200
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "one-cycle"] = "step"
+    milestones: tuple[float, ...] = (0.5, 0.75)  # step: shares of the epochs where lr falls
+    gamma: float = 0.1  # step: by this factor
+    warmup: float = 0.25  # one-cycle: share of the steps with rising lr
+
+    def __post_init__(self) -> None:
+        _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
+        _check("lr", self.lr, self.lr > 0, "above 0")
+        _check("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
+
+    def lr_at(self, epoch: int, progress: float) -> float:
+        """Return the learning rate `progress` (0..1) of the way through `epoch`."""
+        done = (epoch + progress) / self.epochs
+        if self.schedule == "step":
+            passed = sum(epoch >= share * self.epochs for share in self.milestones)
+            return self.lr * self.gamma**passed
+        if done < self.warmup:
+            return self.lr * done / self.warmup
+        return self.lr * max(0.0, (1 - done) / (1 - self.warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dverge(Stage):
+    """DVERGE: how non-robust features are distilled (paper, eq. 1 and 3)."""
+
+    eps: float = 0.07  # radius of the distillation ball, pixels in [0,1]
+    step_size: float = 0.007
+    steps: int = 10
+    decay: float = 1.0  # of the accumulated gradient
+    layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
+    # BatchNorm while distilling. `running`: evaluation mode, nothing moves. `batch`: training
+    # mode as in the published code, where every distillation pass moves the running statistics.
+    batchnorm: Literal["running", "batch"] = "running"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("dverge.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
+        _check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
+        _check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What `verify-robustness` uses unless told otherwise."""
+
+    eps: tuple[float, ...] = (0.01, 0.02, 0.03)  # Linf radii, pixels in [0,1]
+
+    def __post_init__(self) -> None:
+        ok = bool(self.eps) and all(0 < eps <= 1 for eps in self.eps)
+        _check("verification.eps", self.eps, ok, "one or more radii in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run, whole."""
+
+    name: str
+    method: Literal["dverge", "standard"] = "dverge"
+    architecture: str = "resnet20"  # resnet<6n+2>
+    width: int = 16  # channels of the first third
+    members: int = 3
+    batch_size: int = 128
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    standard: Stage = field(default_factory=Stage)
+    dverge: Dverge = field(default_factory=Dverge)
+    verification: Verification = field(default_factory=Verification)
+
+    def __post_init__(self) -> None:
+        _check("width", self.width, self.width >= 1, "1 or more")
+        least = 2 if self.method == "dverge" else 1
+        _check("members", self.members, self.members >= least, f"{least} or more")
+        _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        _check("seed", self.seed, self.seed >= 0, "0 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every value, as written into `config.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any], source: str) -> Config:
+        """Read `to_json`'s form, or a recipe's table.
+
+        Raises:
+            UserError: an unknown key, a value of the wrong type or out of range.
+        """
+        return _build(cls, table, source, "")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    folder = resources.files("training") / "recipes"
+    return sorted(
+        item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")
+    )
+
+
+def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a recipe, by its name in the package or as a TOML file, and apply overrides.
+
+    Args:
+        recipe: `digits`, or a path ending in `.toml`.
+        overrides: dotted keys to values, e.g. `{"dverge.epochs": 10}`.
+    """
+    if recipe.endswith(".toml"):
+        source, name = recipe, Path(recipe).stem
+        try:
+            text = Path(recipe).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
+    else:
+        source, name = f"recipe '{recipe}'", recipe
+        if recipe not in recipe_names():
+            raise UserError(
+                f"unknown recipe '{recipe}'",
+                next_step=nearest(recipe, recipe_names()) + " Or give a path ending in .toml",
+            )
+        text = (resources.files("training") / "recipes" / f"{recipe}.toml").read_text()
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML ({error})") from error
+    table.setdefault("name", name)
+    for key, value in (overrides or {}).items():
+        _assign(table, key, value, f"--set {key}")
+    return Config.from_json(table, source)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parse `--set key=value` pairs; values are TOML, bare words are strings."""
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {pair}", "key=value, e.g. --set dverge.epochs=10")
+        try:
+            parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed[key.strip()] = text.strip()
+    return parsed
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """Return the dotted keys at which two configurations differ."""
+
+    def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                flat |= flatten(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    left, right = flatten(one.to_json()), flatten(other.to_json())
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+def _check(key: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{key} = {value}", expected)
+
+
+def _assign(table: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{source}: '{parent}' is not a table")
+    table[last] = value
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], table: dict[str, Any], source: str, prefix: str) -> T:
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            known = [prefix + name for name in hints]
+            raise UserError(
+                f"{source}: unknown key '{prefix}{key}'", next_step=nearest(prefix + key, known)
+            )
+    values = {
+        key: _convert(hints[key], value, source, prefix + key) for key, value in table.items()
+    }
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
+    """Return `value` as the type `hint`, which is one of those the dataclasses above use."""
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast(type[Any], hint), value, source, f"{key}.")
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{source}: {key} = {value!r}", f"one of {', '.join(map(str, options))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = (options[0],) * len(value) if options[-1] is Ellipsis else options
+        if len(kinds) == len(value):
+            parts = zip(kinds, value, strict=True)
+            return tuple(_convert(kind, part, source, key) for kind, part in parts)
+    if type(None) in options:  # "X | None"
+        return None if value is None else _convert(options[0], value, source, key)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (
+        hint is bool
+    ):
+        return value
+    name = getattr(hint, "__name__", str(hint)) if not options else str(hint)
+    raise UserError(f"{source}: {key} = {value!r}", f"a value of type {name}")

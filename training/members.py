@@ -1,0 +1,163 @@
+"""Members: networks that carry their own normalisation and show features at every layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dverge_serve.errors import UserError
+from training.config import Config
+from training.seeds import derive
+
+
+class Member(nn.Module):
+    """A classifier as a list of stages; the features after stage `l` are layer `l`'s output.
+
+    Layers count from 1 to `depth`; features are taken before the ReLU, and layer `depth` is the
+    logits (paper, section 3.1). Each stage maps `(features, skip)` to the next pair.
+
+    Args:
+        stages: the network.
+        mean, std: per channel, for images in `[0,1]`; the subtraction lives inside the model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, stages: Sequence[nn.Module], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    @property
+    def depth(self) -> int:
+        """How many layers can be drawn, logits included."""
+        return len(self.stages)
+
+    def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
+        """Return the features at `layer`, computing nothing past it; by default the logits.
+
+        Args:
+            images: float `[batch, channels, height, width]` in `[0,1]`.
+            layer: 1..depth.
+        """
+        features, skip = (images - self.mean) / self.std, images
+        for stage in self.stages[:layer]:
+            features, skip = stage(features, skip)
+        return features
+
+
+class Stem(nn.Module):
+    """Layer 1: the first convolution and its BatchNorm."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, images: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features; the skip is not used yet."""
+        return self.norm(self.conv(images)), skip
+
+
+class BlockEntry(nn.Module):
+    """First half of a basic block: its output, and what the shortcut carries past it."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outside)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inside != outside:
+            self.shortcut.append(nn.Conv2d(inside, outside, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outside))
+
+    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the half block's output and the shortcut's."""
+        active = F.relu(features)
+        return self.norm(self.conv(active)), self.shortcut(active)
+
+
+class BlockExit(nn.Module):
+    """Second half of a basic block: the residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum before its ReLU."""
+        total = self.norm(self.conv(F.relu(features))) + skip
+        return total, total
+
+
+class Head(nn.Module):
+    """The last layer: global average pooling and the logits."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[batch, classes]`."""
+        logits = self.linear(F.relu(features).mean((2, 3)))
+        return logits, logits
+
+
+def cifar_resnet_stages(depth: int, channels: int, width: int, classes: int) -> list[nn.Module]:
+    """Return the CIFAR ResNet of He et al. (2016), section 4.2: depth 6n+2, thirds w, 2w, 4w."""
+    stages: list[nn.Module] = [Stem(channels, width)]
+    inside = width
+    for third in range(3):
+        outside = width * 2**third
+        for block in range((depth - 2) // 6):
+            stride = 2 if third and not block else 1
+            stages += [BlockEntry(inside, outside, stride), BlockExit(outside)]
+            inside = outside
+    return [*stages, Head(inside, classes)]
+
+
+def build(config: Config, classes: int, mean: Sequence[float], std: Sequence[float]) -> Member:
+    """Return one member with weights drawn from torch's global generator.
+
+    Raises:
+        UserError: an unknown architecture.
+    """
+    match = re.fullmatch(r"resnet(\d+)", config.architecture)
+    depth = int(match[1]) if match else 0
+    if depth < 8 or (depth - 2) % 6:
+        raise UserError(
+            f"unknown architecture '{config.architecture}'",
+            "resnet<depth> with depth 6n+2: resnet8, resnet14, resnet20, resnet32, ...",
+        )
+    channels = config.data.preprocess.shape[0]
+    member = Member(cifar_resnet_stages(depth, channels, config.width, classes), mean, std)
+    for module in member.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return member
+
+
+def build_members(
+    config: Config, classes: int, mean: Sequence[float], std: Sequence[float]
+) -> list[Member]:
+    """Return the ensemble's members, each with starting weights of its own seed."""
+    members = []
+    for index in range(config.members):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(config.seed, "weights", index))
+            members.append(build(config, classes, mean, std))
+    return members
+
+
+def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
+    """Return the ensemble's answer: the mean of its members' logits, `[batch, classes]`."""
+    return torch.stack([member(images) for member in members]).mean(0)

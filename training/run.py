@@ -1,0 +1,266 @@
+"""The run directory: everything a training run leaves, whole at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from dverge_serve import __version__
+from dverge_serve.errors import UserError
+from dverge_serve.files import (
+    atomic_path,
+    canonical_json,
+    pretty_json,
+    read_json,
+    sha256,
+    write_atomic,
+)
+from dverge_serve.images import Preprocess
+from training.config import Config, differences
+from training.members import Member, build_members
+
+SCHEMA_VERSION = 1
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    `config.json` every value used; `standard.safetensors` the members after stage one;
+    `members.safetensors` the result; `checkpoint.json` written last, so that a directory with it
+    is finished; `probe.npz` held-out images for parity checks; `metrics.jsonl` one line an epoch;
+    `state.safetensors` what resuming needs, in one file so that it is never half of two states.
+    """
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether training ended and its result is complete."""
+        return (self.path / "checkpoint.json").is_file()
+
+    @classmethod
+    def begin(cls, path: Path, config: Config, *, resume: bool) -> Run:
+        """Open a directory for training: a new one, or with `resume` one that was begun.
+
+        Raises:
+            UserError: the directory is not empty and `resume` was not asked for, or its settings
+                differ from `config`.
+        """
+        run = cls(Path(path))
+        if run.path.exists() and not run.path.is_dir():
+            raise UserError(f"{path} is a file", "a folder for the run")
+        occupied = run.path.is_dir() and any(run.path.iterdir())
+        if not occupied:
+            write_atomic(run.path / "config.json", pretty_json(config.to_json()))
+        elif not resume:
+            raise UserError(
+                f"{path} is not empty", "a new folder", "use --resume to go on, or another --out"
+            )
+        elif not (run.path / "config.json").is_file():
+            raise UserError(f"{path} holds no run", "a folder that `dverge train` made")
+        elif odd := differences(run.config, config):
+            raise UserError(
+                f"{path} was begun with other settings of {', '.join(odd)}",
+                "the settings it was begun with",
+                "give those, or another --out",
+            )
+        run._name_latest()
+        return run
+
+    @classmethod
+    def open_finished(cls, path: Path) -> Run:
+        """Open a finished run for reading; `runs/latest` may be a link or a text file naming it.
+
+        Raises:
+            UserError: no run there, or it is not finished.
+        """
+        path = Path(path)
+        if path.is_file():
+            path = path.parent / path.read_text().strip()
+        run = cls(path)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"no run at {path}", "a folder that `dverge train` made", "train first, or give --run"
+            )
+        if not run.finished:
+            raise UserError(
+                f"the run {path} is not finished",
+                "a finished run",
+                f"go on with `dverge train --resume --out {path}`",
+            )
+        if (version := run.checkpoint.get("schema_version")) != SCHEMA_VERSION:
+            raise UserError(f"{path} has run schema version {version}", f"version {SCHEMA_VERSION}")
+        return run
+
+    @property
+    def config(self) -> Config:
+        """The settings this run was begun with."""
+        table = read_json(self.path / "config.json", "a run's configuration")
+        return Config.from_json(table, str(self.path / "config.json"))
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What `checkpoint.json` says of the finished run: hashes, labels, provenance."""
+        found: dict[str, Any] = read_json(self.path / "checkpoint.json", "a run's checkpoint")
+        return found
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order."""
+        return tuple(self.checkpoint["labels"])
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images become this run's input."""
+        return Preprocess.from_json(self.checkpoint["preprocess"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of `members.safetensors`, which models exported from this run carry."""
+        return str(self.checkpoint["members_sha256"])
+
+    def probe(self) -> Tensor:
+        """Return held-out images, uint8 `[16, C, H, W]` or fewer."""
+        with np.load(self.path / "probe.npz") as stored:
+            return torch.from_numpy(stored["images"])
+
+    def members(self, which: str = "members") -> list[Member]:
+        """Load the finished members, or the `standard` ones after stage one, in evaluation mode.
+
+        Raises:
+            UserError: the file is missing, damaged, or not the one the checkpoint names.
+        """
+        path = self.path / f"{which}.safetensors"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}", "the run's weights") from error
+        if sha256(data) != self.checkpoint[f"{which}_sha256"]:
+            raise UserError(
+                f"{path} is not the file this run was finished with",
+                "the sha256 that checkpoint.json names",
+                "restore it or train again",
+            )
+        classes = len(self.labels)
+        channels = self.preprocess.shape[0]
+        members = build_members(self.config, classes, [0.0] * channels, [1.0] * channels)
+        load_members(members, parse(data, path))
+        for member in members:
+            member.eval().requires_grad_(False)
+        return members
+
+    def save_members(self, members: Sequence[Member], which: str) -> str:
+        """Write the members' tensors and return the file's sha256."""
+        # No metadata: safetensors writes it in random order, and equal runs are equal bytes.
+        data = save_tensors(members_tensors(members))
+        write_atomic(self.path / f"{which}.safetensors", data)
+        return sha256(data)
+
+    def save_probe(self, images: Tensor) -> None:
+        """Write the first images of the held-out part for parity checks."""
+        with atomic_path(self.path / "probe.npz") as part, part.open("wb") as file:
+            np.savez_compressed(file, images=images[:PROBES].cpu().numpy())
+
+    def save_state(self, stage: int, epoch: int, tensors: dict[str, Tensor]) -> None:
+        """Write what resuming needs: `epoch` epochs of `stage` are done."""
+        position = torch.tensor([SCHEMA_VERSION, stage, epoch])
+        write_atomic(
+            self.path / "state.safetensors", save_tensors({**tensors, "position": position})
+        )
+
+    def load_state(self) -> tuple[int, int, dict[str, Tensor]] | None:
+        """Return stage, epochs done in it and tensors of the last saved state, if there is one."""
+        path = self.path / "state.safetensors"
+        if not path.is_file():
+            return None
+        tensors = parse(path.read_bytes(), path)
+        version, stage, epoch = tensors.pop("position").tolist()
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has version {version}", f"version {SCHEMA_VERSION}")
+        return stage, epoch, tensors
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("ab") as file:
+            file.write(canonical_json(record) + b"\n")
+
+    def drop_metrics_after(self, stage: str, epochs: int, earlier: Sequence[str]) -> None:
+        """Forget lines of epochs that a resumed run is going to run again."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError):  # a line cut short by a kill
+                record = json.loads(line)
+                known = record["stage"] == stage and record["epoch"] <= epochs
+                if known or record["stage"] in earlier:
+                    kept.append(line + b"\n")
+        write_atomic(path, b"".join(kept))
+
+    def finish(self, checkpoint: dict[str, Any]) -> None:
+        """Write `checkpoint.json`, after which the run counts as finished."""
+        record = {"schema_version": SCHEMA_VERSION, "tool_version": __version__, **checkpoint}
+        write_atomic(self.path / "checkpoint.json", pretty_json(record))
+        (self.path / "state.safetensors").unlink(missing_ok=True)
+
+    def _name_latest(self) -> None:
+        """Let `runs/latest` name this run: a link, or a text file where links fail."""
+        if self.path.parent.name != "runs":
+            return
+        latest = self.path.parent / "latest"
+        if latest.is_dir() and not latest.is_symlink():
+            return
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                latest.unlink()
+            latest.symlink_to(self.path.name)
+        except OSError:
+            write_atomic(latest, self.path.name.encode())
+
+
+def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
+    """Return every member's tensors under `member<i>.`, contiguous and on the CPU."""
+    return {
+        f"member{index}.{name}": tensor.detach().cpu().contiguous()
+        for index, member in enumerate(members)
+        for name, tensor in member.state_dict().items()
+    }
+
+
+def load_members(members: Sequence[Member], tensors: dict[str, Tensor]) -> None:
+    """Put `members_tensors`' form back; other keys are left alone."""
+    for index, member in enumerate(members):
+        prefix = f"member{index}."
+        member.load_state_dict(
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+        )
+
+
+def parse(data: bytes, path: Path) -> dict[str, Tensor]:
+    """Read safetensors bytes.
+
+    Raises:
+        UserError: they are something else; `path` is named.
+    """
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})", "a whole safetensors file") from error

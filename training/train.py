@@ -1,0 +1,272 @@
+"""The whole of training: standard members first, then DVERGE, saved so that a kill loses little."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from dverge_serve.errors import UserError
+from dverge_serve.files import canonical_json, sha256
+from dverge_serve.progress import Progress
+from training import config as configuration
+from training import data as datasets
+from training import dverge
+from training.config import Config
+from training.data import Split, TrainingData
+from training.members import Member, build_members, mean_logits
+from training.run import Run, load_members, members_tensors
+from training.seeds import generator
+
+SAVE_EVERY_S = 10.0
+EVALUATION_BATCH = 512
+Batch = tuple[Tensor, Tensor, Tensor]  # source images, their labels, independent target images
+Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> losses [members]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: its name, its settings, and what one step does."""
+
+    name: str
+    settings: configuration.Stage
+    step: Step
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: another name, or a GPU asked for where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device '{name}'", "auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU is usable here", "a GPU", "use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def train(config: Config, out: Path, *, device: torch.device, resume: bool = False) -> Run:
+    """Train an ensemble into the run directory `out`, or go on where it stopped.
+
+    Raises:
+        UserError: bad data, a directory that cannot be used, or a loss that is not a number.
+    """
+    run = Run.begin(out, config, resume=resume)
+    if run.finished:
+        return run
+    begun = time.time()
+    data = datasets.load_training(config.data)
+    train_split, holdout = data.train.to(device), data.holdout.to(device)
+    run.save_probe(data.holdout.images)
+    mean, std = _normalisation(config, data.train)
+    members = build_members(config, len(data.labels), mean, std)
+    for member in members:
+        member.to(device)
+    optimizers = _optimizers(members, config.standard)
+    stages = _stages(config, members, optimizers)
+
+    first, done = 0, 0
+    if state := run.load_state():
+        first, done, tensors = state
+        load_members(members, tensors)
+        _load_momentum(optimizers, tensors)
+        run.drop_metrics_after(stages[first].name, done, [s.name for s in stages[:first]])
+    for position in range(first, len(stages)):
+        stage = stages[position]
+        _run_stage(run, config, stage, position, done, members, optimizers, train_split, holdout)
+        if position == 0:
+            run.save_members(members, "standard")
+        done = 0
+        for optimizer in optimizers:
+            optimizer.state.clear()  # a new stage begins with no momentum
+        if position + 1 < len(stages):
+            run.save_state(position + 1, 0, members_tensors(members))
+    _finish(run, config, data, members, begun)
+    return run
+
+
+def accuracy(members: Sequence[Member], split: Split) -> float:
+    """Return the share of `split` that the mean of the members' logits gets right."""
+    if not len(split):
+        return float("nan")
+    right = 0
+    for member in members:
+        member.eval()
+    with torch.no_grad():
+        for start in range(0, len(split), EVALUATION_BATCH):
+            part = split.take(slice(start, start + EVALUATION_BATCH))
+            logits = mean_logits(members, datasets.to_float(part.images))
+            right += int((logits.argmax(1) == part.labels).sum())
+    return right / len(split)
+
+
+def draw_layer(config: Config, depth: int, *when: int | str) -> int:
+    """Return a layer drawn uniformly from 1..depth, the same for all members."""
+    draw = generator(config.seed, "layer", *when)
+    return int(torch.randint(1, depth + 1, (1,), generator=draw))
+
+
+def _stages(
+    config: Config, members: Sequence[Member], optimizers: Sequence[SGD]
+) -> list[Stage]:
+    def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return dverge.standard_step(members, optimizers, source, labels)
+
+    def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, target = batch
+        when = (epoch,) if config.dverge.layer_every == "epoch" else (epoch, number)
+        layer = draw_layer(config, members[0].depth, *when)
+        return dverge.step(
+            members, optimizers, source, labels, target, layer=layer, settings=config.dverge
+        )
+
+    stages = [Stage("standard", config.standard, standard_step)]
+    if config.method == "dverge":
+        stages.append(Stage("dverge", config.dverge, dverge_step))
+    return stages
+
+
+def _run_stage(
+    run: Run,
+    config: Config,
+    stage: Stage,
+    position: int,
+    done: int,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    train_split: Split,
+    holdout: Split,
+) -> None:
+    settings = stage.settings
+    saved = time.monotonic()
+    label = f"{stage.name} training, {len(members)} members"
+    count = -(-len(train_split) // config.batch_size)
+    with Progress(label, settings.epochs * count, start=done * count) as progress:
+        for epoch in range(done, settings.epochs):
+            begun = time.monotonic()
+            total, seen, note = torch.zeros(len(members), device=train_split.images.device), 0, ""
+            for number, batch in enumerate(_epoch(train_split, config, stage.name, epoch)):
+                rate = settings.lr_at(epoch, number / count)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group.update(
+                            lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+                        )
+                total += stage.step(epoch, number, batch)
+                seen += 1
+                progress.advance()
+            losses = (total / max(seen, 1)).tolist()
+            _refuse_nan(run, stage.name, epoch, losses)
+            held = accuracy(members, holdout)
+            speed = len(train_split) / (time.monotonic() - begun)
+            run.log(
+                {
+                    "stage": stage.name,
+                    "epoch": epoch + 1,
+                    "losses": losses,
+                    "holdout_accuracy": held,
+                    "images_per_s": round(speed, 1),
+                }
+            )
+            note = f"loss {sum(losses) / len(losses):.3f}, held-out {held:.3f}, {speed:.0f} img/s"
+            progress.advance(0, note)
+            if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
+                tensors = {**members_tensors(members), **_momentum(optimizers)}
+                run.save_state(position, epoch + 1, tensors)
+                saved = time.monotonic()
+
+
+def _epoch(split: Split, config: Config, stage: str, epoch: int) -> Iterator[Batch]:
+    """Yield source batches with independently shuffled and augmented targets beside them."""
+    names = (config.seed, stage, epoch)
+    sources = datasets.batches(split, config.batch_size, config.data, *names, "source")
+    if stage == "standard":
+        for source, labels in sources:
+            yield source, labels, source
+        return
+    targets = datasets.batches(split, config.batch_size, config.data, *names, "target")
+    for (source, labels), (target, _) in zip(sources, targets, strict=True):
+        yield source, labels, target
+
+
+def _refuse_nan(run: Run, stage: str, epoch: int, losses: list[float]) -> None:
+    for index, loss in enumerate(losses):
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise UserError(
+                f"the loss of member {index} became {loss} in {stage} epoch {epoch + 1}",
+                "a finite loss",
+                f"lower {stage}.lr; the last good state stands in {run.path}",
+            )
+
+
+def _normalisation(config: Config, train: Split) -> tuple[list[float], list[float]]:
+    if config.data.mean and config.data.std:
+        return list(config.data.mean), list(config.data.std)
+    # Integer sums: the same figures on every device and thread count.
+    pixels = train.images.cpu().transpose(0, 1).flatten(1).long()
+    count = pixels.shape[1]
+    mean = pixels.sum(1).double() / count
+    variance = (pixels * pixels).sum(1).double() / count - mean**2
+    std = variance.clamp_min(1.0).sqrt()
+    return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
+
+
+def _optimizers(members: Sequence[Member], settings: configuration.Stage) -> list[SGD]:
+    return [
+        SGD(
+            member.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        for member in members
+    ]
+
+
+def _momentum(optimizers: Sequence[SGD]) -> dict[str, Tensor]:
+    return {
+        f"momentum{index}.{number}": optimizer.state[parameter]["momentum_buffer"].cpu()
+        for index, optimizer in enumerate(optimizers)
+        for number, parameter in enumerate(optimizer.param_groups[0]["params"])
+        if optimizer.state[parameter].get("momentum_buffer") is not None
+    }
+
+
+def _load_momentum(optimizers: Sequence[SGD], tensors: dict[str, Tensor]) -> None:
+    for index, optimizer in enumerate(optimizers):
+        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            if (stored := tensors.get(f"momentum{index}.{number}")) is not None:
+                optimizer.state[parameter]["momentum_buffer"] = stored.to(parameter.device)
+
+
+def _finish(
+    run: Run, config: Config, data: TrainingData, members: Sequence[Member], begun: float
+) -> None:
+    holdout = data.holdout.to(members[0].mean.device)
+    run.finish(
+        {
+            "labels": list(data.labels),
+            "preprocess": config.data.preprocess.to_json(),
+            "members_sha256": run.save_members(members, "members"),
+            "standard_sha256": sha256((run.path / "standard.safetensors").read_bytes()),
+            "config_sha256": sha256(canonical_json(config.to_json())),
+            "train_sha256": data.train.sha256,
+            "train_images": len(data.train),
+            "holdout_images": len(data.holdout),
+            "holdout_accuracy": accuracy(members, holdout),
+            "parameters": sum(p.numel() for member in members for p in member.parameters()),
+            "provenance": {
+                "torch": torch.__version__,
+                "device": str(members[0].mean.device),
+                "threads": torch.get_num_threads(),
+                "seconds_since_start_or_resume": round(time.time() - begun, 1),
+            },
+        }
+    )
