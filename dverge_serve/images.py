@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dverge_serve.errors import UserError
 
@@ -25,6 +25,9 @@ CHANNELS = {"L": 1, "RGB": 3}
 
 # Our own bound is checked before any pixel is decoded; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
+# Pillow warns about metadata it cannot read. Once, here: changing the filters around each image
+# would not be safe with several threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -102,24 +105,21 @@ def load(
     if not data:
         raise ImageError("empty_image", "the image is empty; expected PNG, JPEG or WebP bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about metadata it cannot read
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        "image_too_large",
-                        f"the image has {width}x{height} pixels; expected at most {max_pixels}",
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    raise ImageError(
-                        "animated_image", "the image is animated; expected a single frame"
-                    )
-                image.load()
-                return _array(ImageOps.exif_transpose(image), preprocess)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    "image_too_large",
+                    f"the image has {width}x{height} pixels; expected at most {max_pixels}",
+                )
+            # Phones write JPEGs that hold a preview or a depth map behind the photo (MPO).
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise ImageError("animated_image", "the image is animated; expected a single frame")
+            image.load()
+            return _array(ImageOps.exif_transpose(image), preprocess)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(
             "not_an_image", "the bytes are not an image; expected PNG, JPEG or WebP"
         ) from error

@@ -41,7 +41,7 @@ class Scores:
     @cached_property
     def predictions(self) -> npt.NDArray[np.int64]:
         """The ensemble's answers, class indices `[batch]`."""
-        return self.logits.argmax(axis=-1)
+        return np.asarray(self.logits.argmax(axis=-1))
 
     @cached_property
     def agreement(self) -> npt.NDArray[np.float64]:

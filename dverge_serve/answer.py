@@ -1,0 +1,82 @@
+"""What goes back to a caller: answers, and refusals with their closed set of codes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+JSON = b"application/json"
+TEXT = b"text/plain; charset=utf-8"
+HTML = b"text/html; charset=utf-8"
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+RETRY_AFTER_S = 1
+
+# Every error code there is, with its HTTP status. Clients may switch on them; add, never change.
+CODES: dict[str, int] = {
+    "bad_request": 400,
+    "bad_multipart": 400,
+    "no_images": 400,
+    "empty_image": 400,
+    "not_an_image": 400,
+    "broken_image": 400,
+    "animated_image": 400,
+    "unauthorized": 401,
+    "not_found": 404,
+    "no_report": 404,
+    "not_exposed": 404,
+    "method_not_allowed": 405,
+    "body_timeout": 408,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "too_many_images": 413,
+    "unsupported_content_type": 415,
+    "internal_error": 500,
+    "starting": 503,
+    "queue_full": 503,
+    "timeout": 504,
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Answer:
+    """One HTTP answer, whole."""
+
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+    headers: Headers = ()
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a failure
+    """A request that is not served, and why. `code` is one of `CODES`."""
+
+    def __init__(self, code: str, message: str, headers: Headers = ()) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+        self.status = CODES[code]
+        self.headers = headers
+        if self.status == 503:
+            self.headers += ((b"retry-after", b"%d" % RETRY_AFTER_S),)
+
+    def answer(self, *, v2: bool = False) -> Answer:
+        """Return the refusal as an answer; under `/v2/` in that protocol's own shape."""
+        if v2:
+            body = dump({"error": self.message})
+            return Answer(
+                self.status, body, JSON, (*self.headers, (b"x-error-code", self.code.encode()))
+            )
+        body = dump({"error": {"code": self.code, "message": self.message}})
+        return Answer(self.status, body, JSON, self.headers)
+
+
+def dump(value: Any) -> bytes:
+    """Return `value` as JSON bytes; NaN and infinities, which JSON lacks, are an error of ours."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def json_answer(value: Any, status: int = 200) -> Answer:
+    """Return `value` as a JSON answer."""
+    return Answer(status, dump(value))

@@ -1,0 +1,68 @@
+"""Decoding for the service: small images at once, large ones off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from dverge_serve.answer import Refusal
+from dverge_serve.images import ImageError, Preprocess, load
+
+# Below these bounds decoding takes less time than handing the bytes to a thread and back.
+INLINE_BYTES = 16_384
+INLINE_FILES = 4
+INLINE_PIXELS = 16_384
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Decoder:
+    """Turns image files into the model's input.
+
+    Args:
+        max_pixels: largest image, width x height.
+        threads: most images decoded at a time off the event loop; each may need 16 bytes a pixel.
+    """
+
+    def __init__(self, max_pixels: int, threads: int) -> None:
+        self._max_pixels = max_pixels
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dverge-decode")
+
+    async def decode(self, files: list[bytes], preprocess: Preprocess) -> Pixels:
+        """Decode and preprocess `files`.
+
+        Returns:
+            uint8 `[len(files), channels, height, width]`.
+
+        Raises:
+            Refusal: one of them cannot be taken; of several, the message names its position.
+        """
+        if len(files) <= INLINE_FILES and sum(map(len, files)) <= INLINE_BYTES:
+            try:
+                return decode(files, preprocess, min(self._max_pixels, INLINE_PIXELS))
+            except Refusal as refusal:
+                if refusal.code != "image_too_large" or self._max_pixels <= INLINE_PIXELS:
+                    raise
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, partial(decode, files, preprocess, self._max_pixels)
+        )
+
+    def close(self) -> None:
+        """Drop what is queued and let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def decode(files: list[bytes], preprocess: Preprocess, max_pixels: int) -> Pixels:
+    """Decode and preprocess `files` in this thread; returns and raises as `Decoder.decode`."""
+    arrays = []
+    for position, data in enumerate(files, start=1):
+        try:
+            arrays.append(load(data, preprocess, max_pixels=max_pixels))
+        except ImageError as error:
+            where = f"image {position} of {len(files)}: " if len(files) > 1 else ""
+            raise Refusal(error.code, f"{where}{error}") from error
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

@@ -1,0 +1,212 @@
+"""The OpenAPI description: every route, error and example, as this service is configured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dverge_serve import __version__
+from dverge_serve.answer import CODES
+from dverge_serve.settings import Exposure, Settings
+
+Schema = dict[str, Any]
+
+_NUMBER: Schema = {"type": "number"}
+_STRING: Schema = {"type": "string"}
+_SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+_SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_INDEX: Schema = {"type": "integer", "minimum": 0}
+_IMAGE: Schema = {"type": "string", "format": "binary"}
+_EXAMPLE_SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+
+def openapi(settings: Settings, expose: Exposure) -> Schema:
+    """Return the OpenAPI 3.1 document of a service with these settings."""
+    locked = bool(settings.token)
+    paths: dict[str, dict[str, Schema]] = {
+        "/predict": {"post": _predict(settings, expose)},
+        "/model": {
+            "get": _operation("The model's card", _json({"$ref": "#/components/schemas/Card"}), 503)
+        },
+        "/report": {
+            "get": _operation(
+                "The robustness report of this very model file", _json({"type": "object"}), 404, 503
+            )
+        },
+        "/metrics": {"get": _operation("Prometheus metrics, over all workers", _text())},
+        "/livez": {"get": _operation("Whether the process runs", _text())},
+        "/readyz": {"get": _operation("Whether the model is loaded and warm", _text(), 503)},
+        "/openapi.json": {"get": _operation("This document", _json({"type": "object"}))},
+        "/docs.json": {"get": _operation("This document", _json({"type": "object"}))},
+        "/": {"get": _operation("The start page", {"text/html": {"schema": _STRING}})},
+    }
+    public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/"}
+    for path, operations in paths.items():
+        for operation in operations.values():
+            if locked and path not in public:
+                operation["security"] = [{"token": []}]
+                operation["responses"]["401"] = _refusal(401)
+    document: Schema = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "DVERGE Serve",
+            "version": __version__,
+            "description": "Image classification by an ensemble that is hard to attack. "
+            "Every answer carries X-Request-Id and X-Model-Sha256.",
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas(expose)},
+    }
+    if locked:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def _predict(settings: Settings, expose: Exposure) -> Schema:
+    operation = _operation(
+        "Classify images",
+        _json({"$ref": "#/components/schemas/Predictions"}, _example(expose)),
+        *(400, 408, 413, 415, 500, 503, 504),
+    )
+    operation["description"] = (
+        f"A body of at most {settings.max_body_bytes} bytes; images of at most "
+        f"{settings.max_pixels} pixels, at most {settings.max_images} in multipart. "
+        "EXIF orientation is applied, alpha composited on white; animations are refused."
+    )
+    multipart = {
+        "type": "object",
+        "required": ["images"],
+        "properties": {
+            "images": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": settings.max_images,
+                "items": _IMAGE,
+            }
+        },
+        "additionalProperties": False,
+    }
+    raw = ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
+    operation["requestBody"] = {
+        "required": True,
+        "content": {
+            **{kind: {"schema": _IMAGE} for kind in raw},
+            "multipart/form-data": {"schema": multipart},
+        },
+    }
+    return operation
+
+
+def _operation(summary: str, content: Schema, *refusals: int) -> Schema:
+    responses: Schema = {
+        "200": {"description": "OK", "headers": _headers("X-Request-Id"), "content": content}
+    }
+    for status in refusals:
+        responses[str(status)] = _refusal(status)
+    return {"summary": summary, "responses": responses}
+
+
+def _refusal(status: int) -> Schema:
+    codes = [code for code, found in CODES.items() if found == status]
+    example = {"error": {"code": codes[0], "message": "what was found, and what was expected"}}
+    extra = {401: ["WWW-Authenticate"], 503: ["Retry-After"]}.get(status, [])
+    return {
+        "description": "One of: " + ", ".join(codes),
+        "headers": _headers("X-Request-Id", *extra),
+        "content": _json({"$ref": "#/components/schemas/Error"}, example),
+    }
+
+
+def _headers(*names: str) -> Schema:
+    return {name: {"schema": _STRING} for name in names}
+
+
+def _json(schema: Schema, example: Any = None) -> Schema:
+    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"application/json": media}
+
+
+def _text() -> Schema:
+    return {"text/plain": {"schema": _STRING}}
+
+
+def _schemas(expose: Exposure) -> Schema:
+    top: Schema = {"label": _STRING, "index": _INDEX, "probability": _SHARE}
+    prediction: Schema = {"label": _STRING, "index": _INDEX}
+    if expose != "label":
+        prediction["probability"] = _SHARE
+        prediction["top"] = {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 5,
+            "items": _object(top),
+        }
+    required = list(prediction)
+    if expose == "full":
+        prediction["agreement"] = _SHARE
+        prediction["disagreement"] = {"type": "number", "minimum": 0}
+        required = list(prediction)
+        prediction["suspicious"] = {"type": "boolean"}
+    model = {"name": _STRING, "sha256": _SHA256}
+    return {
+        "Predictions": _object(
+            {
+                "model": _object(model),
+                "predictions": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": _object(prediction, required),
+                },
+            }
+        ),
+        "Card": _card(),
+        "Error": _object(
+            {"error": _object({"code": {"enum": sorted(CODES)}, "message": _STRING})},
+        ),
+    }
+
+
+def _card() -> Schema:
+    figure = _object({"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "n": _INDEX})
+    card: Schema = {
+        "schema_version": _INDEX,
+        "name": _STRING,
+        "labels": {"type": "array", "items": _STRING},
+        "input_shape": {"type": "array", "items": _INDEX},
+        "channel_order": _STRING,
+        "preprocess": {"type": "object"},
+        "members": _INDEX,
+        "combination": _STRING,
+        "dataset": _STRING,
+        "weights_sha256": _STRING,
+        "parent_sha256": {"type": ["string", "null"]},
+        "precision": _STRING,
+        "tool_version": _STRING,
+        "sha256": _SHA256,
+        "report": {
+            "type": ["object", "null"],
+            "properties": {"verdict": _STRING, "clean_accuracy": figure},
+        },
+    }
+    required = list(card)
+    card["training"] = {"type": "object", "description": "only under DVERGE_EXPOSE=full"}
+    card["provider"] = _STRING
+    return _object(card, required)
+
+
+def _object(properties: Schema, required: list[str] | None = None) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+        "additionalProperties": False,
+    }
+
+
+def _example(expose: Exposure) -> Schema:
+    prediction: Schema = {"label": "7", "index": 7}
+    if expose != "label":
+        prediction["probability"] = 0.98
+        prediction["top"] = [{"label": "7", "index": 7, "probability": 0.98}]
+    if expose == "full":
+        prediction |= {"agreement": 1.0, "disagreement": 0.004, "suspicious": False}
+    return {"model": {"name": "digits", "sha256": _EXAMPLE_SHA}, "predictions": [prediction]}

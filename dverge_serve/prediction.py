@@ -1,0 +1,120 @@
+"""`POST /predict` and the model's card: what a caller is told, and how much of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from dverge_serve.answer import Answer, Refusal, json_answer
+from dverge_serve.batching import Part
+from dverge_serve.decoder import Decoder
+from dverge_serve.multipart import image_files
+from dverge_serve.request import Intake, Request
+from dverge_serve.served import Rows, ServedModel
+from dverge_serve.settings import Exposure, Settings
+
+MULTIPART = "multipart/form-data"
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
+# What a caller may call its bytes; their content decides what they are. "" is no header at all.
+RAW_TYPES = frozenset({*IMAGE_TYPES, "image/jpg", "application/octet-stream", ""})
+
+
+class Predict:
+    """The handler of `POST /predict`.
+
+    Args:
+        settings: the limits.
+        expose: how much of each answer callers see.
+        decoder: turns files into pixels.
+        intake: bounds the bodies held at one moment.
+        model: returns the model in service, or refuses.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        expose: Exposure,
+        decoder: Decoder,
+        intake: Intake,
+        model: Callable[[], ServedModel],
+    ) -> None:
+        self._settings, self._expose = settings, expose
+        self._decoder, self._intake, self._model = decoder, intake, model
+
+    async def __call__(self, request: Request) -> Answer:
+        """Classify the images of one request, in order."""
+        settings = self._settings
+        served = self._model()
+        _check_type(request)
+        with request.holding(self._intake):
+            body = await request.body(settings.max_body_bytes, settings.timeout_s, self._intake)
+            try:
+                async with asyncio.timeout(settings.timeout_s):
+                    files = self._files(request, body)
+                    pixels = await self._decoder.decode(files, served.card.preprocess)
+                    part = await request.wait_for(served.submit(pixels))
+            except TimeoutError as error:
+                raise Refusal("timeout", f"no answer within {settings.timeout_s:g} s") from error
+        return json_answer(
+            {
+                "model": {"name": served.card.name, "sha256": served.sha256},
+                "predictions": predictions(part, served, self._expose),
+            }
+        )
+
+    def _files(self, request: Request, body: bytes) -> list[bytes]:
+        if request.content_type != MULTIPART:
+            return [body]
+        header = request.headers[b"content-type"].decode("latin-1")
+        return image_files(body, header, self._settings.max_images)
+
+
+def predictions(part: Part[Rows], served: ServedModel, expose: Exposure) -> list[dict[str, Any]]:
+    """Return the JSON form of a job's rows, holding no more than `expose` allows."""
+    labels = served.card.labels
+    rows = part.result
+    found = []
+    for row in range(part.start, part.stop):
+        top = rows.top[row]
+        answer: dict[str, Any] = {"label": labels[top[0]], "index": top[0]}
+        if expose != "label":
+            probabilities = rows.top_probabilities[row]
+            answer["probability"] = probabilities[0]
+            answer["top"] = [
+                {"label": labels[index], "index": index, "probability": probability}
+                for index, probability in zip(top, probabilities, strict=True)
+            ]
+        if expose == "full":
+            answer["agreement"] = rows.agreement[row]
+            answer["disagreement"] = rows.disagreement[row]
+            if served.threshold is not None:
+                answer["suspicious"] = served.is_suspicious(rows.disagreement[row])
+        found.append(answer)
+    return found
+
+
+def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:
+    """Return the JSON form of the model's card: what the file is, and its report's headline."""
+    card = served.card.to_json()
+    if expose != "full":
+        # Seeds and settings are all it takes to train the same members at home.
+        del card["training"]
+    card["sha256"] = served.sha256
+    card["provider"] = served.engine.provider
+    card["report"] = served.headline
+    return card
+
+
+def _check_type(request: Request) -> None:
+    kind = request.content_type
+    if kind != MULTIPART and kind not in RAW_TYPES:
+        shown = kind[:60] if kind.isprintable() else "not readable"
+        raise Refusal(
+            "unsupported_content_type",
+            f"content-type is '{shown}'; expected {', '.join(IMAGE_TYPES)}, "
+            f"application/octet-stream or {MULTIPART}",
+        )
+    coding = request.headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding != b"identity":
+        raise Refusal("unsupported_content_type", "the body is content-encoded; expected plain")

@@ -1,0 +1,210 @@
+"""The BentoML service that `bentofile.yaml` names: `bentoml serve` runs our application in it.
+
+BentoML supervises the workers and speaks HTTP; every request goes straight to `App`. Its own
+routes, metrics and validation stay out of the way: they count unknown paths without bound, take
+bodies of any size and answer in other shapes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before BentoML looks: nobody's serving host reports to others. The word, not a digit.
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+
+import bentoml
+import click
+from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.utils.analytics import usage_stats
+
+from dverge_serve.errors import Exit, UserError
+from dverge_serve.listening import beyond_loopback, require_free
+from dverge_serve.request import Receive, Scope, Send
+from dverge_serve.settings import Settings
+
+if TYPE_CHECKING:
+    from dverge_serve.app import App
+
+HOST = "127.0.0.1"
+PORT = 3000
+FAILED = "failed"
+
+# `bentoml serve` has asked, and remembered the answer, before it imports this file.
+usage_stats.do_not_track.cache_clear()
+
+
+def in_worker() -> bool:
+    """Whether this process serves requests, rather than supervising those that do."""
+    return bentoml.server_context.worker_index is not None
+
+
+if not in_worker():
+    # BentoML keeps the counters of all its servers in one folder and empties it as each starts.
+    # A folder of our own, unguessable and not yet made, keeps two services apart.
+    _folder = Path(tempfile.gettempdir()) / f"dverge-{secrets.token_hex(8)}"
+    BentoMLContainer.prometheus_multiproc_dir.set(str(_folder / "metrics"))
+
+
+class DvergeService(bentoml.Service):  # type: ignore[misc]
+    """A BentoML service whose HTTP is `App`'s; BentoML's application runs its lifespan."""
+
+    def to_asgi(self, is_main: bool = True) -> Any:
+        """Return the ASGI application that a worker runs."""
+        bento = super().to_asgi(is_main=is_main)
+        app = application()
+        http = _traced(app)
+
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            target = bento if scope["type"] == "lifespan" else http
+            await target(scope, receive, send)
+
+        return serve
+
+
+@functools.cache
+def application() -> App:
+    """Return this worker's application, made at the first call."""
+    # Imported here: the supervisor and the command line need none of it.
+    from dverge_serve import logs
+    from dverge_serve.app import App
+    from dverge_serve.metrics import forget_dead_workers
+
+    settings = service_settings()
+    logs.set_up(settings.log)
+    forget_dead_workers()
+    worker = bentoml.server_context.worker_index or 1
+    exposed = beyond_loopback()
+    if exposed and not settings.token and worker == 1:
+        logs.LOGGER.warning(
+            "listening beyond this machine without a token: anyone who reaches the port may call; "
+            "set DVERGE_TOKEN"
+        )
+    return App(
+        settings,
+        expose=settings.expose or ("scores" if exposed else "full"),
+        worker=worker,
+        on_failure=_give_up,
+    )
+
+
+def _traced(app: App) -> Any:
+    """Return `app` under OpenTelemetry where BentoML's tracing is configured, else as it is."""
+    if not BentoMLContainer.config.tracing.exporter_type.get():
+        return app
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+    return OpenTelemetryMiddleware(
+        app,
+        excluded_urls=BentoMLContainer.tracing_excluded_urls.get(),
+        tracer_provider=BentoMLContainer.tracer_provider.get(),
+    )
+
+
+def _give_up(error: UserError) -> None:
+    """End the whole server: a worker that cannot load its model would only be started again."""
+    folder = _run_folder()
+    if folder is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    with contextlib.suppress(OSError):
+        (folder / FAILED).write_text(str(error))
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _run_folder() -> Path | None:
+    """Return the folder that the workers of this server share; None outside a server."""
+    metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(metrics).parent if metrics and in_worker() else None
+
+
+def _workers() -> int:
+    # At import nothing is refused yet: check() says what is wrong with the value.
+    try:
+        return Settings.from_environment().workers
+    except UserError:
+        return 1
+
+
+@bentoml.service(
+    service_class=DvergeService,
+    name="dverge",
+    workers=_workers(),
+    http={"host": HOST, "port": PORT},
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+class Dverge:
+    """Image classification by an ensemble that is hard to attack."""
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def check() -> None:
+        """Refuse to start on a model, a setting or a port that cannot be used."""
+        folder = Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent
+        atexit.register(_clean_up, folder)
+        try:
+            check_model(service_settings())
+            require_free(*_address())
+        except UserError as error:
+            print(f"dverge: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            raise SystemExit(Exit.USER) from error
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def start(self) -> None:
+        """Begin to load the model."""
+        await application().start()
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def stop(self) -> None:
+        """Finish what is queued."""
+        await application().stop()
+
+
+def service_settings() -> Settings:
+    """Return the settings, the model's path made absolute.
+
+    It counts from the folder that the service was loaded from: inside a Bento that is not the
+    folder it was started in.
+    """
+    settings = Settings.from_environment()
+    folder = Path(Dverge.working_dir)  # type: ignore[attr-defined]
+    return dataclasses.replace(settings, model=folder / settings.model)
+
+
+def _address() -> tuple[str, int]:
+    """Return where `bentoml serve` was told to listen."""
+    context = click.get_current_context(silent=True)
+    options = context.params if context else {}
+    return options.get("host") or HOST, options.get("port") or PORT
+
+
+def check_model(settings: Settings) -> None:
+    """Load the model once, to say what is wrong with it before any worker starts.
+
+    Raises:
+        UserError: it cannot be served.
+    """
+    from dverge_serve.engine import Engine
+
+    # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
+    Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
+
+
+def _clean_up(folder: Path) -> None:
+    failed = (folder / FAILED).exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    if failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(Exit.USER)  # the supervisor was asked to end, and would say that all went well
