@@ -1,4 +1,4 @@
-"""DVERGE Serve: train, fuse, verify and serve image classifiers that stand where they are attacked."""
+"""DVERGE Serve: train, fuse, verify and serve image classifiers that will be attacked."""
 
 # A literal, because package metadata is absent inside a Bento's uninstalled copy.
 __version__ = "0.1.0"

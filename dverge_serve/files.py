@@ -71,7 +71,7 @@ def write_error(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left on the disk while writing {path}",
-            next_step="free some space and run the same command again; what was saved before stands",
+            next_step="free some space and run the same command again; what was saved stands",
         )
     return UserError(
         f"cannot write {path} ({error.strerror or error})", "a folder that can be written"
@@ -82,7 +82,7 @@ def read_json(path: Path, what: str) -> Any:
     """Return the JSON in `path`.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON; `what` says what it should have been.
+        UserError: it is missing, unreadable or not JSON; `what` says what it should have been.
     """
     try:
         return json.loads(path.read_bytes())

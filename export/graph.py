@@ -60,7 +60,6 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
     assert program is not None
     model = program.model_proto
     _strip(model)
-    del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, canonical_json(card.to_json()).decode()
     model.producer_name, model.producer_version = "dverge-serve", card.tool_version
@@ -70,15 +69,11 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Remove what the exporter notes down of this machine: stack traces, module paths, docs."""
-    model.doc_string = ""
-    graphs = [model.graph]
-    del model.graph.metadata_props[:]
-    del model.graph.value_info[:]  # inferred again by every reader
-    for graph in graphs:
-        graph.doc_string = ""
-        for item in [*graph.node, *graph.initializer, *graph.input, *graph.output]:
-            item.doc_string = ""
-            del item.metadata_props[:]
+    graph = model.graph
+    del graph.value_info[:]  # inferred again by every reader
+    for item in [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
 
 
 @contextlib.contextmanager

@@ -68,9 +68,7 @@ def torch_scores(members: Sequence[nn.Module], images: Tensor, batch: int = 256)
     return Scores.concatenate(parts)
 
 
-def check(
-    engine: Engine, members: Sequence[nn.Module], probe: npt.NDArray[np.uint8]
-) -> Parity:
+def check(engine: Engine, members: Sequence[nn.Module], probe: npt.NDArray[np.uint8]) -> Parity:
     """Compare the engine with torch on 8-bit images, at batches of 1, 2 and 7; the worst counts."""
     images = to_float(probe)
     expected = torch_scores(members, torch.from_numpy(images))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dverge_serve.errors import UserError
 from training.config import Config
@@ -68,11 +71,25 @@ class Stem(nn.Module):
 
 
 class BlockEntry(nn.Module):
-    """First half of a basic block: its output, and what the shortcut carries past it."""
+    """First half of a basic block: its output, and the input that the shortcut takes past it."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outside)
+
+    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the half block's output and the block's input."""
+        active = F.relu(features)
+        return self.norm(self.conv(active)), active
+
+
+class BlockExit(nn.Module):
+    """Second half of a basic block: the residual sum."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(outside)
         self.shortcut = nn.Sequential()
         if stride != 1 or inside != outside:
@@ -80,22 +97,8 @@ class BlockEntry(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(outside))
 
     def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the half block's output and the shortcut's."""
-        active = F.relu(features)
-        return self.norm(self.conv(active)), self.shortcut(active)
-
-
-class BlockExit(nn.Module):
-    """Second half of a basic block: the residual sum."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum before its ReLU."""
-        total = self.norm(self.conv(F.relu(features))) + skip
+        total = self.norm(self.conv(F.relu(features))) + self.shortcut(skip)
         return total, total
 
 
@@ -120,7 +123,7 @@ def cifar_resnet_stages(depth: int, channels: int, width: int, classes: int) -> 
         outside = width * 2**third
         for block in range((depth - 2) // 6):
             stride = 2 if third and not block else 1
-            stages += [BlockEntry(inside, outside, stride), BlockExit(outside)]
+            stages += [BlockEntry(inside, outside, stride), BlockExit(inside, outside, stride)]
             inside = outside
     return [*stages, Head(inside, classes)]
 
@@ -161,3 +164,18 @@ def build_members(
 def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
     """Return the ensemble's answer: the mean of its members' logits, `[batch, classes]`."""
     return torch.stack([member(images) for member in members]).mean(0)
+
+
+def folded(member: Member) -> Member:
+    """Return a copy in evaluation mode with every BatchNorm folded into the convolution before it.
+
+    It computes the same function with fewer operations: for attacks and distillation, where
+    nothing is learnt.
+    """
+    copy = deepcopy(member).eval()
+    for parent in list(copy.modules()):
+        for (name, module), (next_name, following) in pairwise(list(parent.named_children())):
+            if isinstance(module, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(module, following))
+                setattr(parent, next_name, nn.Identity())
+    return copy.requires_grad_(False)

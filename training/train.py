@@ -51,23 +51,40 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def train(config: Config, out: Path, *, device: torch.device, resume: bool = False) -> Run:
+def train(
+    config: Config,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    data: TrainingData | None = None,
+) -> Run:
     """Train an ensemble into the run directory `out`, or go on where it stopped.
+
+    Args:
+        config: every setting.
+        out: the run directory.
+        device: where to train.
+        resume: go on in a directory that was begun before.
+        data: the images, where the caller has loaded them already.
 
     Raises:
         UserError: bad data, a directory that cannot be used, or a loss that is not a number.
     """
-    run = Run.begin(out, config, resume=resume)
-    if run.finished:
-        return run
-    begun = time.time()
-    data = datasets.load_training(config.data)
-    train_split, holdout = data.train.to(device), data.holdout.to(device)
-    run.save_probe(data.holdout.images)
+    Run.check(out, config, resume=resume)
+    if resume and Run(out).finished:
+        return Run.begin(out, config, resume=True)
+    # Whatever can be wrong is found before anything is written.
+    data = data or datasets.load_training(config.data)
     mean, std = _normalisation(config, data.train)
     members = build_members(config, len(data.labels), mean, std)
     for member in members:
         member.to(device)
+    run = Run.begin(out, config, resume=resume)
+    begun = time.time()
+    train_split, holdout = data.train.to(device), data.holdout.to(device)
+    run.keep_to(sha256(canonical_json([data.labels, data.train.sha256, data.holdout.sha256])))
+    run.save_probe(data.holdout.images)
     optimizers = _optimizers(members, config.standard)
     stages = _stages(config, members, optimizers)
 
@@ -76,7 +93,7 @@ def train(config: Config, out: Path, *, device: torch.device, resume: bool = Fal
         first, done, tensors = state
         load_members(members, tensors)
         _load_momentum(optimizers, tensors)
-        run.drop_metrics_after(stages[first].name, done, [s.name for s in stages[:first]])
+    run.drop_metrics_after(stages[first].name, done, [s.name for s in stages[:first]])
     for position in range(first, len(stages)):
         stage = stages[position]
         _run_stage(run, config, stage, position, done, members, optimizers, train_split, holdout)
@@ -112,9 +129,7 @@ def draw_layer(config: Config, depth: int, *when: int | str) -> int:
     return int(torch.randint(1, depth + 1, (1,), generator=draw))
 
 
-def _stages(
-    config: Config, members: Sequence[Member], optimizers: Sequence[SGD]
-) -> list[Stage]:
+def _stages(config: Config, members: Sequence[Member], optimizers: Sequence[SGD]) -> list[Stage]:
     def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
         return dverge.standard_step(members, optimizers, source, labels)
@@ -151,7 +166,7 @@ def _run_stage(
     with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
-            total, seen, note = torch.zeros(len(members), device=train_split.images.device), 0, ""
+            total, seen = torch.zeros(len(members), device=train_split.images.device), 0
             for number, batch in enumerate(_epoch(train_split, config, stage.name, epoch)):
                 rate = settings.lr_at(epoch, number / count)
                 for optimizer in optimizers:
@@ -163,7 +178,7 @@ def _run_stage(
                 seen += 1
                 progress.advance()
             losses = (total / max(seen, 1)).tolist()
-            _refuse_nan(run, stage.name, epoch, losses)
+            _refuse_nan(stage.name, epoch, losses)
             held = accuracy(members, holdout)
             speed = len(train_split) / (time.monotonic() - begun)
             run.log(
@@ -196,25 +211,28 @@ def _epoch(split: Split, config: Config, stage: str, epoch: int) -> Iterator[Bat
         yield source, labels, target
 
 
-def _refuse_nan(run: Run, stage: str, epoch: int, losses: list[float]) -> None:
+def _refuse_nan(stage: str, epoch: int, losses: list[float]) -> None:
     for index, loss in enumerate(losses):
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise UserError(
                 f"the loss of member {index} became {loss} in {stage} epoch {epoch + 1}",
                 "a finite loss",
-                f"lower {stage}.lr; the last good state stands in {run.path}",
+                f"lower {stage}.lr and train into another --out",
             )
 
 
 def _normalisation(config: Config, train: Split) -> tuple[list[float], list[float]]:
     if config.data.mean and config.data.std:
         return list(config.data.mean), list(config.data.std)
-    # Integer sums: the same figures on every device and thread count.
-    pixels = train.images.cpu().transpose(0, 1).flatten(1).long()
-    count = pixels.shape[1]
-    mean = pixels.sum(1).double() / count
-    variance = (pixels * pixels).sum(1).double() / count - mean**2
-    std = variance.clamp_min(1.0).sqrt()
+    # Counting levels is exact, whatever the thread count, and needs no wider copy of the images.
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = [
+        torch.bincount(channel.flatten(), minlength=256).double()
+        for channel in train.images.cpu().unbind(1)
+    ]
+    shares = torch.stack([count / count.sum() for count in counts])
+    mean = (shares * levels).sum(1)
+    std = ((shares * levels**2).sum(1) - mean**2).clamp_min(1.0).sqrt()
     return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
 
 
@@ -232,10 +250,10 @@ def _optimizers(members: Sequence[Member], settings: configuration.Stage) -> lis
 
 def _momentum(optimizers: Sequence[SGD]) -> dict[str, Tensor]:
     return {
-        f"momentum{index}.{number}": optimizer.state[parameter]["momentum_buffer"].cpu()
+        f"momentum{index}.{number}": buffer.cpu().contiguous()
         for index, optimizer in enumerate(optimizers)
         for number, parameter in enumerate(optimizer.param_groups[0]["params"])
-        if optimizer.state[parameter].get("momentum_buffer") is not None
+        if (buffer := optimizer.state[parameter].get("momentum_buffer")) is not None
     }
 
 

@@ -1,0 +1,47 @@
+# Each target does its own set-up: a virtual environment in .venv and the install.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= demo/model.onnx
+
+.PHONY: install demo test check lint types imports long serve lock clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/dverge demo
+
+serve: install
+	$(BIN)/dverge serve $(MODEL)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+test: install
+	$(BIN)/python -m pytest -m 'not long'
+
+check: lint types imports test
+
+long: install
+	$(BIN)/python -m pytest -m long --timeout=7200
+
+# The exact versions the checks last passed with: names and versions alone.
+lock: install
+	$(BIN)/python -m pip freeze --exclude-editable --exclude dverge-serve \
+		| sed -n 's/^\([A-Za-z0-9._-]*==[^ ;]*\).*/\1/p' > constraints.txt
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,92 @@
+"""The `dverge` command: what ties train, export, verify-robustness and serve together.
+
+Nothing heavy is imported here; each command reaches for its room when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from dverge_serve import __version__
+from dverge_serve.errors import Exit, UserError
+
+TRAIN = ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy")
+EXTRAS = dict.fromkeys(TRAIN, "train")
+
+app = typer.Typer(
+    name="dverge",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train DVERGE ensembles, fuse them into one ONNX graph, measure how they stand up to "
+    "attack, and serve them over HTTP.",
+    epilog="The whole way on embedded images: dverge demo",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dverge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dverge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before any command."""
+
+
+dverge.__doc__ = None  # the app's own help speaks instead
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors go to standard error in one line."""
+    from dverge_serve.cli import build, use  # noqa: F401  (they register their commands)
+
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments or ["--help"], prog_name="dverge", standalone_mode=False)
+    except UserError as error:
+        return _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", Exit.INTERRUPTED)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            return _bug()
+        verb = next((word for word in arguments if not word.startswith("-")), "this command")
+        text = f"`dverge {verb}` needs {error.name}, which is not installed; "
+        return _say(text + f"pip install 'dverge-serve[{extra}]'", Exit.USER)
+    except Exception as error:
+        # Usage errors know how to say themselves, whichever click Typer stands on.
+        describe = getattr(error, "format_message", None)
+        return _say(f"{describe()} (see --help)", Exit.USER) if callable(describe) else _bug()
+    if code == Exit.INTERRUPTED:  # some versions of Typer turn Ctrl-C into this code, silently
+        return _say("interrupted", Exit.INTERRUPTED)
+    return int(code or 0)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _say(text: str, code: Exit) -> int:
+    typer.echo(f"dverge: {' '.join(text.split())}", err=True)
+    return int(code)
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    typer.echo(
+        f"dverge {__version__}: this is a bug of ours; please report it with the lines above.",
+        err=True,
+    )
+    return int(Exit.BUG)

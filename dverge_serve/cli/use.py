@@ -1,0 +1,161 @@
+"""Commands that use a model file: serve, predict, inspect. None of them needs torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dverge_serve.cli import app
+from dverge_serve.errors import UserError
+
+if TYPE_CHECKING:
+    from dverge_serve.engine import Engine
+
+Model = Annotated[Path, typer.Argument(help="The model file.", metavar="MODEL.onnx")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PREDICT_BATCH = 64
+
+
+@app.command(epilog="Example: dverge serve model.onnx --port 8080")
+def serve(
+    model: Model = Path("model.onnx"),
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port.")] = 3000,
+    workers: Annotated[int, typer.Option(help="How many processes.")] = 1,
+    token: Annotated[str | None, typer.Option(help="Ask callers for this bearer token.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Serve the model over HTTP."""
+    from dverge_serve.launch import serve as launch
+
+    launch(model, host=host, port=port, workers=workers, token=token, device=device)
+
+
+@app.command(epilog="Example: dverge predict model.onnx photos/ --csv answers.csv")
+def predict(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(help="Image files and folders of them.")],
+    as_json: AsJson = False,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the answers into this file.")
+    ] = None,
+) -> None:
+    """Classify images without a server."""
+    from dverge_serve.engine import Engine
+    from dverge_serve.files import atomic_path
+
+    files = _image_files(paths)
+    rows = _predict(Engine(model, device="cpu"), files)
+    if csv_file is not None:
+        names = ["image", "label", "index", "probability", "agreement", "disagreement", "error"]
+        with atomic_path(csv_file) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif csv_file is None:
+        from dverge_serve.cli.tables import predictions_table
+
+        predictions_table(rows)
+    unread = [row for row in rows if "error" in row]
+    if unread:
+        raise UserError(
+            f"{len(unread)} of {len(rows)} images cannot be read, first {unread[0]['image']} "
+            f"({unread[0]['error']})",
+            "whole PNG, JPEG or WebP files",
+        )
+
+
+@app.command(epilog="Example: dverge inspect model.onnx --json")
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Say what a model file is: labels, input, members, training, robustness."""
+    from dverge_serve.engine import Engine
+    from dverge_serve.report import read_report
+
+    engine = Engine(model, device="cpu")
+    card, report = engine.card.to_json(), read_report(model, engine.sha256)
+    if as_json:
+        robustness = report and {
+            key: report[key] for key in ("verdict", "clean_accuracy", "robust_accuracy")
+        }
+        whole = {"sha256": engine.sha256, **card, "robustness": robustness}
+        typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+        return
+    from dverge_serve.cli.tables import card_table, interval
+
+    labels = engine.card.labels
+    facts: dict[str, Any] = {
+        "name": engine.card.name,
+        "sha256": engine.sha256,
+        "labels": f"{len(labels)}: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}",
+        "input": f"{engine.card.channel_order} {'x'.join(map(str, engine.card.input_shape))}",
+        "members": f"{engine.card.members}, {engine.card.training.get('architecture', '?')}",
+        "combination": engine.card.combination,
+        "method": engine.card.training.get("method", "?"),
+        "data set": engine.card.dataset,
+        "precision": engine.card.precision,
+        "written by": f"dverge {engine.card.tool_version}",
+        "robustness": f"verified, {report['verdict']}" if report else "no report for this file",
+    }
+    if report:
+        facts["  clean accuracy"] = interval(report["clean_accuracy"])
+        for row in report["robust_accuracy"]:
+            told = f"transfer {interval(row['transfer'])}, white-box {interval(row['white_box'])}"
+            facts[f"  at eps {row['eps']:g}"] = told
+    card_table(facts)
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    from dverge_serve.images import SUFFIXES
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"no image in {path}", "PNG, JPEG or WebP files")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"no file {path}", "image files or folders of them")
+    return files
+
+
+def _predict(engine: Engine, files: list[Path]) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from dverge_serve.images import ImageError, load, to_float
+    from dverge_serve.progress import Progress
+
+    rows: list[dict[str, Any]] = []
+    with Progress("classifying", len(files)) as progress:
+        for start in range(0, len(files), PREDICT_BATCH):
+            answers: list[dict[str, Any]] = []
+            pixels = []
+            for file in files[start : start + PREDICT_BATCH]:
+                answers.append({"image": str(file)})
+                try:
+                    pixels.append(load(file.read_bytes(), engine.card.preprocess))
+                except (ImageError, OSError) as error:
+                    answers[-1]["error"] = str(error)
+            read = [answer for answer in answers if "error" not in answer]
+            if read:
+                scores = engine.run(to_float(np.stack(pixels)))
+                for at, answer in enumerate(read):
+                    index = int(scores.predictions[at])
+                    answer |= {
+                        "label": engine.card.labels[index],
+                        "index": index,
+                        "probability": float(scores.probabilities[at, index]),
+                        "agreement": float(scores.agreement[at]),
+                        "disagreement": float(scores.disagreement[at]),
+                    }
+            rows += answers
+            progress.advance(len(answers))
+    return rows

@@ -1,0 +1,248 @@
+"""The command line: every user mistake is one line and exit code 2; every code of the contract."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dverge_serve.cli import run
+from training.config import recipe_names
+
+
+@pytest.fixture
+def digit(tmp_path: Path) -> Path:
+    path = tmp_path / "digit.png"
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(path)
+    return path
+
+
+def complains(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    capsys.readouterr()
+    assert run(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    told = [line for line in lines if line.startswith("dverge: ")]
+    assert len(told) == 1, lines
+    assert words in told[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--no-such"], "No such option"),
+        (["nonsense"], "No such command"),
+        (["train", "--recipe", "digit"], "did you mean 'digits'"),
+        (["train", "--recipe", "none.toml"], "cannot read recipe"),
+        (["train", "--set", "dverge.epoch=1"], "did you mean 'dverge.epochs'"),
+        (["train", "--set", "dverge.epochs"], "key=value"),
+        (["train", "--set", "dverge.epochs=0"], "epochs = 0"),
+        (["train", "--set", "dverge.epochs=many"], "type int"),
+        (["train", "--members", "1"], "2 or more"),
+        (["train", "--seed", "4294967296"], "kept for surrogates"),
+        (["train", "--set", "architecture=resnet9"], "6n+2"),
+        (["train", "--data", "nowhere"], "no folder"),
+        (["train", "--device", "tpu"], "auto, cpu or cuda"),
+        (["train", "--resume"], "no runs/latest"),
+        (["export", "model.onnx"], "no run at runs/latest"),
+        (["export", "model"], "ending in .onnx"),
+        (["verify-robustness"], "no model at model.onnx"),
+        (["verify-robustness", "--eps", "big"], "radii"),
+        (["verify-robustness", "--eps", "0.1", "--at-eps", "0.2"], "one of --eps"),
+        (["verify-robustness", "--threat", "magic"], "transfer, white-box or all"),
+        (["verify-robustness", "--preset", "slow"], "quick"),
+        (["verify-robustness", "--min-accuracy", "80"], "0 to 1"),
+        (["verify-robustness", "--images", "0"], "1 or more"),
+        (["predict", "model.onnx", "none.png"], "no file none.png"),
+        (["inspect", "model.onnx"], "no model at"),
+        (["serve", "model.onnx"], "no model at"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    complains(capsys, arguments, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_asked_for_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    complains(capsys, ["train", "--device", "cuda"], "no CUDA GPU")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in (
+        *("train", "export", "verify-robustness", "serve", "predict", "inspect", "demo"),
+    ):
+        assert command in listed
+        assert run([command, "--help"]) == 0
+        assert f"Example: dverge {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dverge ")
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_dry_run_prints_what_would_be_used(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--recipe", recipe, "--dry-run", "--set", "dverge.epochs=3"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert settings["name"] == recipe
+    assert settings["dverge"]["epochs"] == 3
+
+
+def test_predict_in_three_forms(
+    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model)
+    assert run(["predict", model, str(digit), "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["label"] == str(answer["index"])
+    assert 0 < answer["probability"] <= 1
+    table = tmp_path / "answers.csv"
+    assert run(["predict", model, str(tmp_path), "--csv", str(table)]) == 0
+    with table.open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["label"] == answer["label"]
+    assert run(["predict", model, str(digit)]) == 0
+    assert "digit.png" in capsys.readouterr().out
+
+
+def test_predict_names_the_unreadable_and_answers_the_rest(
+    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes(digit.read_bytes()[:30])
+    assert run(["predict", str(tiny_model), str(tmp_path), "--json"]) == 2
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert ["error" in row for row in rows] == [True, False]
+    assert "1 of 2 images cannot be read" in captured.err
+
+
+def test_inspect(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tiny_model), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["members"] == 3
+    assert facts["robustness"] is None
+    assert run(["inspect", str(tiny_model)]) == 0
+    assert "no report for this file" in capsys.readouterr().out
+
+
+def test_the_four_commands_and_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "width=4", "--set", "data.train_limit=320", "--set", "data.test_limit=64"]
+    epochs = ["--set", "standard.epochs=2", "--set", "dverge.epochs=1"]
+    assert run(["train", *small, *epochs]) == 0
+    assert Path("runs/latest").resolve().parent == (tmp_path / "runs").resolve()
+    assert run(["train", "--resume", *small, *epochs]) == 0  # finished: nothing to do
+    assert run(["export", "model.onnx"]) == 0
+    gate = ["--eps", "0.1,0.4", "--at-eps", "0.1", "--min-accuracy"]
+    assert run(["verify-robustness", *gate, "0.0"]) == 0
+    assert "verdict VALID" in capsys.readouterr().out
+    assert run(["verify-robustness", *gate, "1.0"]) == 1
+    assert "expected at least 1" in capsys.readouterr().err
+    assert run(["inspect", "model.onnx"]) == 0
+    assert "verified, VALID" in capsys.readouterr().out
+    # A control that does not fall: nothing is broken at a tiny radius.
+    assert run(["verify-robustness", "--eps", "0.004"]) == 3
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def test_using_a_model_never_imports_torch(tiny_model: Path, digit: Path, tmp_path: Path) -> None:
+    for arguments in (["inspect", str(tiny_model)], ["predict", str(tiny_model), str(digit)]):
+        done = python(
+            f"import sys; from dverge_serve.cli import run; code = run({arguments!r});"
+            "assert code == 0, code; assert 'torch' not in sys.modules",
+            tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_no_heavy_library(tmp_path: Path) -> None:
+    done = python(
+        "import sys; from dverge_serve.cli import run; run(['--help']);"
+        "heavy = {'torch', 'numpy', 'onnxruntime', 'bentoml', 'PIL'} & set(sys.modules);"
+        "assert not heavy, heavy",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    done = python(
+        "import sys; sys.modules['torch'] = None; from dverge_serve.cli import run;"
+        "sys.exit(run(['train']))",
+        tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "dverge: `dverge train` needs torch, which is not installed; "
+        "pip install 'dverge-serve[train]'"
+    ]
+
+
+def test_a_users_own_training_module_does_not_hide_ours(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text("raise SystemExit('the wrong training')")
+    done = subprocess.run(
+        [sys.executable, "-m", "dverge_serve", "train", "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bug_of_ours_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("training.config.load_recipe", explode)
+    assert run(["train", "--dry-run"]) == 70
+    assert "a bug of ours" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.config.load_recipe", interrupt)
+    assert run(["train", "--dry-run"]) == 130
+    assert capsys.readouterr().err == "dverge: interrupted\n"
