@@ -72,7 +72,7 @@ class App:
         self.intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
         self._on_failure = on_failure
         self._log = RequestLog(settings.log)
-        self._loading: asyncio.Task[None] | None = None
+        self.loading: asyncio.Task[None] | None = None
         self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
@@ -95,12 +95,12 @@ class App:
 
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
-        self._loading = asyncio.get_running_loop().create_task(self._load())
+        self.loading = asyncio.get_running_loop().create_task(self._load())
 
     async def stop(self) -> None:
         """Finish what is queued and let go of everything."""
-        if self._loading:
-            await self._loading
+        if self.loading:
+            await self.loading
         if self.served:
             self.served.stop()
         self.decoder.close()

@@ -150,20 +150,33 @@ def _read(path: Path) -> bytes:
         raise UserError(f"cannot read {path} ({error.strerror})", "a readable file") from error
 
 
-def _providers(device: Device, device_id: int) -> list[Any]:
-    cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    gpu_here = Path("/dev/nvidiactl").exists() or os.name == "nt"
-    if device == "cuda" and not cuda:
+def check_device(device: Device) -> None:
+    """Check that `device` can be here, without touching it.
+
+    Raises:
+        UserError: CUDA asked for where there is no provider or no GPU.
+    """
+    if device == "cuda" and not _has_cuda_provider():
         raise UserError(
             "CUDA was asked for but this onnxruntime has no CUDA provider",
             "onnxruntime-gpu alone",
             "`pip uninstall onnxruntime onnxruntime-gpu`, then `pip install dverge-serve[gpu]`",
         )
-    if device == "cuda" and not gpu_here:
-        raise UserError(
-            "CUDA was asked for but no NVIDIA GPU is here", "a GPU", "use --device cpu"
-        )
-    if device == "cpu" or not (cuda and gpu_here):
+    if device == "cuda" and not _has_gpu():
+        raise UserError("CUDA was asked for but no NVIDIA GPU is here", "a GPU", "use --device cpu")
+
+
+def _has_cuda_provider() -> bool:
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or os.name == "nt"
+
+
+def _providers(device: Device, device_id: int) -> list[Any]:
+    check_device(device)
+    if device == "cpu" or not (_has_cuda_provider() and _has_gpu()):
         return ["CPUExecutionProvider"]
     ort.preload_dlls()
     options = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"}

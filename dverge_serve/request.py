@@ -120,7 +120,9 @@ class Request:
                         break
         except TimeoutError as error:
             raise Refusal(
-                "body_timeout", f"the body did not arrive within {timeout_s:g} s"
+                "body_timeout",
+                f"the body did not arrive within {timeout_s:g} s",
+                ((b"connection", b"close"),),
             ) from error
         self.body_read = True
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -195,8 +195,9 @@ def check_model(settings: Settings) -> None:
     Raises:
         UserError: it cannot be served.
     """
-    from dverge_serve.engine import Engine
+    from dverge_serve.engine import Engine, check_device
 
+    check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
     Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
 
