@@ -64,7 +64,7 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
     entry.key, entry.value = METADATA_KEY, canonical_json(card.to_json()).decode()
     model.producer_name, model.producer_version = "dverge-serve", card.tool_version
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -62,7 +62,7 @@ def compare(expected: Scores, found: Scores) -> Parity:
 def torch_scores(members: Sequence[nn.Module], images: Tensor, batch: int = 256) -> Scores:
     """Return what the torch members say of float32 images `[N,C,H,W]` in `[0,1]`."""
     parts = []
-    for part in images.split(batch):
+    for part in torch.split(images, batch):
         member_logits = torch.stack([member(part) for member in members], dim=1)
         parts.append(Scores(member_logits.mean(1).cpu().numpy(), member_logits.cpu().numpy()))
     return Scores.concatenate(parts)

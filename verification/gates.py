@@ -66,7 +66,7 @@ def control_falls(control: Outcomes | None, suite: Sequence[Attack], eps: Sequen
 
     If it does not, the surrogates are too far from the model to say anything about it.
     """
-    name, failure = "control-falls", "INCONCLUSIVE"
+    name = "control-falls"
     if control is None:
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
     transfer = [attack for attack in suite if attack.threat == "transfer"]
@@ -75,7 +75,7 @@ def control_falls(control: Outcomes | None, suite: Sequence[Attack], eps: Sequen
         f"at eps {max(eps):g} the control keeps {kept:.3f} of {clean:.3f} clean; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
-    return Gate(name, bool(kept <= CONTROL_KEEPS * clean), failure, detail)
+    return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
 
 
 def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
@@ -84,11 +84,11 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
     Otherwise gradients are masked and the white-box figure flatters. The images count as broken
     either way.
     """
-    name, failure = "weaker-never-beats", "INCONCLUSIVE"
+    name = "weaker-never-beats"
     weak = [attack for attack in suite if attack.threat != "white_box"]
     strong = [attack for attack in suite if attack.threat == "white_box"]
     if not all((attack.name, e, "float") in outcome.survived for attack in strong for e in eps):
-        return Gate(name, None, failure, "white-box attacks were not run")
+        return Gate(name, None, "INCONCLUSIVE", "white-box attacks were not run")
     allowed = max(2.0, 0.01 * len(outcome.clean))
     worst, at = 0, eps[0]
     for each in eps:
@@ -96,4 +96,4 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
         if int(only_weak.sum()) > worst:
             worst, at = int(only_weak.sum()), each
     detail = f"{worst} images at eps {at:g} broken only by weaker attacks (allowed {allowed:g})"
-    return Gate(name, worst <= allowed, failure, detail)
+    return Gate(name, worst <= allowed, "INCONCLUSIVE", detail)

@@ -19,6 +19,8 @@ from training.seeds import generator
 from verification.statistics import Mask
 
 Threat = Literal["transfer", "white_box"]
+Loss = Literal["ce", "cw", "none"]
+Output = Literal["mean-logits", "mean-softmax"]
 VERSIONS = ("float", "delivered")
 BATCH = 256
 
@@ -42,8 +44,8 @@ class Attack:
     name: str
     threat: Threat
     source: str
-    loss: Literal["ce", "cw", "none"] = "none"
-    output: Literal["mean-logits", "mean-softmax"] = "mean-logits"
+    loss: Loss = "none"
+    output: Output = "mean-logits"
     steps: int = 0
     step_share: float = 0.2
     decay: float | None = None
@@ -61,8 +63,9 @@ def quick_suite(surrogates: Sequence[str]) -> list[Attack]:
     the members, because a saturated softmax hides the gradient; noise as the baseline.
     """
     suite = [Attack(name="noise", threat="transfer", source="none")]
+    losses: tuple[Loss, ...] = ("ce", "cw")
     for surrogate in surrogates:
-        for loss in ("ce", "cw"):
+        for loss in losses:
             suite.append(
                 Attack(
                     name=f"mpgd-{loss} from {surrogate}",
@@ -74,7 +77,11 @@ def quick_suite(surrogates: Sequence[str]) -> list[Attack]:
                     restarts=2,
                 )
             )
-    forms = (("ce", "mean-logits"), ("ce", "mean-softmax"), ("cw", "mean-logits"))
+    forms: tuple[tuple[Loss, Output], ...] = (
+        ("ce", "mean-logits"),
+        ("ce", "mean-softmax"),
+        ("cw", "mean-logits"),
+    )
     for loss, output in forms:
         suite.append(
             Attack(
@@ -221,7 +228,8 @@ def whole_steps(eps: float) -> int:
 
 def _start(engine: Engine, split: Split, labels: npt.NDArray[np.int64]) -> Outcomes:
     scores = engine.run_all(to_float(split.images).cpu().numpy())
-    return Outcomes({}, scores.predictions == labels, ~np.isfinite(scores.logits).all(axis=1))
+    finite: Mask = np.isfinite(scores.logits).all(axis=1)
+    return Outcomes({}, np.asarray(scores.predictions == labels), ~finite)
 
 
 def _score(

@@ -22,7 +22,7 @@ from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
 from dverge_serve.report import SCHEMA_VERSION, report_path
 from export.export import export
 from export.parity import Parity, compare, torch_scores
-from training.config import DATASETS, DOWNLOADED, EMBEDDED, Config
+from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
 from training.data import Split, load_test, load_training, to_float
 from training.members import folded
 from training.run import Run
@@ -171,9 +171,7 @@ def training_config(card: Card, run: Run | None, data: str | None) -> Config:
         table = {key: value for key, value in card.training.items() if key != "train_sha256"}
         config = Config.from_json(table, "the model's metadata")
     if data is not None:
-        name = data if data in DATASETS else "imagefolder"
-        path = "" if data in DATASETS else str(Path(data).resolve())
-        config = replace(config, data=replace(config.data, name=name, path=path))
+        config = config.overridden(data_overrides(data))
     if config.data.name not in (*EMBEDDED, *DOWNLOADED) and not config.data.path:
         raise UserError(
             "no images to attack with", "the model's data", "give --data FOLDER or --run DIR"

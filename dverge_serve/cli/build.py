@@ -186,13 +186,9 @@ def _config(
     seed: int | None,
     settings: list[str] | None,
 ) -> Config:
-    from training.config import DATASETS, load_recipe, parse_settings
+    from training.config import data_overrides, load_recipe, parse_settings
 
-    overrides: dict[str, Any] = {}
-    if data in DATASETS:
-        overrides["data.name"] = data
-    elif data is not None:
-        overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
+    overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
     if members is not None:
         overrides["members"] = members
     if seed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dverge_serve.contract import METADATA_KEY, SCHEMA_VERSION, Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import NotMetError, UserError
-from dverge_serve.images import Preprocess
+from dverge_serve.images import Preprocess, to_float
 from dverge_serve.scores import Scores
 from export import export as export_module
 from export.export import export
@@ -101,7 +102,7 @@ def test_parity_with_torch(count: int, channels: int, size: int, tmp_path: Path)
     draw = np.random.default_rng(0)
     probe = draw.integers(0, 256, (16, channels, size, size), dtype=np.uint8)
     assert check(engine, members, probe).holds
-    scores = engine.run_all(probe.astype(np.float32) / 255, batch=5)
+    scores = engine.run_all(to_float(probe), batch=5)
     np.testing.assert_allclose(scores.member_logits.mean(1), scores.logits, rtol=1e-4, atol=1e-4)
 
 
@@ -194,7 +195,7 @@ def test_the_engine_refuses_wrong_input(tiny_model: Path) -> None:
     engine = Engine(tiny_model, device="cpu")
     good = np.zeros((2, 1, 8, 8), np.float32)
     assert len(engine.run(good)) == 2
-    for bad in (
+    wrong: list[Any] = [
         good.astype(np.float64),
         good[:, 0],
         np.zeros((2, 8, 8, 1), np.float32),
@@ -202,7 +203,8 @@ def test_the_engine_refuses_wrong_input(tiny_model: Path) -> None:
         good + np.float32(1.5),
         good - np.float32(0.1),
         np.full_like(good, np.nan),
-    ):
+    ]
+    for bad in wrong:
         with pytest.raises(ValueError, match="expected"):
             engine.run(bad)
 

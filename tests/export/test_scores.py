@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dverge_serve.scores import Scores, softmax
+from dverge_serve.scores import Floats, Scores, softmax
 
 MEMBER_LOGITS = arrays.arrays(
     np.float32,
@@ -18,7 +18,7 @@ MEMBER_LOGITS = arrays.arrays(
 
 
 @given(MEMBER_LOGITS)
-def test_ranges(member_logits: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_ranges(member_logits: Floats) -> None:
     scores = Scores(member_logits.mean(1), member_logits)
     members = member_logits.shape[1]
     np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-9)
