@@ -228,7 +228,7 @@ def whole_steps(eps: float) -> int:
 
 def _start(engine: Engine, split: Split, labels: npt.NDArray[np.int64]) -> Outcomes:
     scores = engine.run_all(to_float(split.images).cpu().numpy())
-    finite: Mask = np.isfinite(scores.logits).all(axis=1)
+    finite: Mask = np.asarray(np.isfinite(scores.logits).all(axis=1))
     return Outcomes({}, np.asarray(scores.predictions == labels), ~finite)
 
 

@@ -48,7 +48,8 @@ dverge.__doc__ = None  # the app's own help speaks instead
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
-    from dverge_serve.cli import build, use  # noqa: F401  (they register their commands)
+    # Each registers its commands, in the order help shows them.
+    from dverge_serve.cli import train, export, verify, use  # noqa: F401, I001, RUF100
 
     command = typer.main.get_command(app)
     try:

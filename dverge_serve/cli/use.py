@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dverge_serve.cli import app
+from dverge_serve.cli.options import AsJson, Device, Model
 from dverge_serve.errors import UserError
 
 if TYPE_CHECKING:
     from dverge_serve.engine import Engine
 
-Model = Annotated[Path, typer.Argument(help="The model file.", metavar="MODEL.onnx")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PREDICT_BATCH = 64
 
 
@@ -27,7 +26,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The port.")] = 3000,
     workers: Annotated[int, typer.Option(help="How many processes.")] = 1,
     token: Annotated[str | None, typer.Option(help="Ask callers for this bearer token.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Serve the model over HTTP."""
     from dverge_serve.launch import serve as launch
@@ -73,7 +72,10 @@ def predict(
 
 @app.command(epilog="Example: dverge inspect model.onnx --json")
 def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Say what a model file is: labels, input, members, training, robustness."""
+    """Say what a model file is.
+
+    Labels, input, members, training and, where a matching report is beside it, robustness.
+    """
     from dverge_serve.engine import Engine
     from dverge_serve.report import read_report
 

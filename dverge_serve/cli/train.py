@@ -1,0 +1,122 @@
+"""Commands that train: train, demo."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dverge_serve.cli import app
+from dverge_serve.cli.options import Data, Device
+from dverge_serve.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from training.config import Config
+
+DEMO_EPS = 0.1
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A recipe's name or a TOML file. [default: digits; with --data: images]"),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe key, e.g. dverge.epochs=10. Repeats.")
+]
+
+
+@app.command(epilog="Example: dverge train --data photos/ --set dverge.epochs=20")
+def train(
+    recipe: Recipe = None,
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory. [default: runs/<recipe>-<time>]")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where the run stopped.")] = False,
+    members: Annotated[int | None, typer.Option(help="How many members.")] = None,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of all randomness. [default: 0]")] = None,
+    set_: Settings = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the settings and stop.")] = False,
+) -> None:
+    """Train a DVERGE ensemble.
+
+    Standard members first, then DVERGE; a killed run goes on with --resume.
+    """
+    from training.config import MAX_SEED
+
+    if seed is not None and seed > MAX_SEED:
+        raise UserError(f"seed {seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates")
+    config = _config(recipe, data, members, seed, set_)
+    if dry_run:
+        typer.echo(json.dumps(config.to_json(), indent=2))
+        return
+    from training.train import pick_device
+    from training.train import train as train_run
+
+    chosen = pick_device(device)
+    if resume and out is None:
+        out = _latest()
+    out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    typer.echo(f"training '{config.name}' on {chosen} into {out}", err=True)
+    run = train_run(config, out, device=chosen, resume=resume)
+    accuracy = run.checkpoint["holdout_accuracy"]
+    typer.echo(f"finished {out}: held-out accuracy {accuracy:.3f}")
+
+
+@app.command(epilog="Example: dverge demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run and the model go.")] = Path("demo"),
+    device: Device = "auto",
+) -> None:
+    """Go the whole way on embedded images.
+
+    Train, export and verify on real digit images; compare with a standard ensemble.
+    """
+    from dverge_serve.cli.tables import demo_table
+    from export.export import export as export_run
+    from training.config import load_recipe
+    from training.train import pick_device
+    from training.train import train as train_run
+    from verification.verify import Evaluation, verify
+
+    config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
+    typer.echo(f"1/3 training {config.members} members on digit images", err=True)
+    run = train_run(config, out / "run", device=chosen, resume=True)
+    typer.echo("2/3 exporting one ONNX graph", err=True)
+    export_run(run, model)
+    typer.echo("3/3 attacking the exported file and an undefended control", err=True)
+    report = verify(Evaluation(model=model, run=run.path, device=chosen))
+    demo_table(report, DEMO_EPS)
+    typer.echo(f"verdict {report['verdict']}. Serve it with: dverge serve {model}")
+    if report["verdict"] != "VALID":
+        raise typer.Exit(Exit.NOT_VALID)
+
+
+def _config(
+    recipe: str | None,
+    data: str | None,
+    members: int | None,
+    seed: int | None,
+    settings: list[str] | None,
+) -> Config:
+    from training.config import data_overrides, load_recipe, parse_settings
+
+    overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
+    if members is not None:
+        overrides["members"] = members
+    if seed is not None:
+        overrides["seed"] = seed
+    default = "images" if overrides.get("data.name") == "imagefolder" else "digits"
+    return load_recipe(recipe or default, overrides | parse_settings(settings or []))
+
+
+def _latest() -> Path:
+    latest = Path("runs/latest")
+    if latest.is_file():
+        return latest.parent / latest.read_text().strip()
+    if not latest.is_dir():
+        raise UserError("--resume without --out, and no runs/latest", "a run to go on with")
+    return latest.resolve()

@@ -1,0 +1,105 @@
+"""The command that attacks a model file: verify-robustness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dverge_serve.cli import app
+from dverge_serve.cli.options import Data, Device, Model
+from dverge_serve.errors import Exit, NotMetError, UserError
+
+
+@app.command(
+    "verify-robustness",
+    epilog="Example: dverge verify-robustness model.onnx --min-accuracy 0.8 --at-eps 0.1",
+)
+def verify_robustness(
+    model: Model = Path("model.onnx"),
+    preset: Annotated[str, typer.Option(help="The attack suite: quick.")] = "quick",
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was exported from. [default: found in runs/]")
+    ] = None,
+    data: Data = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Linf radii, e.g. 0.05,0.1. [default: the recipe's]")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Use only this many test images.")] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the attacks' random starts.")] = 0,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Exit with 1 if robust accuracy is below this.")
+    ] = None,
+    at_eps: Annotated[
+        float | None, typer.Option(help="Where --min-accuracy is read. [default: largest eps]")
+    ] = None,
+    threat: Annotated[
+        str, typer.Option(help="Which figure --min-accuracy reads: transfer, white-box or all.")
+    ] = "transfer",
+) -> None:
+    """Attack a model file, report, judge.
+
+    Exit codes: 0 VALID, 1 --min-accuracy not met, 3 INCONCLUSIVE or INVALID.
+    """
+    radii = _eps(eps)
+    if preset != "quick":
+        raise UserError(f"preset '{preset}'", "quick")
+    if threat not in ("transfer", "white-box", "all"):
+        raise UserError(f"threat '{threat}'", "transfer, white-box or all")
+    if images is not None and images < 1:
+        raise UserError(f"--images {images}", "1 or more")
+    if min_accuracy is not None and not 0 <= min_accuracy <= 1:
+        raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
+    if at_eps is not None and radii and at_eps not in radii:
+        raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
+    from training.train import pick_device
+    from verification.verify import Evaluation, verify
+
+    report = verify(
+        Evaluation(
+            model=model,
+            run=run,
+            data=data,
+            eps=radii,
+            images=images,
+            seed=seed,
+            device=pick_device(device),
+            at_eps=at_eps,
+        )
+    )
+    from dverge_serve.cli.tables import report_table
+    from dverge_serve.report import report_path
+
+    report_table(report)
+    typer.echo(f"verdict {report['verdict']}; report in {report_path(model)}")
+    if report["verdict"] != "VALID":
+        raise typer.Exit(Exit.NOT_VALID)
+    if min_accuracy is not None:
+        _require(report, min_accuracy, at_eps, threat.replace("-", "_"))
+
+
+def _eps(text: str | None) -> tuple[float, ...]:
+    try:
+        radii = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        radii = (0.0,)
+    if not all(0 < radius <= 1 for radius in radii):
+        raise UserError(f"--eps {text}", "radii in (0, 1] with commas between, e.g. 0.05,0.1")
+    return tuple(sorted(set(radii)))
+
+
+def _require(
+    report: dict[str, Any],
+    least: float,
+    at_eps: float | None,
+    threat: str,
+) -> None:
+    rows = report["robust_accuracy"]
+    row = next((row for row in rows if row["eps"] == at_eps), rows[-1])
+    value = row[threat]["value"]
+    told = f"{threat} robust accuracy {value:.3f} at eps {row['eps']:g}"
+    if value < least:
+        raise NotMetError(told, f"at least {least:g}")
+    typer.echo(f"met: {told}, at least {least:g} was asked for")
