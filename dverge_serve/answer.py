@@ -18,6 +18,7 @@ RETRY_AFTER_S = 1
 CODES: dict[str, int] = {
     "bad_request": 400,
     "bad_multipart": 400,
+    "bad_tensor": 400,
     "no_images": 400,
     "empty_image": 400,
     "not_an_image": 400,

@@ -19,6 +19,7 @@ from itertools import count
 from dverge_serve.answer import TEXT, Answer, Refusal, json_answer
 from dverge_serve.decoder import Decoder
 from dverge_serve.errors import UserError
+from dverge_serve.inference import BASE, InferenceProtocol
 from dverge_serve.logs import LOGGER, RequestLog
 from dverge_serve.metrics import CONTENT_TYPE, Metrics
 from dverge_serve.openapi import openapi
@@ -77,11 +78,18 @@ class App:
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
         self._openapi = json_answer(openapi(settings, expose))
-        predict = Predict(settings, expose, self.decoder, self.intake, self.model)
+        shared = (settings, expose, self.decoder, self.intake, self.model)
+        predict, v2 = Predict(*shared), InferenceProtocol(*shared)
         routes = [
             Route("/predict", {"POST": predict}),
             Route("/model", {"GET": self._model}),
             Route("/report", {"GET": self._report}),
+            Route("/v2", {"GET": v2.server}),
+            Route("/v2/health/live", {"GET": v2.live}, public=True, quiet=True),
+            Route("/v2/health/ready", {"GET": v2.ready}, public=True, quiet=True),
+            Route(BASE, {"GET": v2.metadata}),
+            Route(f"{BASE}/ready", {"GET": v2.ready}, quiet=True),
+            Route(f"{BASE}/infer", {"POST": v2.infer}),
             Route("/livez", {"GET": self._livez}, public=True, quiet=True),
             Route("/readyz", {"GET": self._readyz}, public=True, quiet=True),
             Route("/metrics", {"GET": self._metrics}, quiet=True),

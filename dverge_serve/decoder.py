@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ INLINE_FILES = 4
 INLINE_PIXELS = 16_384
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 
 class Decoder:
@@ -47,9 +50,11 @@ class Decoder:
             except Refusal as refusal:
                 if refusal.code != "image_too_large" or self._max_pixels <= INLINE_PIXELS:
                     raise
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, partial(decode, files, preprocess, self._max_pixels)
-        )
+        return await self.off_loop(partial(decode, files, preprocess, self._max_pixels))
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Do any other long work in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
         """Drop what is queued and let the threads end."""

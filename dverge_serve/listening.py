@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import socket
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from dverge_serve.errors import UserError
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dverge_serve import __version__
 from dverge_serve.answer import CODES
+from dverge_serve.inference import BASE
 from dverge_serve.settings import Exposure, Settings
 
 Schema = dict[str, Any]
@@ -15,6 +16,7 @@ _STRING: Schema = {"type": "string"}
 _SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 _SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _INDEX: Schema = {"type": "integer", "minimum": 0}
+_ANY: Schema = {"type": "object"}
 _IMAGE: Schema = {"type": "string", "format": "binary"}
 _EXAMPLE_SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
@@ -37,14 +39,21 @@ def openapi(settings: Settings, expose: Exposure) -> Schema:
         "/readyz": {"get": _operation("Whether the model is loaded and warm", _text(), 503)},
         "/openapi.json": {"get": _operation("This document", _json({"type": "object"}))},
         "/docs.json": {"get": _operation("This document", _json({"type": "object"}))},
+        "/v2": {"get": _v2("The server, in the Open Inference Protocol V2", _json(_ANY))},
+        "/v2/health/live": {"get": _v2("Whether the process runs", _json(_ANY))},
+        "/v2/health/ready": {"get": _v2("Whether the model is loaded and warm", _json(_ANY), 503)},
+        BASE: {"get": _v2("The model's inputs and outputs", _json(_ANY), 503)},
+        f"{BASE}/ready": {"get": _v2("Whether the model is loaded and warm", _json(_ANY), 503)},
+        f"{BASE}/infer": {"post": _infer(settings)},
         "/": {"get": _operation("The start page", {"text/html": {"schema": _STRING}})},
     }
     public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/"}
+    public |= {"/v2/health/live", "/v2/health/ready"}
     for path, operations in paths.items():
         for operation in operations.values():
             if locked and path not in public:
                 operation["security"] = [{"token": []}]
-                operation["responses"]["401"] = _refusal(401)
+                operation["responses"]["401"] = _refusal(401, v2=path.startswith("/v2"))
     document: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -105,14 +114,60 @@ def _operation(summary: str, content: Schema, *refusals: int) -> Schema:
     return {"summary": summary, "responses": responses}
 
 
-def _refusal(status: int) -> Schema:
+def _v2(summary: str, content: Schema, *refusals: int) -> Schema:
+    operation = _operation(summary, content)
+    for status in refusals:
+        operation["responses"][str(status)] = _refusal(status, v2=True)
+    return operation
+
+
+def _infer(settings: Settings) -> Schema:
+    """Describe the inference route: JSON, and the binary form in words."""
+    answer = {
+        **_json({"$ref": "#/components/schemas/Inference"}),
+        "application/octet-stream": {"schema": _IMAGE},
+    }
+    operation = _v2("Classify tensors", answer, *(400, 408, 413, 415, 500, 503, 504))
+    operation["description"] = (
+        f"One input 'images', FP32 of exactly the model's shape, numbers in [0, 1], at most "
+        f"{settings.max_images} images. With the header Inference-Header-Content-Length the JSON "
+        "takes that many bytes and binary tensors follow it."
+    )
+    tensor = _object(
+        {
+            "name": {"const": "images"},
+            "datatype": {"const": "FP32"},
+            "shape": {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4},
+            "data": {"type": "array"},
+        }
+    )
+    request = {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": _STRING,
+            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
+        },
+    }
+    operation["requestBody"] = {
+        "required": True,
+        "content": {**_json(request), "application/octet-stream": {"schema": _IMAGE}},
+    }
+    return operation
+
+
+def _refusal(status: int, *, v2: bool = False) -> Schema:
     codes = [code for code, found in CODES.items() if found == status]
-    example = {"error": {"code": codes[0], "message": "what was found, and what was expected"}}
+    message = "what was found, and what was expected"
+    example: Schema = {"error": {"code": codes[0], "message": message}}
     extra = {401: ["WWW-Authenticate"], 503: ["Retry-After"]}.get(status, [])
+    if v2:
+        example = {"error": message}
+        extra = [*extra, "X-Error-Code"]
     return {
         "description": "One of: " + ", ".join(codes),
         "headers": _headers("X-Request-Id", *extra),
-        "content": _json({"$ref": "#/components/schemas/Error"}, example),
+        "content": _json({"$ref": f"#/components/schemas/{'V2Error' if v2 else 'Error'}"}, example),
     }
 
 
@@ -162,6 +217,17 @@ def _schemas(expose: Exposure) -> Schema:
         "Error": _object(
             {"error": _object({"code": {"enum": sorted(CODES)}, "message": _STRING})},
         ),
+        "V2Error": _object({"error": _STRING}),
+        "Inference": {
+            "type": "object",
+            "required": ["model_name", "model_version", "outputs"],
+            "properties": {
+                "model_name": {"const": "dverge"},
+                "model_version": _STRING,
+                "id": _STRING,
+                "outputs": {"type": "array", "items": {"type": "object"}},
+            },
+        },
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 import onnx
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 from tests.service import tiny
