@@ -116,7 +116,7 @@ def load(
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ImageError("animated_image", "the image is animated; expected a single frame")
             image.load()
-            return _array(ImageOps.exif_transpose(image), preprocess)
+            return _array(_upright(image), preprocess)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -141,6 +141,13 @@ def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
         image = _cover(image, preprocess)
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing of the orientation; the pixels are whole
+        return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, label: str, total: int, *, start: int = 0) -> None:
         self._label, self._total, self._done = label, max(total, 1), start
         self._begun, self._begun_done = time.monotonic(), start
-        self._said = self._begun
+        self._said, self._note = self._begun, ""
         self._rich: RichProgress | None = None
         if sys.stderr.isatty():
             self._rich = RichProgress(
@@ -60,8 +60,9 @@ class Progress:
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` more as done; `note` is a short line of figures to show beside them."""
         self._done += units
+        self._note = note or self._note  # stands until the next one
         if self._rich:
-            self._rich.update(self._task, completed=self._done, **({"note": note} if note else {}))
+            self._rich.update(self._task, completed=self._done, note=self._note)
             return
         now = time.monotonic()
         if now - self._said >= LINE_EVERY_S:
@@ -69,7 +70,7 @@ class Progress:
             rate = (self._done - self._begun_done) / (now - self._begun)
             left = duration((self._total - self._done) / rate) if rate > 0 else "?"
             percent = 100 * self._done // self._total
-            self._line(f"{percent:3d}%, {left} left{', ' + note if note else ''}")
+            self._line(f"{percent:3d}%, {left} left{', ' + self._note if self._note else ''}")
 
     def _line(self, text: str) -> None:
         print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
@@ -82,5 +83,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
-
-

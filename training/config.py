@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -51,6 +52,8 @@ class Data:
             value = getattr(self, key)
             _check(f"data.{key}", value, len(value) in (0, channels), f"{channels} numbers or none")
         _check("data.std", self.std, all(value > 0 for value in self.std), "numbers above 0")
+        both = bool(self.mean) == bool(self.std)
+        _check("data.std", self.std, both, "data.mean and data.std, or neither (measured)")
 
     @property
     def preprocess(self) -> Preprocess:
@@ -67,6 +70,8 @@ class Data:
 class Stage:
     """SGD with momentum over one stage of training."""
 
+    table = "standard"  # its name in recipes; not a setting
+
     epochs: int = 200
     lr: float = 0.1
     momentum: float = 0.9
@@ -77,11 +82,16 @@ class Stage:
     warmup: float = 0.25  # one-cycle: share of the steps with rising lr
 
     def __post_init__(self) -> None:
-        _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
-        _check("lr", self.lr, self.lr > 0, "above 0")
-        _check("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
-        _check("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
+        for key, holds, expected in (
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("lr", self.lr > 0, "above 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("milestones", all(0 <= share <= 1 for share in self.milestones), "shares in [0, 1]"),
+            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
+            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+        ):
+            _check(f"{self.table}.{key}", getattr(self, key), holds, expected)
 
     def lr_at(self, epoch: int, progress: float) -> float:
         """Return the learning rate `progress` (0..1) of the way through `epoch`."""
@@ -98,6 +108,8 @@ class Stage:
 class Dverge(Stage):
     """DVERGE: how non-robust features are distilled (paper, eq. 1 and 3)."""
 
+    table = "dverge"
+
     eps: float = 0.07  # radius of the distillation ball, pixels in [0,1]
     step_size: float = 0.007
     steps: int = 10
@@ -112,6 +124,7 @@ class Dverge(Stage):
         _check("dverge.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
         _check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
         _check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
+        _check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +165,13 @@ class Config:
         """Return every value, as written into `config.json`."""
         return dataclasses.asdict(self)
 
+    def overridden(self, overrides: dict[str, Any]) -> Config:
+        """Return these settings with dotted keys changed, e.g. `{"dverge.epochs": 10}`."""
+        table = self.to_json()
+        for key, value in overrides.items():
+            _assign(table, key, value, f"--set {key}")
+        return Config.from_json(table, "settings")
+
     @classmethod
     def from_json(cls, table: dict[str, Any], source: str) -> Config:
         """Read `to_json`'s form, or a recipe's table.
@@ -180,7 +200,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
     if recipe.endswith(".toml"):
         source, name = recipe, Path(recipe).stem
         try:
-            text = Path(recipe).read_text()
+            text = Path(recipe).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
     else:
@@ -188,9 +208,10 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
         if recipe not in recipe_names():
             raise UserError(
                 f"unknown recipe '{recipe}'",
-                next_step=nearest(recipe, recipe_names()) + " Or give a path ending in .toml",
+                next_step=f"{nearest(recipe, recipe_names())} (or a path ending in .toml)",
             )
-        text = (resources.files("training") / "recipes" / f"{recipe}.toml").read_text()
+        found = resources.files("training") / "recipes" / f"{recipe}.toml"
+        text = found.read_text(encoding="utf-8")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -199,6 +220,13 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
     for key, value in (overrides or {}).items():
         _assign(table, key, value, f"--set {key}")
     return Config.from_json(table, source)
+
+
+def data_overrides(data: str) -> dict[str, Any]:
+    """Return what `--data` changes: a data set by name, or a folder of images."""
+    if data in DATASETS:
+        return {"data.name": data, "data.path": ""}
+    return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
@@ -280,9 +308,12 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     if type(None) in options:  # "X | None"
         return None if value is None else _convert(options[0], value, source, key)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        _check(f"{source}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (
-        hint is bool
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) == (hint is bool)
     ):
         return value
     name = getattr(hint, "__name__", str(hint)) if not options else str(hint)

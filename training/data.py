@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def batches(
     device = split.images.device
     draw = generator(*names, device=device)
     order = torch.randperm(len(split), generator=draw, device=device)
-    for index in order.split(batch_size):
+    for index in torch.split(order, batch_size):
         if len(index) > 1:
             chosen = split.take(index)
             yield to_float(augment(chosen.images, data, draw)), chosen.labels
@@ -163,6 +164,11 @@ def _load(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
             f"'{data.name}' has images of shape {list(pixels.shape[1:])}, the recipe {list(shape)}",
             f"data.mode and data.crop as the images of '{data.name}' are",
         )
+    if data.preprocess.resize != data.crop:
+        raise UserError(
+            f"data.resize = {list(data.preprocess.resize)}, but '{data.name}' is not resized",
+            "no data.resize",
+        )
     return labels, (pixels, targets)
 
 
@@ -187,7 +193,8 @@ def _torchvision(
     from torchvision import datasets
 
     assert data.name in DOWNLOADED
-    root = data.path or str(Path.home() / ".cache" / "dverge" / "data")
+    cache = Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
+    root = data.path or str(cache / "data")
     try:
         if data.name == "svhn":
             found = datasets.SVHN(root, split=part, download=True)

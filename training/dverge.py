@@ -43,9 +43,14 @@ def distill(
             features, pass_target_again = member(target, layer), lambda: None
 
     def closeness(z: Tensor) -> Tensor:
-        found = member(z, layer)
-        pass_target_again()
-        return -(found - features).pow(2).flatten(1).mean(1)
+        apart: Tensor = member(z, layer) - features
+        return -apart.pow(2).flatten(1).mean(1)
+
+    momentum = momentum_rule(settings.decay)
+
+    def rule(gradient: Tensor) -> Tensor:
+        pass_target_again()  # only now: the backward pass needs the statistics it was begun with
+        return momentum(gradient)
 
     return ascend(
         closeness,
@@ -53,7 +58,7 @@ def distill(
         eps=settings.eps,
         step_size=settings.step_size,
         steps=settings.steps,
-        rule=momentum_rule(settings.decay),
+        rule=rule,
     )
 
 
@@ -133,38 +138,35 @@ def _features_and_statistics(
     The statistics of the same images are the same each time, so a repeated pass is the closed
     form `running <- (1 - momentum) * running + momentum * batch`.
     """
-    norms = [module for module in member.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [
-        (n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone(), n.momentum)
-        for n in norms
-        if n.running_mean is not None
-        and n.running_var is not None
-        and n.num_batches_tracked is not None
-    ]
+    passed = member.stages[:layer].modules()
+    norms = [module for module in passed if isinstance(module, nn.BatchNorm2d)]
+    before = [[tensor.clone() for tensor in _statistics(norm)] for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # running statistics become the batch's, exactly
     features = member(images, layer)
-    moved: list[tuple[nn.BatchNorm2d, Tensor, Tensor, float]] = []
-    for norm, (mean, variance, count, momentum) in zip(norms, before, strict=True):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        assert momentum is not None
-        if not torch.equal(norm.num_batches_tracked, count):
-            moved.append((norm, norm.running_mean.clone(), norm.running_var.clone(), momentum))
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.num_batches_tracked.copy_(count)
+    of_batch = [[tensor.clone() for tensor in _statistics(norm)[:2]] for norm in norms]
+    for norm, stored, momentum in zip(norms, before, momenta, strict=True):
         norm.momentum = momentum
+        for tensor, value in zip(_statistics(norm), stored, strict=True):
+            tensor.copy_(value)
 
     @torch.no_grad()
     def again() -> None:
-        for norm, mean, variance, momentum in moved:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            assert norm.num_batches_tracked is not None
-            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
-            norm.num_batches_tracked.add_(1)
+        for norm, (mean, variance) in zip(norms, of_batch, strict=True):
+            running_mean, running_var, count = _statistics(norm)
+            assert norm.momentum is not None
+            running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+            running_var.mul_(1 - norm.momentum).add_(variance, alpha=norm.momentum)
+            count.add_(1)
 
     return features, again
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """Return BatchNorm's running mean, running variance and count of batches."""
+    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None
+    assert variance is not None
+    assert count is not None
+    return mean, variance, count

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from dverge_serve.files import (
     read_json,
     sha256,
     write_atomic,
+    write_error,
 )
 from dverge_serve.images import Preprocess
 from training.config import Config, differences
@@ -32,6 +34,7 @@ from training.members import Member, build_members
 
 SCHEMA_VERSION = 1
 PROBES = 16
+UNFINISHED = ".*.part"  # what a kill in the middle of an atomic write leaves behind
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Run:
     `config.json` every value used; `standard.safetensors` the members after stage one;
     `members.safetensors` the result; `checkpoint.json` written last, so that a directory with it
     is finished; `probe.npz` held-out images for parity checks; `metrics.jsonl` one line an epoch;
-    `state.safetensors` what resuming needs, in one file so that it is never half of two states.
+    `state.safetensors` what resuming needs, in one file so that it is never half of two states;
+    `images.json` the hash of the images, so that a run never goes on with others.
     """
 
     path: Path
@@ -56,29 +60,59 @@ class Run:
         """Open a directory for training: a new one, or with `resume` one that was begun.
 
         Raises:
+            UserError: what `check` raises.
+        """
+        cls.check(path, config, resume=resume)
+        run = cls(follow(path))
+        for part in run.path.glob(UNFINISHED):
+            part.unlink(missing_ok=True)
+        if not (run.path / "config.json").is_file():
+            write_atomic(run.path / "config.json", pretty_json(config.to_json()))
+        run._name_latest()
+        return run
+
+    @classmethod
+    def check(cls, path: Path, config: Config, *, resume: bool) -> None:
+        """Refuse a directory that cannot be used for training; nothing is written.
+
+        Raises:
             UserError: the directory is not empty and `resume` was not asked for, or its settings
                 differ from `config`.
         """
-        run = cls(Path(path))
+        run = cls(follow(path))
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"{path} is a file", "a folder for the run")
-        occupied = run.path.is_dir() and any(run.path.iterdir())
-        if not occupied:
-            write_atomic(run.path / "config.json", pretty_json(config.to_json()))
-        elif not resume:
+        if not run.path.is_dir() or set(run.path.iterdir()) <= set(run.path.glob(UNFINISHED)):
+            return
+        if not resume:
             raise UserError(
                 f"{path} is not empty", "a new folder", "use --resume to go on, or another --out"
             )
-        elif not (run.path / "config.json").is_file():
+        if not (run.path / "config.json").is_file():
             raise UserError(f"{path} holds no run", "a folder that `dverge train` made")
-        elif odd := differences(run.config, config):
+        if odd := differences(run.config, config):
             raise UserError(
                 f"{path} was begun with other settings of {', '.join(odd)}",
                 "the settings it was begun with",
                 "give those, or another --out",
             )
-        run._name_latest()
-        return run
+
+    def keep_to(self, images_sha256: str) -> None:
+        """Note which images the run learns from when it starts; refuse others when it goes on.
+
+        Raises:
+            UserError: the images changed in between.
+        """
+        path = self.path / "images.json"
+        note = {"images_sha256": images_sha256}
+        if not path.is_file():
+            write_atomic(path, pretty_json(note))
+        elif read_json(path, "the hash of the run's images") != note:
+            raise UserError(
+                f"the training images changed since {self.path} was begun",
+                "the images it was begun with",
+                "restore them, or train into another --out",
+            )
 
     @classmethod
     def open_finished(cls, path: Path) -> Run:
@@ -87,13 +121,13 @@ class Run:
         Raises:
             UserError: no run there, or it is not finished.
         """
-        path = Path(path)
-        if path.is_file():
-            path = path.parent / path.read_text().strip()
+        path = follow(path)
         run = cls(path)
         if not (path / "config.json").is_file():
             raise UserError(
-                f"no run at {path}", "a folder that `dverge train` made", "train first, or give --run"
+                f"no run at {path}",
+                "a folder that `dverge train` made",
+                "train first, or give --run",
             )
         if not run.finished:
             raise UserError(
@@ -134,8 +168,12 @@ class Run:
 
     def probe(self) -> Tensor:
         """Return held-out images, uint8 `[16, C, H, W]` or fewer."""
-        with np.load(self.path / "probe.npz") as stored:
-            return torch.from_numpy(stored["images"])
+        path = self.path / "probe.npz"
+        try:
+            with np.load(path) as stored:
+                return torch.from_numpy(stored["images"])
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise UserError(f"cannot read {path} ({error})", "the run's probe images") from error
 
     def members(self, which: str = "members") -> list[Member]:
         """Load the finished members, or the `standard` ones after stage one, in evaluation mode.
@@ -187,6 +225,8 @@ class Run:
         if not path.is_file():
             return None
         tensors = parse(path.read_bytes(), path)
+        if "position" not in tensors:
+            raise UserError(f"{path} is damaged (it has no position)", "the state of a run")
         version, stage, epoch = tensors.pop("position").tolist()
         if version != SCHEMA_VERSION:
             raise UserError(f"{path} has version {version}", f"version {SCHEMA_VERSION}")
@@ -194,8 +234,12 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(canonical_json(record) + b"\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("ab") as file:
+                file.write(canonical_json(record) + b"\n")
+        except OSError as error:
+            raise write_error(path, error) from error
 
     def drop_metrics_after(self, stage: str, epochs: int, earlier: Sequence[str]) -> None:
         """Forget lines of epochs that a resumed run is going to run again."""
@@ -215,7 +259,8 @@ class Run:
         """Write `checkpoint.json`, after which the run counts as finished."""
         record = {"schema_version": SCHEMA_VERSION, "tool_version": __version__, **checkpoint}
         write_atomic(self.path / "checkpoint.json", pretty_json(record))
-        (self.path / "state.safetensors").unlink(missing_ok=True)
+        for name in ("state.safetensors", "images.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _name_latest(self) -> None:
         """Let `runs/latest` name this run: a link, or a text file where links fail."""
@@ -224,12 +269,23 @@ class Run:
         latest = self.path.parent / "latest"
         if latest.is_dir() and not latest.is_symlink():
             return
+        link = latest.with_name(".latest.part")
         try:
-            with contextlib.suppress(FileNotFoundError):
-                latest.unlink()
-            latest.symlink_to(self.path.name)
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.path.name)
+            link.replace(latest)
         except OSError:
             write_atomic(latest, self.path.name.encode())
+
+
+def follow(path: Path) -> Path:
+    """Return the run that `runs/latest` names, a link or a text file; other paths as they are."""
+    path = Path(path)
+    if path.is_symlink():
+        return path.parent / path.readlink()
+    if path.name == "latest" and path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    return path
 
 
 def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
@@ -242,16 +298,26 @@ def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
 
 
 def load_members(members: Sequence[Member], tensors: dict[str, Tensor]) -> None:
-    """Put `members_tensors`' form back; other keys are left alone."""
+    """Put `members_tensors`' form back; other keys are left alone.
+
+    Raises:
+        UserError: tensors are missing, or shaped for other members.
+    """
     for index, member in enumerate(members):
         prefix = f"member{index}."
-        member.load_state_dict(
-            {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
-        )
+        found = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        try:
+            member.load_state_dict(found)
+        except RuntimeError as error:
+            raise UserError(
+                f"the saved weights do not fit member {index} ({str(error).splitlines()[-1]})",
+                "the weights of a run with these settings",
+                "train into another --out",
+            ) from error
 
 
 def parse(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Tests of the leaves that every room shares."""
