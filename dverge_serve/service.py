@@ -7,6 +7,7 @@ bodies of any size and answer in other shapes.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import dataclasses
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 PORT = 3000
 FAILED = "failed"
+ORPHAN_CHECK_S = 1.0
 
 # `bentoml serve` has asked, and remembered the answer, before it imports this file.
 usage_stats.do_not_track.cache_clear()
@@ -122,6 +124,13 @@ def _give_up(error: UserError) -> None:
     os.kill(os.getppid(), signal.SIGTERM)
 
 
+async def _end_with_supervisor(supervisor: int) -> None:
+    """End this worker when its supervisor was killed: nobody else would, and it holds the port."""
+    while os.getppid() == supervisor:
+        await asyncio.sleep(ORPHAN_CHECK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _run_folder() -> Path | None:
     """Return the folder that the workers of this server share; None outside a server."""
     metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
@@ -164,6 +173,8 @@ class Dverge:
     async def start(self) -> None:
         """Begin to load the model."""
         await application().start()
+        if in_worker():
+            self.watch = asyncio.create_task(_end_with_supervisor(os.getppid()))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:

@@ -60,11 +60,12 @@ class Server:
         raise AssertionError(f"not ready after {START_S} s: {self.log}")
 
     def workers(self) -> list[psutil.Process]:
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "_bentoml_impl.worker.service" in child.cmdline()
-        ]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # dead, and not yet buried
+                if "_bentoml_impl.worker.service" in child.cmdline():
+                    found.append(child)
+        return found
 
     def stop(self) -> int:
         """Ask the server to end, and return its exit code."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -401,3 +401,63 @@ def test_dverge_serve_serves_the_same(tmp_path: Path) -> None:
         assert "abc" not in " ".join(psutil.Process(server.process.pid).cmdline())
     finally:
         assert server.stop() == 0
+
+
+def test_workers_end_with_a_killed_supervisor_and_free_the_port(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    with serving(tmp_path, DVERGE_WORKERS="2") as server:
+        workers = server.workers()
+        assert len(workers) == 2
+        server.process.kill()
+        server.process.wait()
+        gone, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive
+        assert len(gone) == 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", server.port))
+
+
+def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(tmp_path: Path) -> None:
+    """Under load, kill -9: the other worker goes on, and a new one takes the dead one's place."""
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    body = tiny.png(255)
+    with serving(tmp_path, DVERGE_WORKERS="2") as server:
+        victim = server.workers()[0]
+        stop = threading.Event()
+        answered: list[int] = []
+        failed: list[str] = []
+
+        def ask() -> None:
+            with httpx.Client(timeout=30) as client:
+                while not stop.is_set():
+                    try:
+                        answer = client.post(f"{server.url}/predict", content=body)
+                        answered.append(answer.status_code)
+                    except httpx.TransportError as error:
+                        failed.append(repr(error))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            _wait_until(lambda: len(answered) > 50, "no answers")
+            victim.kill()
+            before = len(answered)
+            _wait_until(lambda: len(answered) > before + 200, "nobody goes on")
+            _wait_until(
+                lambda: len(server.workers()) == 2 and victim not in server.workers(),
+                "no new worker",
+            )
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert set(answered) == {200}
+    assert len(failed) <= len(threads)  # at most the one request that each had in flight
+
+
+def _wait_until(true: Callable[[], bool], otherwise: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)

@@ -1,0 +1,1 @@
+"""Servers of others, written as their own documentation shows, to stand beside ours."""
