@@ -30,6 +30,7 @@ CODES: dict[str, int] = {
     "not_exposed": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
+    "reload_refused": 409,
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,

@@ -10,11 +10,12 @@ import asyncio
 import hmac
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
+from pathlib import Path
 
 from dverge_serve.answer import TEXT, Answer, Refusal, json_answer
 from dverge_serve.decoder import Decoder
@@ -25,6 +26,7 @@ from dverge_serve.metrics import CONTENT_TYPE, Metrics
 from dverge_serve.openapi import openapi
 from dverge_serve.pages import start_page
 from dverge_serve.prediction import Predict, model_card
+from dverge_serve.reload import Generations, Reloader
 from dverge_serve.request import CallerGone, Intake, Receive, Request, Scope, Send
 from dverge_serve.served import ServedModel, cores
 from dverge_serve.settings import Exposure, Settings
@@ -55,6 +57,7 @@ class App:
         settings: how it runs.
         expose: how much callers see, once it is known where the service listens.
         worker: this worker's number, from 1.
+        folder: what the workers of one server share; one of its own where it is alone.
         on_failure: called when the model cannot be loaded.
     """
 
@@ -64,6 +67,7 @@ class App:
         *,
         expose: Exposure,
         worker: int = 1,
+        folder: Path | None = None,
         on_failure: Callable[[UserError], None] | None = None,
     ) -> None:
         self.settings, self.expose, self.worker = settings, expose, worker
@@ -72,6 +76,11 @@ class App:
         self.decoder = Decoder(settings.max_pixels, max(1, cores() // settings.workers))
         self.intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
         self._on_failure = on_failure
+        self._folder = folder
+        self._all_started = False
+        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._reloader: Reloader | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._log = RequestLog(settings.log)
         self.loading: asyncio.Task[None] | None = None
         self._token = settings.token.encode()
@@ -79,7 +88,7 @@ class App:
         self._ids = count(1)
         self._openapi = json_answer(openapi(settings, expose))
         shared = (settings, expose, self.decoder, self.intake, self.model)
-        predict, v2 = Predict(*shared), InferenceProtocol(*shared)
+        predict, v2 = Predict(*shared), InferenceProtocol(*shared, self._check_ready)
         routes = [
             Route("/predict", {"POST": predict}),
             Route("/model", {"GET": self._model}),
@@ -97,45 +106,72 @@ class App:
             Route("/docs.json", {"GET": self._describe}, public=True),
             Route("/", {"GET": self._start}, public=True),
         ]
+        if settings.token:
+            routes.append(Route("/admin/reload", {"POST": self._reload}))
         self.routes = {route.path: route for route in routes}
 
     # -- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
+        if self._folder is None:
+            self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
+            self._folder = Path(self._own_folder.name)
+        generations = Generations(self._folder)
+        self._reloader = Reloader(generations, self.settings, self.worker, self._serve)
         self.loading = asyncio.get_running_loop().create_task(self._load())
+        if self._reloader.any_served:
+            # Other workers answer already; this one takes no connection before it can, too.
+            await self.loading
 
     async def stop(self) -> None:
         """Finish what is queued and let go of everything."""
         if self.loading:
             await self.loading
+        if self._watch:
+            self._watch.cancel()
         if self.served:
-            self.served.stop()
+            self.served.retire()
         self.decoder.close()
         self._log.flush()
+        if self._own_folder:
+            self._own_folder.cleanup()
+
+    @property
+    def has_served(self) -> bool:
+        """Whether any worker of this server has ever had a model in service."""
+        return self._reloader is not None and self._reloader.any_served
 
     async def _load(self) -> None:
+        reloader = self._reloader
+        assert reloader
         loop = asyncio.get_running_loop()
         begun = time.perf_counter()
         try:
-            served = await loop.run_in_executor(
-                None, partial(ServedModel, self.settings, self.worker)
-            )
+            served = await loop.run_in_executor(None, reloader.load_current)
         except UserError as error:
             LOGGER.error("cannot serve: %s", error)
             if self._on_failure:
                 self._on_failure(error)
             return
-        served.start(loop, self.metrics)
-        self.served = served
+        self._serve(served)
+        LOGGER.info("worker %d is ready after %.1f s", self.worker, time.perf_counter() - begun)
+        reloader.announce(served)
+        self._watch = loop.create_task(reloader.watch())
+
+    def _serve(self, served: ServedModel) -> None:
+        """Put a model in service; requests that hold the old one finish with it."""
+        served.start(asyncio.get_running_loop(), self.metrics)
+        old, self.served = self.served, served
+        if old:
+            old.retire()
         LOGGER.info(
-            "worker %d serves %s (%s, sha256 %s) on %s after %.1f s",
+            "worker %d serves %s (%s, sha256 %s) on %s",
             self.worker,
             served.card.name,
             self.settings.model,
             served.sha256,
             served.engine.provider,
-            time.perf_counter() - begun,
         )
 
     def model(self) -> ServedModel:
@@ -160,10 +196,11 @@ class App:
         request = Request(scope, receive, self._request_id(scope))
         route = self.routes.get(request.path)
         name = route.path if route else "other"
+        served = self.served  # the one that answers, should a reload come in between
         try:
             answer = await self._answer(request, route)
             status = str(answer.status)
-            await self._send(request, answer, send)
+            await self._send(request, answer, served, send)
         except CallerGone:
             status = "gone"
         seconds = time.perf_counter() - begun
@@ -195,7 +232,9 @@ class App:
             bug = Refusal("internal_error", f"a bug of ours; request {request.id} is in the log")
             return bug.answer(v2=_is_v2(request.path))
 
-    async def _send(self, request: Request, answer: Answer, send: Send) -> None:
+    async def _send(
+        self, request: Request, answer: Answer, served: ServedModel | None, send: Send
+    ) -> None:
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
@@ -203,8 +242,8 @@ class App:
             (b"x-content-type-options", b"nosniff"),
             *answer.headers,
         ]
-        if self.served is not None:
-            headers.append((b"x-model-sha256", self.served.sha256.encode()))
+        if served is not None:
+            headers.append((b"x-model-sha256", served.sha256.encode()))
         linger = request.has_large_unread_body
         if linger:
             headers.append((b"connection", b"close"))
@@ -239,8 +278,17 @@ class App:
         return Answer(200, b"alive\n", TEXT)
 
     async def _readyz(self, _: Request) -> Answer:
-        self.model()
+        self._check_ready()
         return Answer(200, b"ready\n", TEXT)
+
+    def _check_ready(self) -> None:
+        """Check that a request would be answered, whichever worker it reaches."""
+        self.model()
+        if not self._all_started:
+            assert self._reloader
+            self._all_started = self._reloader.all_served
+        if not self._all_started:
+            raise Refusal("starting", "other workers are still loading the model; retry later")
 
     async def _metrics(self, _: Request) -> Answer:
         body = await asyncio.get_running_loop().run_in_executor(None, self.metrics.render)
@@ -261,6 +309,12 @@ class App:
         if self.expose == "full":
             return json_answer(served.report)
         return json_answer({"model": {"sha256": served.sha256}, **(served.headline or {})})
+
+    async def _reload(self, _: Request) -> Answer:
+        before = self.model().sha256
+        assert self._reloader
+        found = await self._reloader.reload()
+        return json_answer({"sha256": self.model().sha256, "previous_sha256": before, **found})
 
     async def _start(self, _: Request) -> Answer:
         # Whoever has no token sees the page, but nothing of the model on it.

@@ -48,6 +48,7 @@ class InferenceProtocol:
         decoder: reads long JSON off the event loop.
         intake: bounds the bodies held at one moment.
         model: returns the model in service, or refuses.
+        check_ready: refuses while any worker still loads.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class InferenceProtocol:
         decoder: Decoder,
         intake: Intake,
         model: Callable[[], ServedModel],
+        check_ready: Callable[[], None],
     ) -> None:
-        self._settings, self._expose = settings, expose
+        self._settings, self._expose, self._check_ready = settings, expose, check_ready
         self._decoder, self._intake, self._model = decoder, intake, model
 
     async def server(self, _: Request) -> Answer:
@@ -72,7 +74,7 @@ class InferenceProtocol:
 
     async def ready(self, _: Request) -> Answer:
         """Answer `GET /v2/health/ready` and the model's own `ready`."""
-        self._model()
+        self._check_ready()
         return json_answer({"ready": True})
 
     async def metadata(self, _: Request) -> Answer:
@@ -95,13 +97,12 @@ class InferenceProtocol:
     async def infer(self, request: Request) -> Answer:
         """Answer `POST /v2/models/dverge/infer`."""
         settings = self._settings
-        served = self._model()
         if request.content_type not in TYPES:
             raise Refusal(
                 "unsupported_content_type",
                 "expected content-type application/json or application/octet-stream",
             )
-        with request.holding(self._intake):
+        with self._model() as served, request.holding(self._intake):
             body = await request.body(settings.max_body_bytes, settings.timeout_s, self._intake)
             try:
                 async with asyncio.timeout(settings.timeout_s):

@@ -47,6 +47,9 @@ def openapi(settings: Settings, expose: Exposure) -> Schema:
         f"{BASE}/infer": {"post": _infer(settings)},
         "/": {"get": _operation("The start page", {"text/html": {"schema": _STRING}})},
     }
+    if locked:
+        reload = _operation("Put the model file now in place in service", _json(_ANY), 409, 503)
+        paths["/admin/reload"] = {"post": reload}
     public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/"}
     public |= {"/v2/health/live", "/v2/health/ready"}
     for path, operations in paths.items():

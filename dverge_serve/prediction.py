@@ -45,9 +45,8 @@ class Predict:
     async def __call__(self, request: Request) -> Answer:
         """Classify the images of one request, in order."""
         settings = self._settings
-        served = self._model()
         _check_type(request)
-        with request.holding(self._intake):
+        with self._model() as served, request.holding(self._intake):
             body = await request.body(settings.max_body_bytes, settings.timeout_s, self._intake)
             try:
                 async with asyncio.timeout(settings.timeout_s):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,7 @@ class ServedModel:
         self.report = read_report(settings.model, self.engine.sha256)
         self._batcher: Batcher[Rows] | None = None
         self._metrics: Metrics | None = None
+        self._users, self._retired = 0, False
         self._pads = self.engine.provider == CUDA
         self.engine.warm_up(_powers(MAX_BATCH) if self._pads else (1, 2))
         _warm_up_codecs(self.card)
@@ -102,11 +103,27 @@ class ServedModel:
         metrics.model(self.card.name, self.sha256, serving=True)
         self._batcher = Batcher(self._run, loop, max_batch=MAX_BATCH, max_queue=self._max_queue)
 
-    def stop(self) -> None:
-        """Finish what is queued, take no more."""
+    def __enter__(self) -> Self:
+        """Hold the model for one request: until it leaves, a retired model still answers."""
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._retired and not self._users:
+            self._end()
+
+    def retire(self) -> None:
+        """End once the last request that holds this model has left."""
+        self._retired = True
+        if not self._users:
+            self._end()
+
+    def _end(self) -> None:
         if self._batcher and self._metrics:
             self._batcher.close()
             self._metrics.model(self.card.name, self.sha256, serving=False)
+            self._batcher = None
 
     def submit(self, images: Images) -> asyncio.Future[Part[Rows]]:
         """Queue images for the engine.

@@ -96,6 +96,7 @@ def application() -> App:
         settings,
         expose=settings.expose or ("scores" if exposed else "full"),
         worker=worker,
+        folder=_run_folder(),
         on_failure=_give_up,
     )
 
@@ -114,9 +115,12 @@ def _traced(app: App) -> Any:
 
 
 def _give_up(error: UserError) -> None:
-    """End the whole server: a worker that cannot load its model would only be started again."""
+    """End the server if none of its workers ever served: each would only be started again.
+
+    Later on, a worker that cannot load goes alone, and the others stay.
+    """
     folder = _run_folder()
-    if folder is None:
+    if folder is None or application().has_served:
         os.kill(os.getpid(), signal.SIGTERM)
         return
     with contextlib.suppress(OSError):
@@ -163,8 +167,10 @@ class Dverge:
         folder = Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent
         atexit.register(_clean_up, folder)
         try:
-            check_model(service_settings())
+            settings = service_settings()
+            check_model(settings)
             require_free(*_address())
+            _share(folder, settings)
         except UserError as error:
             print(f"dverge: {error}", file=sys.stderr, flush=True)  # noqa: T201
             raise SystemExit(Exit.USER) from error
@@ -206,11 +212,22 @@ def check_model(settings: Settings) -> None:
     Raises:
         UserError: it cannot be served.
     """
+    # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
     from dverge_serve.engine import Engine, check_device
 
     check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
     Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
+
+
+def _share(folder: Path, settings: Settings) -> None:
+    """Copy the model for the workers: one started anew later finds what the others serve."""
+    from dverge_serve.reload import Generations
+
+    folder.chmod(0o700)
+    generations = Generations(folder)
+    generations.add(0, settings.model)
+    generations.write_state(0, None)
 
 
 def _clean_up(folder: Path) -> None:

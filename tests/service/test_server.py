@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -243,7 +242,8 @@ def test_sigterm_finishes_what_was_begun(tmp_path: Path) -> None:
         ):
             connection.sendall(head(content_length=str(len(body))) + body[:10])
             idle.sendall(b"GET /livez HTTP/1.1\r\nhost: test\r\n\r\n")
-            assert idle.recv(65536).endswith(b"alive\n")
+            while b"alive" not in idle.recv(65536):
+                pass
             server.process.send_signal(signal.SIGTERM)
             assert idle.recv(1) == b""  # closed: the worker is ending
             connection.sendall(body[10:])
@@ -330,36 +330,21 @@ def test_what_cannot_be_served_is_one_line_and_exit_2(
 
 
 def test_a_model_that_fails_only_in_the_worker_ends_the_server(tmp_path: Path) -> None:
-    """The file is swapped between the supervisor's look and the worker's."""
-    model = tmp_path / "model.onnx"
-    tiny.save_gray_model(model)
-    # A path that reads as the model once, and as rubbish ever after.
-    fifo = tmp_path / "fifo.onnx"
-    os.mkfifo(fifo)
-
-    def feed() -> None:
-        fifo.write_bytes(model.read_bytes())
-        while _has_reader(fifo):
-            time.sleep(0.001)
-        fifo.write_bytes(b"rubbish")
-
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    server = bentoml_serve(tmp_path, free_port(), DVERGE_MODEL="fifo.onnx")
+    """The workers' copy is spoilt between the supervisor's look and the worker's."""
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    server = bentoml_serve(tmp_path, free_port(), TMPDIR=str(temporary))
     try:
+        _wait_until(lambda: bool(list(temporary.glob("dverge-*/state.json"))), "no copy")
+        (copy,) = temporary.glob("dverge-*/0.onnx")
+        copy.write_bytes(b"rubbish")
         assert server.process.wait(timeout=60) == 2
     finally:
         server.stop()
     assert "cannot serve" in server.log
     assert "Traceback" not in server.log
-
-
-def _has_reader(fifo: Path) -> bool:
-    try:
-        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:
-        return False
-    return True
+    assert list(temporary.glob("dverge-*")) == []
 
 
 @pytest.mark.parametrize("command", ["bentoml", "dverge"])
