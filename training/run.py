@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,9 +171,9 @@ class Run:
         """Return held-out images, uint8 `[16, C, H, W]` or fewer."""
         path = self.path / "probe.npz"
         try:
-            with np.load(path) as stored:
+            with np.load(io.BytesIO(path.read_bytes())) as stored:
                 return torch.from_numpy(stored["images"])
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"cannot read {path} ({error})", "the run's probe images") from error
 
     def members(self, which: str = "members") -> list[Member]:

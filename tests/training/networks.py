@@ -60,7 +60,7 @@ def tiny_config(**overrides: Any) -> Config:
         "batch_size": 16,
         "standard.epochs": 2,
         "dverge.epochs": 2,
-        "data.train_limit": 90,
+        "data.train_limit": 100,
         "data.test_limit": 20,
     }
     return load_recipe(
