@@ -259,7 +259,8 @@ def _card() -> Schema:
     required = list(card)
     card["training"] = {"type": "object", "description": "only under DVERGE_EXPOSE=full"}
     card["provider"] = _STRING
-    return _object(card, required)
+    # A card says more as models do; what is named here stays.
+    return {"type": "object", "properties": card, "required": required}
 
 
 def _object(properties: Schema, required: list[str] | None = None) -> Schema:
