@@ -87,7 +87,8 @@ def free_port() -> int:
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """Return this environment without settings of ours, with `settings`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DVERGE_")}
+    ours = ("DVERGE_", "ORT_", "BENTOML_", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, **settings}
 

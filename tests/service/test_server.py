@@ -117,6 +117,16 @@ def test_no_torch_in_the_serving_process(server: Server) -> None:
         assert "torch" not in maps
 
 
+def test_onnxruntime_keeps_no_device_id(tmp_path: Path) -> None:
+    """Its telemetry leaves one in the home folder as soon as it is imported."""
+    home = tmp_path / "home"
+    home.mkdir()
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    with serving(tmp_path, HOME=str(home)) as server:
+        assert httpx.post(f"{server.url}/predict", content=tiny.png(0)).status_code == 200
+    assert not list(home.rglob("deviceid"))
+
+
 def test_nobody_is_told_that_it_runs(server: Server) -> None:
     for process in [psutil.Process(server.process.pid), *server.workers()]:
         remote = [found for found in process.net_connections(kind="inet") if found.raddr]
