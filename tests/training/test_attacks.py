@@ -100,6 +100,14 @@ def test_a_zero_gradient_stays_where_it_is() -> None:
     assert bool(momentum_rule(1.0)(tiny).isfinite().all())
 
 
+def test_an_image_whose_gradient_was_zero_moves_once_it_has_one() -> None:
+    rule, later = momentum_rule(1.0), direction()
+    first = direction()
+    first[1] = 0.0
+    assert rule(first)[1].tolist() == torch.zeros(SHAPE[1:]).tolist()
+    assert torch.equal(rule(later)[1], later[1].sign())
+
+
 def test_the_cw_margin_is_the_best_wrong_score_less_the_right_one() -> None:
     scores = torch.tensor([[2.0, 5.0, 1.0], [0.0, -3.0, -1.0], [4.0, 4.0, 0.0]])
     margin = attacks.cw_margin(lambda x: scores, torch.tensor([1, 1, 0]))
