@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dverge_serve.errors import UserError
 from dverge_serve.images import Preprocess
@@ -15,6 +15,9 @@ METADATA_KEY = "dverge"
 INPUT = "images"
 LOGITS = "logits"
 MEMBER_LOGITS = "member_logits"
+
+Form = Literal["branches", "grouped"]  # members side by side, or one network with groups
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,10 @@ class Card:
     training: dict[str, Any] = field(default_factory=dict)  # the run's configuration, no paths
     combination: str = "mean-logits"
     channel_order: str = "RGB"  # "L" for grayscale
-    precision: str = "fp32"
+    form: Form = "branches"
+    target: str = "cpu"  # the device the form was chosen for
+    probe: str = "held-out"  # which images parity was checked on: "held-out" or "synthetic"
+    precision: Precision = "fp32"
     parent_sha256: str | None = None  # of the fp32 file, in precision variants
     schema_version: int = SCHEMA_VERSION
 
@@ -54,6 +60,8 @@ class Card:
             "preprocess": self.preprocess.to_json(),
             "members": self.members,
             "combination": self.combination,
+            "fusion": {"form": self.form, "target": self.target},
+            "parity": {"images": self.probe},
             "dataset": self.dataset,
             "training": self.training,
             "weights_sha256": self.weights_sha256,
@@ -104,11 +112,14 @@ class Card:
             preprocess=Preprocess.from_json(value["preprocess"]),
             members=int(value["members"]),
             combination=str(value["combination"]),
+            form=_one_of(Form, value.get("fusion", {}).get("form", "branches")),
+            target=str(value.get("fusion", {}).get("target", "cpu")),
+            probe=str(value.get("parity", {}).get("images", "held-out")),
             dataset=str(value["dataset"]),
             training=dict(value["training"]),
             weights_sha256=str(value["weights_sha256"]),
             parent_sha256=value["parent_sha256"],
-            precision=str(value["precision"]),
+            precision=_one_of(Precision, value["precision"]),
             tool_version=str(value["tool_version"]),
         )
         if tuple(value["input_shape"]) != card.input_shape:
@@ -116,3 +127,9 @@ class Card:
         if len(card.labels) < 2 or card.members < 1:
             raise ValueError("fewer than two labels, or no member")
         return card
+
+
+def _one_of(kind: Any, value: Any) -> Any:
+    if value not in get_args(kind):
+        raise ValueError(f"'{value}' is none of {', '.join(get_args(kind))}")
+    return value

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from dverge_serve.buckets import Buckets
 from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card
+from dverge_serve.device import CUDA, TENSORRT, Device, check_device, check_provider, providers
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from dverge_serve.scores import Scores
 
-Device = Literal["auto", "cpu", "cuda"]
+__all__ = ["Device", "Engine", "check_device"]
+
 MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
 
@@ -27,15 +29,15 @@ class Engine:
 
     Args:
         path: the model file.
-        device: `auto` takes CUDA where it works, `cuda` insists on it.
-        threads: threads for one call; 0 means every core.
+        device: `auto` takes CUDA where it is; `cuda` and `tensorrt` insist; `cpu`.
+        threads: threads for one call; 0 means every core. With W workers, give each its share.
         expected_sha256: refuse any other file.
         spinning: let idle threads spin between calls; faster alone, wasteful beside other workers.
         device_id: which GPU.
 
     Raises:
-        UserError: no such file, not ours, damaged, of a newer schema, not the pinned hash, or
-            CUDA asked for and not there.
+        UserError: no such file, not ours, damaged, of a newer schema, with weights in other files,
+            not the pinned hash, or a GPU asked for and not there.
     """
 
     def __init__(
@@ -57,31 +59,17 @@ class Engine:
                 f"{expected_sha256} as pinned",
                 "put the pinned file in place or change DVERGE_MODEL_SHA256",
             )
-        providers = _providers(device, device_id)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if not spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(data, options, providers=providers)
-        # ONNX Runtime raises a different class for every way a file can be wrong.
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
-            raise UserError(
-                f"{path} cannot be loaded as an ONNX model ({reason})",
-                "a whole file written by `dverge export`",
-            ) from error
+        self._session: ort.InferenceSession | None = _load(
+            data, self.path, providers(device, device_id), threads=threads, spinning=spinning
+        )
         self.provider: str = self._session.get_providers()[0]
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
-            raise UserError(
-                f"CUDA was asked for but ONNX Runtime fell back to {self.provider}",
-                "a GPU with matching CUDA and cuDNN libraries",
-                "install `dverge-serve[gpu]` or use --device cpu",
-            )
+        check_provider(device, self.provider)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.card = Card.from_metadata(metadata, str(path))
-        self._check_signature()
+        self._check_signature(self._session)
+        self._buckets: Buckets | None = None
+        if self.provider in (CUDA, TENSORRT):
+            self._buckets = Buckets(self._session, self.card, "cuda", device_id)
 
     def run(self, images: npt.NDArray[np.float32]) -> Scores:
         """Run the model on one batch.
@@ -91,7 +79,11 @@ class Engine:
 
         Raises:
             ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
+            RuntimeError: the engine is closed.
         """
+        session = self._session  # another thread may close the engine meanwhile
+        if session is None:
+            raise RuntimeError(f"the engine of {self.path} is closed")
         shape = self.card.input_shape
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape:
             raise ValueError(
@@ -103,7 +95,9 @@ class Engine:
         low, high = float(images.min()), float(images.max())
         if not (low >= 0.0 and high <= 1.0):  # also false for NaN
             raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
-        logits, member_logits = self._session.run([LOGITS, MEMBER_LOGITS], {INPUT: images})
+        if (buckets := self._buckets) is not None:
+            return buckets.run(images)
+        logits, member_logits = session.run([LOGITS, MEMBER_LOGITS], {INPUT: images})
         return Scores(logits, member_logits)
 
     def run_all(self, images: npt.NDArray[np.float32], batch: int = BATCH) -> Scores:
@@ -113,18 +107,31 @@ class Engine:
         )
 
     def warm_up(self, batches: tuple[int, ...] = (1,)) -> None:
-        """Run once at each batch size, so that the first caller does not pay for it."""
-        for batch in batches:
+        """Run once at each batch size, so that the first caller does not pay for it.
+
+        On a GPU that is every size a batch is padded to, whatever `batches` says.
+        """
+        for batch in self._buckets.sizes if self._buckets else batches:
             self.run(np.zeros((batch, *self.card.input_shape), dtype=np.float32))
 
-    def _check_signature(self) -> None:
+    def close(self) -> None:
+        """Let go of the model; calls that are running end well, later ones are refused."""
+        self._session = self._buckets = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_signature(self, session: ort.InferenceSession) -> None:
         classes, members = len(self.card.labels), self.card.members
         expected: dict[str, list[Any]] = {
             INPUT: list(self.card.input_shape),
             LOGITS: [classes],
             MEMBER_LOGITS: [members, classes],
         }
-        nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
+        nodes = [*session.get_inputs(), *session.get_outputs()]
         found = {node.name: list(node.shape[1:]) for node in nodes}
         floats = all(node.type == "tensor(float)" for node in nodes)
         if found != expected or not floats:
@@ -150,34 +157,30 @@ def _read(path: Path) -> bytes:
         raise UserError(f"cannot read {path} ({error.strerror})", "a readable file") from error
 
 
-def check_device(device: Device) -> None:
-    """Check that `device` can be here, without touching it.
-
-    Raises:
-        UserError: CUDA asked for where there is no provider or no GPU.
-    """
-    if device == "cuda" and not _has_cuda_provider():
+def _load(
+    data: bytes, path: Path, on: list[Any], *, threads: int, spinning: bool
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Bytes have no folder that weights in other files could be found in; this names one that is
+    # not there, so that none is picked up from wherever the process happens to run.
+    folder = str(path.parent / "no-external-data")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(data, options, providers=on)
+    # ONNX Runtime raises a different class for every way a file can be wrong.
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no reason given"
+        if "external" in text.lower():
+            raise UserError(
+                f"{path} keeps its weights in other files",
+                "one whole ONNX file",
+                "export it again with `dverge export`",
+            ) from error
         raise UserError(
-            "CUDA was asked for but this onnxruntime has no CUDA provider",
-            "onnxruntime-gpu alone",
-            "`pip uninstall onnxruntime onnxruntime-gpu`, then `pip install dverge-serve[gpu]`",
-        )
-    if device == "cuda" and not _has_gpu():
-        raise UserError("CUDA was asked for but no NVIDIA GPU is here", "a GPU", "use --device cpu")
-
-
-def _has_cuda_provider() -> bool:
-    return "CUDAExecutionProvider" in ort.get_available_providers()
-
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists() or os.name == "nt"
-
-
-def _providers(device: Device, device_id: int) -> list[Any]:
-    check_device(device)
-    if device == "cpu" or not (_has_cuda_provider() and _has_gpu()):
-        return ["CPUExecutionProvider"]
-    ort.preload_dlls()
-    options = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"}
-    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+            f"{path} cannot be loaded as an ONNX model ({text[:200]})",
+            "a whole file written by `dverge export`",
+        ) from error

@@ -10,31 +10,14 @@ from collections.abc import Iterator, Sequence
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, METADATA_KEY, OPSET, Card
+from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json
+from export.fusing import fuse
 
-
-class Ensemble(nn.Module):
-    """The members side by side; answers the mean of their logits and each member's own."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `[batch, classes]` and member logits `[batch, members, classes]`.
-
-        Args:
-            images: float32 `[batch, channels, height, width]` in `[0,1]`.
-        """
-        logits = [member(images) for member in self.members]
-        # Add and Mul, not ReduceMean, whose newer versions foreign importers refuse.
-        total = logits[0]
-        for each in logits[1:]:
-            total = total + each
-        return total * (1.0 / len(logits)), torch.stack(logits, dim=1)
+MAX_BYTES = 2 * 1024**3 - 1  # what one ONNX file without external data can hold
 
 
 def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
@@ -42,9 +25,19 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
 
     Args:
         members: networks in evaluation mode, on the CPU.
-        card: goes into the metadata.
+        card: goes into the metadata; its `form` says how the members are fused.
+
+    Raises:
+        UserError: more than 2 GB.
     """
-    ensemble = Ensemble(members).eval()
+    ensemble = fuse(members, card.form)
+    size = sum(tensor.nbytes for tensor in ensemble.state_dict().values())
+    if size >= MAX_BYTES:
+        raise UserError(
+            f"{len(members)} members have {size / 1024**3:.1f} GB of weights",
+            "at most 2 GB, what one ONNX file can hold",
+            "export fewer or smaller members",
+        )
     example = torch.zeros(2, *card.input_shape)
     with _quiet():
         program = torch.onnx.export(

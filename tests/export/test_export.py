@@ -16,7 +16,6 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.images import Preprocess, to_float
 from dverge_serve.scores import Scores
-from export import export as export_module
 from export.export import export
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
@@ -73,7 +72,8 @@ def test_the_run_directory_becomes_a_model_that_says_what_it_is(
 def test_same_run_same_bytes_and_no_trace_of_this_machine(
     tiny_run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    export(Run.open_finished(tiny_run), tmp_path / "again.onnx")
+    form = Engine(tiny_model, device="cpu").card.form
+    export(Run.open_finished(tiny_run), tmp_path / "again.onnx", form=form)
     data = (tmp_path / "again.onnx").read_bytes()
     assert data == tiny_model.read_bytes()
     model = onnx.load_from_string(data)
@@ -122,15 +122,15 @@ def test_parity_failure_leaves_no_file_and_the_old_one_stands(
     def crooked(members: list[Member], card: Card) -> bytes:
         return honest([Off(member) for member in members], card)
 
-    monkeypatch.setattr(export_module, "build_graph", crooked)
+    monkeypatch.setattr("export.choice.build_graph", crooked)
     path = tmp_path / "model.onnx"
     with pytest.raises(NotMetError, match="does not match torch") as caught:
-        export(Run.open_finished(tiny_run), path)
+        export(Run.open_finished(tiny_run), path, form="branches")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"older")
     with pytest.raises(NotMetError):
-        export(Run.open_finished(tiny_run), path)
+        export(Run.open_finished(tiny_run), path, form="branches")
     assert path.read_bytes() == b"older"
 
 

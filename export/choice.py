@@ -1,0 +1,130 @@
+"""Which form a model file takes: measured on the device it is meant for.
+
+Two measurements are never equal, yet the same run must give the same file. So the one network is
+the form a file has unless the branches are faster by a margin that noise does not make; only the
+form and the device go into the file, the figures to whoever exports.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from torch import nn
+
+from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card, Form
+from dverge_serve.device import Device, providers
+from dverge_serve.errors import UserError
+from export.fusing import can_group
+from export.graph import build_graph
+
+MARGIN = 1.10  # branches must be this much faster to be chosen
+BATCHES = (1, 32)
+SECONDS = 0.5  # for each batch size, two forms together
+LEAST_ROUNDS = 5
+SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
+
+Ask = Literal["auto", "branches", "grouped"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen form.
+
+    Args:
+        form: what the file is.
+        target: the device it was chosen for, `cpu` or `cuda`.
+        speedups: batch size to how many times faster one network was than branches; empty where
+            nothing was measured.
+    """
+
+    form: Form
+    target: str
+    speedups: dict[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        name = {"grouped": "one grouped network", "branches": "one branch for each member"}
+        told = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in self.speedups.items())
+        measured = f"; grouped is {told} as fast as branches" if told else ""
+        return f"{name[self.form]} for {self.target}{measured}"
+
+
+def build_best(
+    members: Sequence[nn.Module], card: Card, ask: Ask, target: Device
+) -> tuple[Choice, bytes]:
+    """Return the chosen form and the model file's bytes in it.
+
+    Args:
+        members: networks in evaluation mode, on the CPU.
+        card: of the file to be, but for `form` and `target`.
+        ask: a form, or `auto`: measured where there is a choice.
+        target: what the file is to run on; `auto` is what is here.
+
+    Raises:
+        UserError: members that cannot be grouped, or CUDA to be measured where there is none.
+    """
+    groupable = can_group(members)
+    if ask == "grouped" and not groupable:
+        raise UserError(
+            "these members cannot become one grouped network",
+            "two or more of one architecture and normalisation",
+            "use --form branches",
+        )
+    if ask != "auto" or not groupable:
+        form: Form = "branches" if ask == "auto" else ask
+        choice = Choice(form, "cuda" if target == "cuda" else "cpu")
+        return choice, build_graph(members, replace(card, form=form, target=choice.target))
+    try:
+        on = providers(target)
+    except UserError as error:
+        raise UserError(
+            error.found, error.expected, "measure there, or name a form: --form grouped|branches"
+        ) from error
+    where = "cpu" if on[0] == "CPUExecutionProvider" else "cuda"
+    forms = {
+        form: build_graph(members, replace(card, form=form, target=where))
+        for form in get_args(Form)
+    }
+    found = speedups(forms["branches"], forms["grouped"], card.input_shape, on)
+    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
+    chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
+    return Choice(chosen, where, found), forms[chosen]
+
+
+def speedups(
+    slow: bytes, fast: bytes, shape: tuple[int, int, int], on: list[Any]
+) -> dict[int, float]:
+    """Return batch size to how many times faster `fast` runs than `slow`.
+
+    The two take turns, and each turn gives one ratio, so that what else the machine does falls on
+    both; the median counts.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    pair = [ort.InferenceSession(data, options, providers=on) for data in (slow, fast)]
+    found: dict[int, float] = {}
+    for batch in BATCHES:
+        images = np.zeros((batch, *shape), np.float32)
+        first = [_seconds(session, images) for session in pair]  # also warms up
+        ratios: list[float] = []
+        end = time.perf_counter() + SECONDS
+        while len(ratios) < LEAST_ROUNDS or time.perf_counter() < end:
+            before, after = (_seconds(session, images) for session in pair)
+            ratios.append(before / after)
+        found[batch] = statistics.median(ratios)
+        if min(first) > SLOW_S * batch:
+            break
+    return found
+
+
+def _seconds(session: ort.InferenceSession, images: npt.NDArray[np.float32]) -> float:
+    begun = time.perf_counter()
+    session.run([LOGITS, MEMBER_LOGITS], {INPUT: images})
+    return time.perf_counter() - begun

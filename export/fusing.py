@@ -1,0 +1,166 @@
+"""Fusing: the members as one network, or side by side. Two forms of one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from dverge_serve.contract import Form
+from training.members import Member, folded
+
+# What may stand in a member that is to be grouped: layers that treat channels independently, and
+# the two whose weights `_grouped` and `_last` know how to join. Anything else stays in branches.
+_CHANNELWISE = (
+    *(nn.Identity, nn.Sequential, nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Flatten),
+    *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+
+
+class Branches(nn.Module):
+    """The members side by side, each a branch of its own; any mix of architectures."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[batch, classes]` and member logits `[batch, members, classes]`.
+
+        Args:
+            images: float32 `[batch, channels, height, width]` in `[0,1]`.
+        """
+        logits = [member(images) for member in self.members]
+        # Add and Mul, not ReduceMean, whose newer versions foreign importers refuse.
+        total = logits[0]
+        for each in logits[1:]:
+            total = total + each
+        return total * (1.0 / len(logits)), torch.stack(logits, dim=1)
+
+
+class Grouped(nn.Module):
+    """The members as one network as many times as wide.
+
+    BatchNorm is folded, the first convolutions read the same image and are concatenated, the later
+    ones are the groups of grouped convolutions, and the last matrix product gives the mean of the
+    members' logits beside each member's own. A third of the operations for three members, so a
+    third of the times that threads must wait for each other.
+
+    Args:
+        members: for which `can_group` holds, in evaluation mode.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__()
+        parts = [folded(member) for member in members]
+        self.count = len(parts)
+        self.register_buffer("mean", parts[0].mean)
+        self.register_buffer("std", parts[0].std)
+        self.stages = nn.ModuleList(deepcopy(stage) for stage in parts[0].stages)
+        *earlier, last = self.stages
+        for at, stage in enumerate(earlier):
+            for name in _named(stage, nn.Conv2d):
+                convolutions = [part.stages[at].get_submodule(name) for part in parts]
+                stage.set_submodule(name, _grouped(convolutions, shared=at == 0))  # type: ignore[arg-type]
+        (name,) = _named(last, nn.Linear)
+        last.set_submodule(name, _last([part.stages[-1].get_submodule(name) for part in parts]))  # type: ignore[misc]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[batch, classes]` and member logits `[batch, members, classes]`."""
+        features, skip = (images - self.mean) / self.std, images
+        for stage in self.stages:
+            features, skip = stage(features, skip)
+        classes = features.shape[1] // (self.count + 1)
+        own = features[:, classes:].reshape(-1, self.count, classes)
+        return features[:, :classes], own
+
+
+def can_group(members: Sequence[nn.Module]) -> bool:
+    """Whether the members are alike enough, and plain enough, to become one network."""
+    parts = [folded(member) for member in members if isinstance(member, Member)]
+    if len(parts) < max(2, len(members)):
+        return False
+    first = parts[0]
+    for part in parts:
+        same = torch.equal(part.mean, first.mean) and torch.equal(part.std, first.std)
+        if not same or _shape(part) != _shape(first):
+            return False
+    stem, *middle, head = [_layers(stage) for stage in first.stages]
+    convolutions = [layer for layers in (stem, *middle) for layer in layers]
+    return (
+        all(isinstance(layer, nn.Conv2d) for layer in convolutions)
+        and [isinstance(layer, nn.Linear) for layer in head] == [True]
+        and len(stem) == 1
+        and bool(stem[0].groups == 1)
+    )
+
+
+def fuse(members: Sequence[nn.Module], form: Form) -> nn.Module:
+    """Return the ensemble in one of its forms; both compute the same two outputs."""
+    if form == "grouped":
+        return Grouped([member for member in members if isinstance(member, Member)]).eval()
+    return Branches(members).eval()
+
+
+def _layers(stage: nn.Module) -> list[nn.Module]:
+    """Return a stage's layers, but for those that treat every channel alike."""
+    return [
+        module
+        for name, module in stage.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        or (name and not list(module.children()) and not isinstance(module, _CHANNELWISE))
+    ]
+
+
+def _named(stage: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, module in stage.named_modules() if isinstance(module, kind)]
+
+
+def _shape(member: nn.Module) -> str:
+    """Return what two members must share: the layers with their settings, and the shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in member.state_dict().items()}
+    return f"{member!r} {shapes}"
+
+
+def _grouped(convolutions: Sequence[nn.Conv2d], *, shared: bool) -> nn.Conv2d:
+    """Return one convolution for all; `shared` ones read the same channels."""
+    first, count = convolutions[0], len(convolutions)
+    joined = nn.Conv2d(
+        first.in_channels * (1 if shared else count),
+        first.out_channels * count,
+        first.kernel_size,  # type: ignore[arg-type]
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        first.dilation,  # type: ignore[arg-type]
+        groups=1 if shared else first.groups * count,
+        bias=first.bias is not None,
+        padding_mode=first.padding_mode,
+    )
+    joined.weight = _joined([each.weight for each in convolutions])
+    if first.bias is not None:
+        joined.bias = _joined([each.bias for each in convolutions if each.bias is not None])
+    return joined
+
+
+def _last(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """Return the last matrix product: the mean of all logits first, then each member's own."""
+    count, first = len(layers), layers[0]
+    joined = nn.Linear(first.in_features * count, first.out_features * (count + 1))
+    weights = [each.weight.detach() for each in layers]
+    biases = [
+        weight.new_zeros(len(weight)) if each.bias is None else each.bias.detach()
+        for each, weight in zip(layers, weights, strict=True)
+    ]
+    own = torch.block_diag(*weights)  # type: ignore[no-untyped-call]
+    joined.weight = _joined([torch.cat(weights, 1) / count, own])
+    joined.bias = _joined([torch.stack(biases).mean(0), *biases])
+    return joined
+
+
+def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([tensor.detach() for tensor in tensors]), requires_grad=False)

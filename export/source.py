@@ -1,0 +1,74 @@
+"""What can become a model file: members, what is known of them, images to check them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from dverge_serve import __version__
+from dverge_serve.contract import Card
+from training.config import Config
+from training.run import Run
+
+Which = Literal["members", "standard"]
+PROBES = 16
+SEED = 20200930  # of synthetic probe images
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ensemble before it is a file.
+
+    Args:
+        members: networks in evaluation mode, on the CPU.
+        card: what the file will say of itself, but for its form and precision.
+        probe: held-out images, uint8 `[N, channels, height, width]`.
+        config: the settings of their training, which name the images int8 is calibrated on.
+    """
+
+    members: Sequence[nn.Module]
+    card: Card
+    probe: npt.NDArray[np.uint8]
+    config: Config
+
+
+def from_run(run: Run, which: Which = "members") -> Source:
+    """Return a finished run's members, or its `standard` ones after stage one.
+
+    Raises:
+        UserError: the run's weights are damaged.
+    """
+    config, checkpoint = run.config, run.checkpoint
+    training = config_json(config)
+    training["method"] = config.method if which == "members" else "standard"
+    card = Card(
+        name=config.name if which == "members" else f"{config.name}-standard",
+        labels=run.labels,
+        preprocess=run.preprocess,
+        channel_order=run.preprocess.mode,
+        members=config.members,
+        dataset=config.data.name,
+        training=training | {"train_sha256": checkpoint["train_sha256"]},
+        weights_sha256=checkpoint[f"{which}_sha256"],
+        tool_version=__version__,
+    )
+    return Source(run.members(which), card, run.probe().numpy(), config)
+
+
+def without_images(members: Sequence[nn.Module], card: Card, config: Config) -> Source:
+    """Return a source that came with no images: parity looks at noise, and the card says so."""
+    draw = np.random.default_rng(SEED)
+    probe = draw.integers(0, 256, (PROBES, *card.input_shape), dtype=np.uint8)
+    return Source(members, replace(card, probe="synthetic"), probe, config)
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """Return the settings as a model file carries them: without the folder they were read from."""
+    table = config.to_json()
+    table["data"].pop("path")  # says nothing about the model, and names a folder of this machine
+    return table
