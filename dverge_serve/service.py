@@ -29,6 +29,7 @@ import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
+from dverge_serve import tracing
 from dverge_serve.errors import Exit, UserError
 from dverge_serve.listening import beyond_loopback, require_free
 from dverge_serve.request import Receive, Scope, Send
@@ -65,7 +66,7 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
         """Return the ASGI application that a worker runs."""
         bento = super().to_asgi(is_main=is_main)
         app = application()
-        http = _traced(app)
+        http = tracing.traced(app)
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             target = bento if scope["type"] == "lifespan" else http
@@ -98,19 +99,6 @@ def application() -> App:
         worker=worker,
         folder=_run_folder(),
         on_failure=_give_up,
-    )
-
-
-def _traced(app: App) -> Any:
-    """Return `app` under OpenTelemetry where BentoML's tracing is configured, else as it is."""
-    if not BentoMLContainer.config.tracing.exporter_type.get():
-        return app
-    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
-
-    return OpenTelemetryMiddleware(
-        app,
-        excluded_urls=BentoMLContainer.tracing_excluded_urls.get(),
-        tracer_provider=BentoMLContainer.tracer_provider.get(),
     )
 
 
@@ -169,6 +157,7 @@ class Dverge:
         try:
             settings = service_settings()
             check_model(settings)
+            tracing.check()
             require_free(*_address())
             _share(folder, settings)
         except UserError as error:

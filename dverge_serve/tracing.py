@@ -1,0 +1,58 @@
+"""Tracing by OpenTelemetry's own settings: on where `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from dverge_serve.errors import UserError
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+EXPORTER = "opentelemetry.exporter.otlp.proto.http"
+# Polled every few seconds by machines: spans of theirs would bury all others.
+UNTRACED = "/livez,/readyz,/metrics,/v2/health/"
+
+
+def wanted() -> bool:
+    """Whether the environment asks for tracing."""
+    named = any(os.environ.get(name) for name in ENDPOINTS)
+    return named and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+
+
+def check() -> None:
+    """Check that tracing can be had if it is wanted.
+
+    Raises:
+        UserError: the exporter is not installed.
+    """
+    try:
+        found = not wanted() or importlib.util.find_spec(EXPORTER)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        raise UserError(
+            f"{ENDPOINTS[1]} is set but the exporter {EXPORTER} is not installed",
+            next_step="pip install 'dverge-serve[tracing]'",
+        )
+
+
+def traced(app: Any) -> Any:
+    """Return `app`, an ASGI application, with a span around each request if tracing is wanted.
+
+    Sampler, service name, headers and all else follow the `OTEL_*` variables.
+    """
+    if not wanted():
+        return app
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    name = os.environ.get("OTEL_SERVICE_NAME", "dverge")
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return OpenTelemetryMiddleware(
+        app, tracer_provider=provider, excluded_urls=UNTRACED, exclude_spans=["receive", "send"]
+    )
