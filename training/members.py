@@ -71,25 +71,48 @@ class Stem(nn.Module):
 
 
 class BlockEntry(nn.Module):
-    """First half of a basic block: its output, and the input that the shortcut takes past it."""
+    """First part of a block: its output, and the input that the shortcut takes past it."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, inside: int, outside: int, stride: int, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.conv = nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(outside)
 
     def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the half block's output and the block's input."""
+        """Return this part's output and the block's input."""
         active = F.relu(features)
         return self.norm(self.conv(active)), active
 
 
-class BlockExit(nn.Module):
-    """Second half of a basic block: the residual sum."""
+class BlockMiddle(nn.Module):
+    """The 3x3 convolution in the middle of a bottleneck block."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, within: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(within, within, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(within)
+
+    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this part's output; the block's input passes by."""
+        return self.norm(self.conv(F.relu(features))), skip
+
+
+class BlockExit(nn.Module):
+    """Last part of a block: the residual sum.
+
+    Args:
+        inside, outside: channels of the block's input and output.
+        stride: of the whole block, which the shortcut takes in one step.
+        within: channels that the last convolution reads; 0: as many as it gives.
+        kernel: of that convolution.
+    """
+
+    def __init__(
+        self, inside: int, outside: int, stride: int, within: int = 0, kernel: int = 3
+    ) -> None:
+        super().__init__()
+        within = within or outside
+        self.conv = nn.Conv2d(within, outside, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(outside)
         self.shortcut = nn.Sequential()
         if stride != 1 or inside != outside:
@@ -124,6 +147,29 @@ def cifar_resnet_stages(depth: int, channels: int, width: int, classes: int) -> 
         for block in range((depth - 2) // 6):
             stride = 2 if third and not block else 1
             stages += [BlockEntry(inside, outside, stride), BlockExit(inside, outside, stride)]
+            inside = outside
+    return [*stages, Head(inside, classes)]
+
+
+def bottleneck_resnet_stages(
+    blocks: int, channels: int, width: int, classes: int
+) -> list[nn.Module]:
+    """Return the CIFAR ResNet of bottleneck blocks, depth 9n+2 (the blocks of He et al. 2016).
+
+    Each third has `blocks` blocks of 1x1, 3x3 and 1x1 convolutions and gives four times the
+    channels that its blocks have within.
+    """
+    stages: list[nn.Module] = [Stem(channels, width)]
+    inside = width
+    for third in range(3):
+        within, outside = width * 2**third, 4 * width * 2**third
+        for block in range(blocks):
+            stride = 2 if third and not block else 1
+            stages += [
+                BlockEntry(inside, within, 1, kernel=1),
+                BlockMiddle(within, stride),
+                BlockExit(inside, outside, stride, within, kernel=1),
+            ]
             inside = outside
     return [*stages, Head(inside, classes)]
 
