@@ -1,21 +1,35 @@
 """The attack core: attack = loss + step rule + projection, in one loop.
 
 PGD and DVERGE's distillation are the same loop; they differ in the loss and its sign.
-Images are float tensors `[N, C, H, W]` in `[0,1]`; eps and step sizes are in the same units.
+Images are float tensors `[N, C, H, W]` in `[0,1]`; eps and step sizes are in the same units, the
+Linf or L2 norm of the whole image's change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Norm = Literal["linf", "l2"]
 Loss = Callable[[Tensor], Tensor]  # images -> loss of each image [N]; attacks raise it
+Estimate = Callable[[Loss, Tensor], Tensor]  # loss, images -> gradient, shaped like the images
 StepRule = Callable[[Tensor], Tensor]  # gradient -> direction, both shaped like the images
 Output = Callable[[Tensor], Tensor]  # images -> scores of each class [N, classes]
+
+SHORTCUTS = ("shortcut", "downsample")  # what a residual block calls the path around its branch
+
+
+def gradient(loss: Loss, x: Tensor) -> Tensor:
+    """Return the gradient of the per-image loss at `x`; the model's parameters get none."""
+    x = x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(loss(x).sum(), x)
+    return found
 
 
 def ascend(
@@ -27,8 +41,10 @@ def ascend(
     steps: int,
     rule: StepRule,
     start: Tensor | None = None,
+    estimate: Estimate = gradient,
+    norm: Norm = "linf",
 ) -> Tensor:
-    """Return images in the Linf ball of radius `eps` around `x0` with a raised loss.
+    """Return images in the ball of radius `eps` around `x0` with a raised loss.
 
     Only the gradient on the images is computed; the model's parameters get none. `x0` is left as
     it was.
@@ -38,24 +54,40 @@ def ascend(
         x0: clean images.
         rule: makes a direction of a gradient.
         start: where to begin inside the ball; `x0` by default.
+        estimate: how the gradient is found.
+        norm: of the ball; the rule should be of the same.
     """
     x = x0 if start is None else start
     for _ in range(steps):
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(x).sum(), x)
-        x = project(x.detach() + step_size * rule(gradient), x0, eps)
+        direction = rule(estimate(loss, x))
+        x = project(x.detach() + step_size * direction, x0, eps, norm)
     return x.detach()
 
 
-def project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    """Return `x` moved into the Linf ball around `x0` and into the box `[0,1]`."""
-    return torch.minimum(torch.maximum(x, x0 - eps), x0 + eps).clamp(0, 1)
+def project(x: Tensor, x0: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
+    """Return `x` moved into the ball around `x0` and into the box `[0,1]`."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x, x0 - eps), x0 + eps).clamp(0, 1)
+    delta = x - x0
+    length = _length(delta)
+    # Cutting to the box only shortens the way from x0, which lies in it.
+    return (x0 + delta * (eps / length.clamp_min(eps))).clamp(0, 1)
 
 
-def random_start(x0: Tensor, eps: float, draw: torch.Generator) -> Tensor:
+def random_start(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "linf") -> Tensor:
     """Return a uniformly random point of the ball, cut to the box."""
-    noise = torch.rand(x0.shape, generator=draw, device=x0.device, dtype=x0.dtype)
-    return project(x0 + (2 * noise - 1) * eps, x0, eps)
+    if norm == "linf":
+        noise = torch.rand(x0.shape, generator=draw, device=x0.device, dtype=x0.dtype)
+        return project(x0 + (2 * noise - 1) * eps, x0, eps)
+    noise = torch.randn(x0.shape, generator=draw, device=x0.device, dtype=x0.dtype)
+    share = torch.rand((len(x0), 1, 1, 1), generator=draw, device=x0.device, dtype=x0.dtype)
+    radius = eps * share ** (1 / x0[0].numel())
+    return project(x0 + noise * radius / _length(noise), x0, eps, "l2")
+
+
+def steepest(gradient: Tensor, norm: Norm = "linf") -> Tensor:
+    """Return the longest step up a linear loss: the sign, or the gradient at L2 length one."""
+    return gradient.sign() if norm == "linf" else gradient / _length(gradient)
 
 
 def sign_rule() -> StepRule:
@@ -63,8 +95,13 @@ def sign_rule() -> StepRule:
     return torch.sign
 
 
-def momentum_rule(decay: float) -> StepRule:
-    """Return the steps of MI-FGSM (Dong et al., 2018): the sign of the accumulated gradient.
+def l2_rule() -> StepRule:
+    """Return the steps of PGD in the L2 norm: the gradient at length one; zero stays zero."""
+    return lambda found: steepest(found, "l2")
+
+
+def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
+    """Return the steps of MI-FGSM (Dong et al., 2018): along the accumulated gradient.
 
     Each step's gradient is divided by its L1 norm per image before it is added. An image whose
     gradient is zero stays where it is instead of turning into NaN.
@@ -73,12 +110,107 @@ def momentum_rule(decay: float) -> StepRule:
 
     def direction(gradient: Tensor) -> Tensor:
         nonlocal velocity
-        norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
-        unit = gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny)
+        size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+        unit = gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
         velocity = unit if velocity is None else decay * velocity + unit
-        return velocity.sign()
+        return steepest(velocity, norm)
 
     return direction
+
+
+def variance_tuned(
+    eps: float, draw: torch.Generator, *, samples: int = 20, reach: float = 1.5
+) -> Estimate:
+    """Return the gradient of VMI-FGSM (Wang & He, 2021): plus the variance seen one step before.
+
+    The variance is the mean gradient of `samples` neighbours, uniform within `reach * eps`, less
+    the gradient itself. A linear loss has none.
+    """
+    variance: Tensor | None = None
+
+    def estimate(loss: Loss, x: Tensor) -> Tensor:
+        nonlocal variance
+        here = gradient(loss, x)
+        tuned = here if variance is None else here + variance
+        around = torch.zeros_like(x)
+        for _ in range(samples):
+            noise = torch.rand(x.shape, generator=draw, device=x.device, dtype=x.dtype)
+            around += gradient(loss, x + (2 * noise - 1) * (reach * eps))
+        variance = around / samples - here
+        return tuned
+
+    return estimate
+
+
+def diverse_inputs(
+    loss: Loss, draw: torch.Generator, *, probability: float = 0.5, grow: float = 1.25
+) -> Loss:
+    """Return the loss seen through random resizing and padding: DI2-FGSM (Xie et al., 2019).
+
+    With `probability` a step's images are enlarged by a random factor up to `grow`, padded with
+    zeros at a random place to the largest size (32 pixels become 40), and brought back to the
+    size the network takes. One draw for all images of a step.
+    """
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=draw, device=draw.device))
+
+    def diverse(x: Tensor) -> Tensor:
+        if uniform() >= probability:
+            return loss(x)
+        height, width = x.shape[-2:]
+        most = (round(height * grow), round(width * grow))
+        share = uniform()
+        size = [
+            low + round(share * (high - low))
+            for low, high in zip((height, width), most, strict=True)
+        ]
+        larger = F.interpolate(x, size=size, mode="nearest")
+        top = int(uniform() * (most[0] - size[0] + 1))
+        left = int(uniform() * (most[1] - size[1] + 1))
+        padding = (left, most[1] - size[1] - left, top, most[0] - size[0] - top)
+        padded = F.pad(larger, padding)
+        back = F.interpolate(padded, size=(height, width), mode="bilinear", align_corners=False)
+        return loss(back)
+
+    return diverse
+
+
+@contextlib.contextmanager
+def skip_gradient(members: Sequence[nn.Module], gamma: float) -> Iterator[int]:
+    """Scale the gradient of every residual branch by `gamma`: SGM (Wu et al., 2020).
+
+    Gradients then flow mostly through the skip connections; values do not change. Hooks sit on
+    the last layer of each branch, in any network whose blocks name their other path `shortcut`
+    or `downsample`, and are gone when the block ends.
+
+    Yields:
+        how many branches there are.
+    """
+    hooks = [end.register_forward_hook(_scale(gamma)) for end in residual_ends(members)]
+    try:
+        yield len(hooks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def residual_ends(members: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the last layer of every residual branch: its BatchNorm, or what it was folded to."""
+    ends: list[nn.Module] = []
+    for member in members:
+        for block in member.modules():
+            children = dict(block.named_children())
+            if not any(hasattr(block, name) for name in SHORTCUTS):
+                continue
+            layers = (nn.BatchNorm2d, nn.Identity, nn.Conv2d)
+            branch = [
+                child
+                for name, child in children.items()
+                if name not in SHORTCUTS and isinstance(child, layers)
+            ]
+            ends += branch[-1:]
+    return ends
 
 
 def cross_entropy(output: Output, labels: Tensor) -> Loss:
@@ -88,26 +220,84 @@ def cross_entropy(output: Output, labels: Tensor) -> Loss:
 
 def cw_margin(output: Output, labels: Tensor) -> Loss:
     """Return how far the best wrong class stands above the right one (Carlini & Wagner, 2017)."""
+    return lambda x: margins(output(x), labels)
+
+
+def margins(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return best wrong less right score, over the last axis; `[..., N]` from `[..., N, K]`."""
+    index = labels.expand(scores.shape[:-1])[..., None]
+    right = scores.gather(-1, index)[..., 0]
+    return scores.scatter(-1, index, -torch.inf).amax(-1) - right
+
+
+def dlr(output: Output, labels: Tensor) -> Loss:
+    """Return the difference of logits ratio (Croce & Hein, 2020, eq. 6); needs three classes.
+
+    The margin over the distance of the first to the third score: no scale of the logits hides it.
+    """
 
     def loss(x: Tensor) -> Tensor:
         scores = output(x)
-        right = scores.gather(1, labels[:, None])[:, 0]
-        wrong = scores.scatter(1, labels[:, None], -torch.inf).amax(1)
-        return wrong - right
+        top = scores.topk(3, dim=1).values
+        spread = (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(scores.dtype).eps)
+        return margins(scores, labels) / spread
 
     return loss
 
 
+def member_reweighted(members: Sequence[nn.Module], labels: Tensor) -> Loss:
+    """Return the members' margins, weighed by how nearly each is fooled, after MORA.
+
+    The idea of Gao et al. (2022): an ensemble falls when enough members do, so the gradient goes
+    to those nearest to it. Each margin is over the member's own spread of scores, and the weights
+    are a softmax of them, held constant: `sum_i w_i m_i`, `w = softmax_i(-|m_i| / mean |m|)`.
+    """
+
+    def loss(x: Tensor) -> Tensor:
+        stack = member_logits(members, x)
+        spread = stack.detach().std(-1).clamp_min(torch.finfo(stack.dtype).eps)
+        each = margins(stack, labels) / spread
+        far = each.detach().abs()
+        weights = (-far / far.mean(0).clamp_min(torch.finfo(stack.dtype).eps)).softmax(0)
+        return (weights * each).sum(0)
+
+    return loss
+
+
+def member_logits(members: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Return every member's logits, `[members, N, classes]`."""
+    return torch.stack([member(x) for member in members])
+
+
 def mean_logits_output(members: Sequence[nn.Module]) -> Output:
     """Return the mean of the members' logits, as the served graph computes it."""
-    return lambda x: torch.stack([member(x) for member in members]).mean(0)
+    return lambda x: member_logits(members, x).mean(0)
 
 
 def mean_softmax_output(members: Sequence[nn.Module]) -> Output:
     """Return the log of the members' mean softmax, the combination of the paper's own code."""
 
     def output(x: Tensor) -> Tensor:
-        logs = torch.stack([member(x).log_softmax(1) for member in members])
+        logs = member_logits(members, x).log_softmax(-1)
         return logs.logsumexp(0) - math.log(len(members))
 
     return output
+
+
+def logsumexp_output(members: Sequence[nn.Module]) -> Output:
+    """Return the log of the members' mean exponential logits: the loudest member leads."""
+    return lambda x: member_logits(members, x).logsumexp(0) - math.log(len(members))
+
+
+def _length(images: Tensor) -> Tensor:
+    """Return each image's L2 norm, `[N, 1, 1, 1]`, never zero."""
+    length = images.square().sum((1, 2, 3), keepdim=True).sqrt()
+    return length.clamp_min(torch.finfo(images.dtype).tiny)
+
+
+def _scale(gamma: float) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda found: gamma * found)  # type: ignore[no-untyped-call]
+
+    return hook

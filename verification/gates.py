@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from dverge_serve.scores import Scores
 from export.parity import Parity
-from verification.suite import VERSIONS, Attack, Outcomes
+from verification.attack import Attack
+from verification.outcomes import Outcomes
+from verification.statistics import Mask
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
+SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit
+CONVERGED = 0.02
+VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that give its gradients
+NO_WEIGHTS = "no weights to take gradients from"
 
 
 @dataclass(frozen=True)
@@ -41,16 +52,62 @@ def verdict(gates: Sequence[Gate]) -> Verdict:
     return "VALID" if all(gate.passed for gate in gates) else "INCONCLUSIVE"
 
 
+def allowed(n: int) -> float:
+    """Return how many of `n` images a weaker attack may break alone before it means something."""
+    return max(2.0, 0.01 * n)
+
+
 def finite(outcomes: Sequence[Outcomes]) -> Gate:
     """No output was NaN or infinite; such an output is never a success of an attack."""
     count = sum(int(outcome.invalid.sum()) for outcome in outcomes)
     return Gate("finite", count == 0, "INVALID", f"{count} images had outputs that are not finite")
 
 
+def deterministic(first: Scores, second: Scores) -> Gate:
+    """The same images, asked about twice, get the same outputs (small rounding aside).
+
+    A random defence must be attacked in expectation; figures of one draw would flatter it.
+    """
+    largest = max(1.0, _largest(first.logits))
+    apart = np.abs(first.logits.astype(np.float64) - second.logits)
+    apart = np.where(np.isfinite(apart), apart, 0.0)  # the gate `finite` tells those
+    detail = f"asked twice, logits differ by {apart.max():.2e} (allowed {SAME * largest:.2e})"
+    return Gate("deterministic", bool(apart.max() <= SAME * largest), "INVALID", detail)
+
+
+def not_probabilities(scores: Scores) -> Gate:
+    """The outputs are logits: a softmax in front of the loss would hide its gradient."""
+    outputs = [scores.logits, *np.moveaxis(scores.member_logits, 1, 0)]
+    count = sum(_looks_like_probabilities(each) for each in outputs)
+    detail = f"{count} of {len(outputs)} outputs are never negative and sum to one"
+    return Gate("not-probabilities", count == 0, "INVALID", detail)
+
+
+def nonzero_gradient(zero: Mask | None, broken: Mask | None) -> Gate:
+    """Hardly any image is without a gradient under every attacked loss.
+
+    Args:
+        zero: bool `[n]`: the gradient is zero on every white-box loss.
+        broken: bool `[n]`: it is NaN or infinite on one of them.
+    """
+    name = "nonzero-gradient"
+    if zero is None or broken is None:
+        return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
+    count = int((zero | broken).sum())
+    detail = (
+        f"{int(zero.sum())} images without a gradient on any loss, "
+        f"{int(broken.sum())} with one that is not finite (allowed {allowed(len(zero)):g})"
+    )
+    return Gate(name, count <= allowed(len(zero)), "INCONCLUSIVE", detail)
+
+
 def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
     """Every adversarial image lay in its ball and in the box, as floats and after rounding."""
     count = sum(outcome.outside for outcome in outcomes)
-    return Gate("eps-8bit", count == 0, "INVALID", f"{count} images lay outside their ball")
+    scored = sum(outcome.scored for outcome in outcomes)
+    return Gate(
+        "eps-8bit", count == 0, "INVALID", f"{count} of {scored} images lay outside their ball"
+    )
 
 
 def parity(found: Sequence[Parity] | None) -> Gate:
@@ -61,7 +118,83 @@ def parity(found: Sequence[Parity] | None) -> Gate:
     return Gate("parity", worst.holds, "INVALID", f"clean and adversarial images: {worst}")
 
 
-def control_falls(control: Outcomes | None, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
+def variant_parity(agreement: float, precision: str) -> Gate:
+    """A precision variant answers as its fp32 weights do, on clean and adversarial images."""
+    detail = (
+        f"the {precision} file and the fp32 weights agree on {agreement:.4f} of the answers "
+        f"(at least {VARIANT_AGREES:g})"
+    )
+    return Gate("parity", agreement >= VARIANT_AGREES, "INCONCLUSIVE", detail)
+
+
+def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
+    """A larger ball breaks at least as many images (those of one attack too many aside)."""
+    kept = [int(outcome.clean.sum()), *(int(outcome.robust(suite, e).sum()) for e in sorted(eps))]
+    rises = max((after - before for before, after in pairwise(kept)), default=0)
+    detail = f"images that stand as eps grows: {', '.join(map(str, kept))}"
+    ok = rises <= allowed(len(outcome.clean)) and kept[-1] <= kept[0]
+    return Gate("grows-with-eps", ok, "INCONCLUSIVE", detail)
+
+
+def reaches_chance(outcome: Outcomes | None, attack: Attack, eps: float, classes: int) -> Gate:
+    """At a radius that can hide the image altogether, no more than chance is left."""
+    name = "reaches-chance"
+    if outcome is None or not outcome.has(attack, eps):
+        return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
+    left = float(outcome.robust([attack], eps, ["float"]).mean())
+    detail = f"{left:.3f} left at eps {eps:g}; chance is {1 / classes:.3f}"
+    return Gate(name, left <= 1 / classes, "INCONCLUSIVE", detail)
+
+
+def iterative_beats_single(
+    outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
+) -> Gate:
+    """What one step breaks, many steps break."""
+    single = [each for each in suite if each.threat == "white_box" and each.steps == 1]
+    many = [each for each in suite if each.threat == "white_box" and each.steps > 1]
+    worst = _only_first_breaks(outcome, single, many, eps)
+    if worst is None:
+        return Gate("iterative-beats-single", None, "INCONCLUSIVE", NO_WEIGHTS)
+    count, at = worst
+    limit = allowed(len(outcome.clean))
+    detail = f"{count} images at eps {at:g} broken by one step and not by many (allowed {limit:g})"
+    return Gate("iterative-beats-single", count <= limit, "INCONCLUSIVE", detail)
+
+
+def converged(outcome: Outcomes, suite: Sequence[Attack]) -> Gate:
+    """Twice the steps and restarts change less than two points."""
+    doubled = [each for each in suite if each.gate == "converged"]
+    if not doubled or not outcome.has(doubled[0], doubled[0].only_eps or 0.0):
+        return Gate("converged", None, "INCONCLUSIVE", NO_WEIGHTS)
+    eps = doubled[0].only_eps or 0.0
+    rest = [each for each in suite if each.threat == "white_box" and each.gate != "converged"]
+    before = float(outcome.robust(rest, eps).mean())
+    after = float(outcome.robust([*rest, *doubled], eps).mean())
+    detail = f"white-box at eps {eps:g}: {before:.3f}, with twice the effort {after:.3f}"
+    return Gate("converged", before - after < CONVERGED, "INCONCLUSIVE", detail)
+
+
+def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
+    """Noise, transfer and Square break almost nothing that white-box attacks do not.
+
+    Otherwise gradients are masked and the white-box figure flatters. The images count as broken
+    either way.
+    """
+    name = "weaker-never-beats"
+    weak = [attack for attack in suite if attack.threat != "white_box"]
+    strong = [attack for attack in suite if attack.threat == "white_box"]
+    worst = _only_first_breaks(outcome, weak, strong, eps)
+    if worst is None:
+        return Gate(name, None, "INCONCLUSIVE", "white-box attacks were not run")
+    count, at = worst
+    limit = allowed(len(outcome.clean))
+    detail = f"{count} images at eps {at:g} broken only by weaker attacks (allowed {limit:g})"
+    return Gate(name, count <= limit, "INCONCLUSIVE", detail)
+
+
+def control_falls(
+    control: Outcomes | None, suite: Sequence[Attack], eps: Sequence[float], what: str = "control"
+) -> Gate:
     """The undefended control falls to the transfer attacks.
 
     If it does not, the surrogates are too far from the model to say anything about it.
@@ -70,30 +203,47 @@ def control_falls(control: Outcomes | None, suite: Sequence[Attack], eps: Sequen
     if control is None:
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
     transfer = [attack for attack in suite if attack.threat == "transfer"]
-    kept, clean = control.robust(transfer, max(eps), VERSIONS).mean(), control.clean.mean()
+    kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
-        f"at eps {max(eps):g} the control keeps {kept:.3f} of {clean:.3f} clean; "
+        f"at eps {max(eps):g} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
 
 
-def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
-    """Noise and transfer break almost nothing that white-box attacks do not.
+def planted_found(expected: Mask, found: Mask) -> Gate:
+    """The harness, turned on a model whose weak images are known, finds them and no others."""
+    missed, invented = int((expected & ~found).sum()), int((found & ~expected).sum())
+    detail = (
+        f"of {int(expected.sum())} planted adversarial images {missed} were missed; "
+        f"{invented} of {int((~expected).sum())} safe ones called broken"
+    )
+    return Gate("planted-found", missed == invented == 0, "INVALID", detail)
 
-    Otherwise gradients are masked and the white-box figure flatters. The images count as broken
-    either way.
+
+def _only_first_breaks(
+    outcome: Outcomes, first: Sequence[Attack], second: Sequence[Attack], eps: Sequence[float]
+) -> tuple[int, float] | None:
+    """Return the most images at any radius that `first` breaks and `second` does not, and where.
+
+    None where `second` was not run.
     """
-    name = "weaker-never-beats"
-    weak = [attack for attack in suite if attack.threat != "white_box"]
-    strong = [attack for attack in suite if attack.threat == "white_box"]
-    if not all((attack.name, e, "float") in outcome.survived for attack in strong for e in eps):
-        return Gate(name, None, "INCONCLUSIVE", "white-box attacks were not run")
-    allowed = max(2.0, 0.01 * len(outcome.clean))
-    worst, at = 0, eps[0]
-    for each in eps:
-        only_weak = outcome.robust(strong, each, VERSIONS) & ~outcome.robust(weak, each, VERSIONS)
-        if int(only_weak.sum()) > worst:
-            worst, at = int(only_weak.sum()), each
-    detail = f"{worst} images at eps {at:g} broken only by weaker attacks (allowed {allowed:g})"
-    return Gate(name, worst <= allowed, "INCONCLUSIVE", detail)
+    ran = [[each for each in second if outcome.has(each, e)] for e in eps]
+    if not all(ran):
+        return None
+    counts = [
+        int((outcome.robust(chosen, e) & ~outcome.robust(first, e)).sum())
+        for chosen, e in zip(ran, eps, strict=True)
+    ]
+    at = int(np.argmax(counts))
+    return counts[at], eps[at]
+
+
+def _largest(values: npt.NDArray[np.float32]) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.abs(known).max()) if known.size else 0.0
+
+
+def _looks_like_probabilities(outputs: npt.NDArray[np.float32]) -> bool:
+    with np.errstate(invalid="ignore"):
+        return bool((outputs >= 0).all() and (np.abs(outputs.sum(-1) - 1) < 1e-3).all())

@@ -1,14 +1,17 @@
-"""Rates with intervals."""
+"""Rates with intervals, paired comparisons, and how well a score tells two groups apart."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 
 Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Z95 = 1.959963984540054
 
 
 def rate(mask: Mask) -> dict[str, Any]:
@@ -27,3 +30,49 @@ def rate(mask: Mask) -> dict[str, Any]:
         "high": float(interval.high),
         "n": n,
     }
+
+
+def mcnemar(ours: Mask, theirs: Mask) -> dict[str, Any]:
+    """Compare two models on the same images: McNemar's exact test.
+
+    Args:
+        ours, theirs: bool `[n]`, which images each model gets right.
+
+    Returns:
+        the images only one of them gets right, and the two-sided p-value: how likely a split at
+        least this uneven would be if neither were better.
+    """
+    only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    told = only_ours + only_theirs
+    p_value = float(binomtest(only_ours, told, 0.5).pvalue) if told else 1.0
+    return {"only_this": only_ours, "only_other": only_theirs, "p_value": p_value}
+
+
+def auroc(clean: Floats, attacked: Floats) -> dict[str, Any]:
+    """Return the chance that an attacked image scores above a clean one, ties counting half.
+
+    The interval is Hanley and McNeil's (1982), 95%.
+
+    Args:
+        clean, attacked: scores `[n]` and `[m]`; an empty one gives nulls.
+    """
+    n, m = len(clean), len(attacked)
+    if not n or not m:
+        return {"value": None, "low": None, "high": None, "clean": n, "attacked": m}
+    ranks = rankdata(np.concatenate([clean, attacked]))
+    area = float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
+    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
+    variance = area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)
+    reach = Z95 * math.sqrt(max(variance, 0.0) / (n * m))
+    return {
+        "value": area,
+        "low": max(0.0, area - reach),
+        "high": min(1.0, area + reach),
+        "clean": n,
+        "attacked": m,
+    }
+
+
+def quantile_above(scores: Floats, share: float) -> float:
+    """Return the threshold that at most `share` of the scores exceed."""
+    return float(np.quantile(scores, 1 - share, method="higher"))

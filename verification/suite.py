@@ -1,266 +1,269 @@
-"""The attack suite: which attacks, made from what, and who survived each."""
+"""Running a suite: every attack at every radius against every target, nothing made twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dverge_serve.engine import Engine
+from dverge_serve.files import sha256
 from dverge_serve.progress import Progress
-from training import attacks as core
 from training.data import Split, to_float
-from training.seeds import generator
+from training.seeds import derive
+from verification import reference
+from verification.attack import Attack, apply_halves, craft, deliver, half_deltas, outside
+from verification.outcomes import VERSIONS, Outcomes, Scorer, Target
+from verification.square import square
 from verification.statistics import Mask
+from verification.vault import keep
 
-Threat = Literal["transfer", "white_box"]
-Loss = Literal["ce", "cw", "none"]
-Output = Literal["mean-logits", "mean-softmax"]
-VERSIONS = ("float", "delivered")
-BATCH = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attack:
-    """One attack with all its parameters.
-
-    Args:
-        name: unique within the suite.
-        threat: `transfer` needs no access to the model; `white_box` has its weights.
-        source: whose gradients: a surrogate's name, `target` (the attacked model itself), or
-            `none` for random noise.
-        loss: what is raised.
-        output: how the source's members are combined into the attacked output.
-        steps: gradient steps; each has size `eps * step_share`.
-        decay: of the accumulated gradient; None takes plain sign steps.
-        restarts: random starts; an image must survive them all.
-    """
-
-    name: str
-    threat: Threat
-    source: str
-    loss: Loss = "none"
-    output: Output = "mean-logits"
-    steps: int = 0
-    step_share: float = 0.2
-    decay: float | None = None
-    restarts: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """Return every parameter, for the report."""
-        return asdict(self)
+Halves = npt.NDArray[np.float16]
+Found = tuple[Halves, npt.NDArray[np.uint8], Mask, Mask]
+Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
 
 
-def quick_suite(surrogates: Sequence[str]) -> list[Attack]:
-    """Return the preset `quick`: the honest core of the paper's protocol (section 4.2).
+class Evidence(Protocol):
+    """Whoever keeps adversarial images for a replay."""
 
-    Momentum PGD from every surrogate with both losses; white-box PGD on both ways of combining
-    the members, because a saturated softmax hides the gradient; noise as the baseline.
-    """
-    suite = [Attack(name="noise", threat="transfer", source="none")]
-    losses: tuple[Loss, ...] = ("ce", "cw")
-    for surrogate in surrogates:
-        for loss in losses:
-            suite.append(
-                Attack(
-                    name=f"mpgd-{loss} from {surrogate}",
-                    threat="transfer",
-                    source=surrogate,
-                    loss=loss,
-                    steps=20,
-                    decay=1.0,
-                    restarts=2,
-                )
-            )
-    forms: tuple[tuple[Loss, Output], ...] = (
-        ("ce", "mean-logits"),
-        ("ce", "mean-softmax"),
-        ("cw", "mean-logits"),
-    )
-    for loss, output in forms:
-        suite.append(
-            Attack(
-                name=f"pgd-{loss} on {output}",
-                threat="white_box",
-                source="target",
-                loss=loss,
-                output=output,
-                steps=20,
-                restarts=2,
-            )
-        )
-    return suite
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model under attack: the engine that scores it, and its weights where we have them."""
-
-    engine: Engine
-    members: Sequence[nn.Module] | None
-
-
-@dataclass
-class Outcomes:
-    """Who survived what, for one target.
-
-    `survived[attack, eps, version]` is bool `[n]`: every restart's answer was still the label.
-    `invalid` marks images with an output that was not finite at any time.
-    """
-
-    survived: dict[tuple[str, float, str], Mask]
-    clean: Mask
-    invalid: Mask
-    outside: int = 0  # adversarial images outside their ball or box: a bug of the harness
-    hardest: dict[float, Tensor] = field(default_factory=dict)  # last white-box images, per eps
-
-    def robust(self, attacks: Sequence[Attack], eps: float, versions: Sequence[str]) -> Mask:
-        """Return which images are right when clean and survive all these attacks, `[n]`."""
-        robust = self.clean & ~self.invalid
-        for attack in attacks:
-            for version in versions:
-                robust = robust & self.survived[attack.name, eps, version]
-        return robust
+    def add(
+        self, attack: str, eps: float, halves: Halves, delivered: npt.NDArray[np.uint8]
+    ) -> None:
+        """Keep one attack's images at one radius."""
 
 
 def run_suite(
     suite: Sequence[Attack],
-    sources: Mapping[str, Sequence[nn.Module]],
+    sources: Mapping[str, Source],
     targets: Mapping[str, Target],
     split: Split,
     eps_grid: Sequence[float],
     *,
     seed: int,
+    evidence: Evidence | None = None,
 ) -> dict[str, Outcomes]:
-    """Attack every target with every attack at every eps.
+    """Attack every target with every attack at every radius.
 
-    Transfer images are crafted once and scored on all targets: the same attack for each.
+    Transfer images are crafted once and scored on all targets: the same attack for each. A target
+    is never attacked from itself under the name of transfer.
 
     Args:
-        suite: the attacks.
-        sources: surrogates by name, in evaluation mode, on the split's device.
-        targets: by name.
+        suite: the attacks, in order: those that skip fallen images come last.
+        sources: surrogates by name, in evaluation mode on the split's device, and a hash of each.
+        targets: by name; the first is the one whose images are kept as evidence.
         split: test images.
-        eps_grid: Linf radii.
-        seed: of the random starts.
+        eps_grid: radii.
+        seed: of every random draw.
+        evidence: keeps the first target's adversarial images.
     """
-    labels = split.labels.cpu().numpy()
-    outcomes = {name: _start(target.engine, split, labels) for name, target in targets.items()}
-    jobs: list[tuple[Attack, list[str], Sequence[nn.Module]]] = []
-    for attack in suite:
-        if attack.source == "target":
-            jobs += [(attack, [name], t.members) for name, t in targets.items() if t.members]
-        else:
-            jobs.append((attack, list(targets), sources.get(attack.source, ())))
-    work = sum(max(attack.steps, 1) * attack.restarts for attack, _, _ in jobs) * len(eps_grid)
+    outcomes = {name: start(target, split) for name, target in targets.items()}
+    first = next(iter(targets))
+    jobs = [
+        (attack, names, source, eps)
+        for attack in suite
+        for names, source in _victims(attack, sources, targets)
+        for eps in ([attack.only_eps] if attack.only_eps is not None else eps_grid)
+    ]
+    units = [attack.work * max(len(source[0]), 1) for attack, _, source, _ in jobs]
+    work = sum(unit * job[0].restarts for unit, job in zip(units, jobs, strict=True))
     with Progress(f"attacking, {len(split)} images", work) as progress:
-        for attack, names, members in jobs:
-            for eps in eps_grid:
-                for restart in range(attack.restarts):
-                    draw = generator(
-                        seed, attack.name, str(eps), restart, device=split.images.device
+        for (attack, names, source, eps), unit in zip(jobs, units, strict=True):
+            kept: Found | None = None
+            for restart in range(attack.restarts):
+                standing = _standing(attack, [outcomes[name] for name in names], suite, eps)
+                scorer = targets[names[0]].engine
+                halves, spent = _crafted(
+                    attack, source, scorer, split, eps, (seed, restart), standing
+                )
+                for name in names:
+                    found = score(
+                        outcomes[name], targets[name], halves, split, attack, eps, standing
                     )
-                    adversarial = craft(attack, members, split, eps, draw)
-                    for name in names:
-                        _score(
-                            outcomes[name], targets[name].engine, adversarial, split, attack, eps
-                        )
-                    progress.advance(max(attack.steps, 1), f"{attack.name}, eps {eps:g}")
+                    if attack.queries:
+                        outcomes[name].queries[attack.name, eps] = spent
+                    if name == first:
+                        kept = _merge(kept, found)
+                progress.advance(unit, f"{attack.name}, eps {eps:g}")
+            if evidence is not None and kept is not None:
+                evidence.add(attack.name, eps, kept[0], kept[1])
     return outcomes
 
 
-def craft(
-    attack: Attack, members: Sequence[nn.Module], split: Split, eps: float, draw: torch.Generator
-) -> Tensor:
-    """Return one adversarial version of every image, float32 `[N, C, H, W]`, inside the ball."""
-    made = []
-    for start in range(0, len(split), BATCH):
-        part = split.take(slice(start, start + BATCH))
-        x0 = to_float(part.images)
-        x = core.random_start(x0, eps, draw)
-        if attack.steps:
-            x = core.ascend(
-                loss_of(attack, members, part.labels),
-                x0,
-                eps=eps,
-                step_size=eps * attack.step_share,
-                steps=attack.steps,
-                rule=core.sign_rule() if attack.decay is None else core.momentum_rule(attack.decay),
-                start=x,
-            )
-        made.append(x)
-    return torch.cat(made)
+def _victims(
+    attack: Attack, sources: Mapping[str, Source], targets: Mapping[str, Target]
+) -> list[tuple[list[str], Source]]:
+    """Return which targets an attack is run on, with the source of its gradients for each."""
+    if attack.source == "none":
+        return [(list(targets), ((), ""))]
+    if attack.source != "target":
+        source = sources[attack.source]
+        names = [name for name, target in targets.items() if target.weights != source[1]]
+        return [(names, source)] if names else []
+    chosen = list(targets) if attack.control else list(targets)[:1]
+    if attack.kind == "square":
+        engines = [(name, targets[name].engine) for name in chosen]
+        return [([name], ((), str(getattr(engine, "sha256", "")))) for name, engine in engines]
+    return [
+        ([name], (members, targets[name].weights))
+        for name in chosen
+        if (members := targets[name].members)
+    ]
 
 
-def loss_of(attack: Attack, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
-    """Return the per-image loss that `attack` raises on these members."""
-    outputs: dict[str, Callable[[Sequence[nn.Module]], core.Output]] = {
-        "mean-logits": core.mean_logits_output,
-        "mean-softmax": core.mean_softmax_output,
-    }
-    losses = {"ce": core.cross_entropy, "cw": core.cw_margin}
-    return losses[attack.loss](outputs[attack.output](members), labels)
-
-
-def deliver(adversarial: Tensor, images: Tensor, eps: float) -> npt.NDArray[np.uint8]:
-    """Round adversarial images to the 8 bits a server receives, inside the ball.
-
-    Args:
-        adversarial: float `[N, C, H, W]`.
-        images: the clean ones, uint8.
-        eps: the ball; the largest whole step inside it is `floor(255 eps)`.
-    """
-    clean = images.cpu().numpy().astype(np.int16)
-    reach = whole_steps(eps)
-    delta = np.rint(adversarial.cpu().numpy().astype(np.float64) * 255 - clean)
-    return np.asarray(np.clip(clean + np.clip(delta, -reach, reach), 0, 255).astype(np.uint8))
-
-
-def whole_steps(eps: float) -> int:
-    """Return how many 8-bit steps fit into eps; 0.2 is 51, whatever the floating point says."""
-    return int(eps * 255 + 1e-9)
-
-
-def _start(engine: Engine, split: Split, labels: npt.NDArray[np.int64]) -> Outcomes:
-    scores = engine.run_all(to_float(split.images).cpu().numpy())
+def start(target: Target, split: Split) -> Outcomes:
+    """Return the outcomes before any attack: which clean images the target gets right."""
+    scores = target.engine.run_all(to_float(split.images).cpu().numpy())
     finite: Mask = np.asarray(np.isfinite(scores.logits).all(axis=1))
+    labels = split.labels.cpu().numpy()
     return Outcomes({}, np.asarray(scores.predictions == labels), ~finite)
 
 
-def _score(
-    outcome: Outcomes, engine: Engine, adversarial: Tensor, split: Split, attack: Attack, eps: float
-) -> None:
-    labels = split.labels.cpu().numpy()
-    floats = adversarial.cpu().numpy()
-    delivered = deliver(adversarial, split.images, eps)
-    outcome.outside += _outside(floats, delivered, split.images.cpu().numpy(), eps)
-    versions = {"float": floats, "delivered": delivered.astype(np.float32) / np.float32(255)}
-    for version, pixels in versions.items():
-        scores = engine.run_all(pixels)
-        outcome.invalid |= ~np.isfinite(scores.logits).all(axis=1)
-        key = (attack.name, eps, version)
-        survived = scores.predictions == labels
-        outcome.survived[key] = survived & outcome.survived.get(key, np.True_)
-    if attack.source == "target":
-        outcome.hardest[eps] = adversarial
-
-
-def _outside(
-    floats: npt.NDArray[np.float32],
-    delivered: npt.NDArray[np.uint8],
-    images: npt.NDArray[np.uint8],
+def score(
+    outcome: Outcomes,
+    target: Target,
+    halves: Halves,
+    split: Split,
+    attack: Attack,
     eps: float,
-) -> int:
-    """Return how many images left the ball or the box, in either version."""
-    clean = images.astype(np.float32) / np.float32(255)
-    axes = (1, 2, 3)
-    bad = (np.abs(floats - clean) > eps + 1e-6).any(axis=axes)
-    bad |= ~((floats >= 0) & (floats <= 1)).all(axis=axes)
-    steps = np.abs(delivered.astype(np.int16) - images.astype(np.int16))
-    bad |= (steps > eps * 255 + 1e-6).any(axis=axes)
-    return int(bad.sum())
+    standing: Mask,
+) -> Found:
+    """Ask the target about adversarial images, as floats and as delivered, and note who stood.
+
+    Args:
+        outcome: what is known of this target; it is added to.
+        target: the engine that scores.
+        halves: the images' changes, float16 `[n, C, H, W]`.
+        split: clean images and labels.
+        attack: that made them.
+        eps: its radius.
+        standing: bool `[n]`: images the attack was run on.
+
+    Returns:
+        the images, and which of them were answered wrongly.
+    """
+    labels, images = split.labels.cpu().numpy(), split.images.cpu().numpy()
+    floats = apply_halves(images, halves)
+    delivered = deliver(floats, images, eps, attack.norm)
+    outcome.outside += outside(floats, delivered, images, eps, attack.norm)
+    outcome.scored += int(standing.sum())
+    wrong = []
+    for version, pixels in zip(VERSIONS, (floats, to_unit(delivered)), strict=True):
+        scores = target.engine.run_all(pixels)
+        outcome.invalid |= ~np.isfinite(scores.logits).all(axis=1)
+        missed = (scores.predictions != labels) & standing
+        key = (attack.name, eps, version)
+        outcome.survived[key] = ~missed & outcome.survived.get(key, np.True_)
+        wrong.append(missed)
+    ran = outcome.ran.get((attack.name, eps), np.False_)
+    outcome.ran[attack.name, eps] = np.asarray(standing | ran)
+    _keep_worst(outcome, (eps, attack.threat), delivered, wrong[1], standing)
+    return halves, delivered, wrong[0], wrong[1]
+
+
+def to_unit(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return 8-bit images as the float32 in `[0,1]` that the engine takes."""
+    return images.astype(np.float32) / np.float32(255)
+
+
+def _keep_worst(
+    outcome: Outcomes,
+    key: tuple[float, str],
+    delivered: npt.NDArray[np.uint8],
+    wrong: Mask,
+    standing: Mask,
+) -> None:
+    broken = outcome.broken.get(key)
+    if broken is None:
+        outcome.worst[key], outcome.broken[key] = delivered.copy(), wrong.copy()
+        return
+    fresh = ~broken & standing
+    outcome.worst[key][fresh] = delivered[fresh]
+    outcome.broken[key] = broken | wrong
+
+
+def _merge(before: Found | None, found: Found) -> Found:
+    """Keep, of each image and version, the first that broke it, else the last that was tried."""
+    if before is None:
+        return found
+    halves, delivered = found[0].copy(), found[1].copy()
+    halves[before[2]], delivered[before[3]] = before[0][before[2]], before[1][before[3]]
+    return halves, delivered, before[2] | found[2], before[3] | found[3]
+
+
+def _standing(
+    attack: Attack, outcomes: Sequence[Outcomes], suite: Sequence[Attack], eps: float
+) -> Mask:
+    """Return the images an attack is run on: all, or those some target still gets right."""
+    if not attack.standing_only:
+        return np.ones(len(outcomes[0].clean), dtype=bool)
+    others = [each for each in suite if each.name != attack.name]
+    return np.asarray(np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0))
+
+
+def _crafted(
+    attack: Attack,
+    source: Source,
+    scorer: Scorer,
+    split: Split,
+    eps: float,
+    seed: tuple[int, int],
+    standing: Mask,
+) -> tuple[Halves, npt.NDArray[np.int64]]:
+    """Return an attack's images as float16 changes and the queries spent, made or remembered."""
+    members, weights = source
+    key = [
+        "craft",
+        attack.to_json(),
+        eps,
+        list(seed),
+        split.sha256,
+        weights,
+        str(split.images.device.type),
+        sha256(np.packbits(standing).tobytes()) if attack.standing_only else "all",
+    ]
+
+    def make() -> dict[str, npt.NDArray[Any]]:
+        part = split.take(torch.from_numpy(np.flatnonzero(standing)).to(split.images.device))
+        halves = np.zeros(tuple(split.images.shape), dtype=np.float16)
+        queries = np.zeros(len(split), dtype=np.int64)
+        if len(part):
+            made, spent = _make(attack, members, scorer, part, eps, seed)
+            halves[standing] = half_deltas(made, part.images, eps, attack.norm)
+            queries[standing] = spent
+        return {"halves": halves, "queries": queries}
+
+    # Sources that nothing tells apart are never remembered.
+    known = bool(weights) or attack.source == "none"
+    found = keep(key, make) if known else make()
+    return found["halves"], found["queries"]
+
+
+def _make(
+    attack: Attack,
+    members: Sequence[nn.Module],
+    scorer: Scorer,
+    part: Split,
+    eps: float,
+    seed: tuple[int, int],
+) -> tuple[Tensor, npt.NDArray[np.int64] | int]:
+    names = (seed[0], attack.name, str(eps), seed[1])
+    if attack.kind == "square":
+        clean = to_float(part.images).cpu().numpy()
+        found = square(
+            lambda pixels: scorer.run_all(pixels).logits,
+            clean,
+            part.labels.cpu().numpy(),
+            eps=eps,
+            queries=attack.queries,
+            seed=derive(*names),
+        )
+        return torch.from_numpy(found.images), found.queries
+    if attack.kind == "autoattack":
+        images = to_float(part.images)
+        return reference.autoattack(
+            members, images, part.labels, eps=eps, norm=attack.norm, seed=derive(*names)
+        ), 0
+    return craft(attack, members, part, eps, *names), 0

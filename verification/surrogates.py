@@ -1,23 +1,36 @@
-"""Surrogates: standard ensembles an attacker could train, from seeds that no run uses."""
+"""Surrogates: ensembles an attacker could train, from seeds that no run uses."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import MAX_SEED, Config, Dverge, Verification
 from training.data import TrainingData
 from training.members import Member, folded
 from training.run import Run
 from training.train import train
+from verification.vault import cache_folder
 
-SIZES = (3, 5)
 VERSION = 1  # raise when training changes what the same settings give
+# The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
+# comes closest to the model itself, and what differs from it in kind.
+KINDS = {
+    "quick": ("standard-3", "standard-5"),
+    "standard": ("standard-3", "standard-5", "standard-8"),
+    "full": (
+        *("standard-3", "standard-5", "standard-8"),
+        *("dverge-3", "deeper-3", "adversarial-3"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -28,44 +41,103 @@ class Surrogate:
     run: Run
     members: Sequence[Member]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what the report says of it."""
+        config = self.run.config
+        return {
+            "name": self.name,
+            "method": config.method,
+            "architecture": config.architecture,
+            "members": config.members,
+            "seed": config.seed,
+            "weights_sha256": self.run.weights_sha256,
+            "holdout_accuracy": self.run.checkpoint["holdout_accuracy"],
+        }
 
-def cache_folder() -> Path:
-    """Return where caches live: `$DVERGE_CACHE`, by default `~/.cache/dverge`."""
-    return Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
 
-
-def surrogate_config(config: Config, size: int) -> Config:
+def surrogate_config(config: Config, kind: str) -> Config | None:
     """Return how a surrogate is trained: as the defended model's own first stage was.
 
     Same data, architecture and schedule, another seed: a surrogate that differs more would make
-    the model look more robust than it is.
+    the model look more robust than it is. `deeper` is the one of another architecture, `dverge`
+    the defence itself from another seed, `adversarial` a lightly adversarially trained one.
+
+    Args:
+        config: of the defended model.
+        kind: method and members, e.g. `standard-3`.
+
+    Returns:
+        None where this version cannot train that kind.
     """
-    return replace(
+    method, _, size = kind.rpartition("-")
+    named = config.architecture
+    architectures = (named,) if isinstance(named, str) else named
+    base = replace(
         config,
-        name=f"surrogate-{size}",
+        name=f"surrogate-{kind}",
         method="standard",
-        members=size,
-        seed=MAX_SEED + size,
+        architecture=named if isinstance(named, str) else tuple(islice(cycle(named), int(size))),
+        members=int(size),
+        seed=MAX_SEED + int(size),
         data=replace(config.data, path="", test_limit=0),
         dverge=Dverge(),
         verification=Verification(),
     )
+    if method == "standard":
+        return base
+    if method == "deeper":
+        depth = re.fullmatch(r"resnet(\d+)", architectures[0])
+        return replace(base, architecture=f"resnet{int(depth[1]) + 6}") if depth else None
+    if method == "dverge":
+        return replace(base, method="dverge", dverge=config.dverge)
+    if method == "adversarial":
+        # Lightly: at the smallest radius that is evaluated (Springer et al., 2021).
+        eps = min(config.verification.eps)
+        light = replace(config.adversarial, eps=eps, step_size=eps / 4)
+        return replace(base, method="adversarial", adversarial=light)
+    return None
 
 
 def surrogates(
-    config: Config, data: TrainingData, device: torch.device, sizes: Sequence[int] = SIZES
+    config: Config, data: TrainingData, device: torch.device, kinds: Sequence[str]
 ) -> list[Surrogate]:
     """Return the surrogates for a model trained with `config`, training those not in the cache.
 
     The cache key is the hash of everything that shapes a surrogate. An interrupted training goes
-    on where it stopped.
+    on where it stopped. Kinds that this version cannot train are left out.
     """
     found = []
-    for size in sizes:
-        wanted = surrogate_config(config, size)
+    for kind in kinds:
+        wanted = surrogate_config(config, kind)
+        if wanted is None:
+            continue
         key = sha256(canonical_json([VERSION, wanted.to_json(), data.train.sha256]))
-        folder = cache_folder() / "surrogates" / f"{size}-{key[:24]}"
+        folder = cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
         run = train(wanted, folder, device=device, resume=True, data=data)
-        members = [folded(member).to(device) for member in run.members()]
-        found.append(Surrogate(wanted.name, run, members))
+        found.append(_opened(wanted.name, run, device))
     return found
+
+
+def given_surrogates(folder: Path, labels: Sequence[str], device: torch.device) -> list[Surrogate]:
+    """Return the finished runs in a folder as surrogates.
+
+    Raises:
+        UserError: none there, or one with other classes.
+    """
+    runs = sorted(path.parent for path in folder.glob("*/checkpoint.json"))
+    if not runs:
+        raise UserError(f"no finished run in {folder}", "a folder of run directories")
+    found = []
+    for path in runs:
+        run = Run.open_finished(path)
+        if run.labels != tuple(labels):
+            raise UserError(
+                f"the surrogate {path} has {len(run.labels)} classes ({', '.join(run.labels[:3])})",
+                f"the model's {len(labels)} ({', '.join(labels[:3])})",
+            )
+        found.append(_opened(path.name, run, device))
+    return found
+
+
+def _opened(name: str, run: Run, device: torch.device) -> Surrogate:
+    return Surrogate(name, run, [folded(member).to(device) for member in run.members()])

@@ -20,22 +20,32 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
 from dverge_serve.report import SCHEMA_VERSION, report_path
+from dverge_serve.scores import Scores
 from export.export import export
-from export.parity import Parity, compare, torch_scores
+from export.parity import compare, torch_scores
+from training.attacks import Norm, residual_ends
 from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
-from training.data import Split, load_test, load_training, to_float
-from training.members import folded
-from training.run import Run
-from verification import gates
-from verification.statistics import Mask, rate
-from verification.suite import VERSIONS, Attack, Outcomes, Target, quick_suite, run_suite
-from verification.surrogates import Surrogate, surrogates
+from training.data import Split, TrainingData, load_test, load_training
+from training.members import Member, folded
+from verification import alarm, gates, matrices, presets, reference
+from verification.attack import Attack
+from verification.evidence import Gathering, evidence_folder
+from verification.figures import clean_scores, combinations, comparison, figures, to_float_numpy
+from verification.gates import Gate
+from verification.gradients import Gradients, find_gradients, find_run, flow
+from verification.outcomes import Outcomes, Target
+from verification.planted import planted
+from verification.suite import run_suite
+from verification.surrogates import KINDS, Surrogate, given_surrogates, surrogates
+from verification.vault import keep, prune
 
+AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
     "poisoned training data, model theft, privacy of the training images",
-    "attackers who query the service many times (no query-based attack in this preset)",
+    "attackers who adapt to more than the weights and the alarm of this model",
 )
+NO_QUERIES = "attackers who query the service many times (no query-based attack in this preset)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,130 +53,80 @@ class Evaluation:
     """What an evaluation is asked to do."""
 
     model: Path
+    preset: str = "quick"
     run: Path | None = None
+    checkpoint: Path | None = None  # of the paper's published code, for gradients
     data: str | None = None  # a folder or a data set's name; by default the run's own
+    surrogates: Path | None = None  # a folder of runs; by default trained and cached
+    against: Path | None = None  # another model, attacked alike
     eps: tuple[float, ...] = ()  # by default the recipe's
+    norm: Norm = "linf"
     images: int | None = None  # use only this many test images
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     at_eps: float | None = None  # a radius that must be among those evaluated
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What an evaluation works with, once everything is found."""
+
+    asked: Evaluation
+    engine: Engine
+    gradients: Gradients | None
+    config: Config
+    data: TrainingData
+    split: Split
+    eps: tuple[float, ...]
+    surrogates: Sequence[Surrogate]
+    suite: Sequence[Attack]
+
+
 def verify(asked: Evaluation) -> dict[str, Any]:
-    """Attack a model file, write `model.report.json` beside it and return the report.
+    """Attack a model file, write the report and its evidence beside it, and return the report.
 
     Raises:
         UserError: no such model, no data for it, or data with other classes.
     """
     begun = time.time()
-    engine = Engine(asked.model, device="cpu")
-    run = find_run(engine.card, asked.run)
-    config = training_config(engine.card, run, asked.data)
-    data = load_training(config.data)
-    split = _test_split(config, engine.card, asked)
-    eps = asked.eps or config.verification.eps
-    if asked.at_eps is not None and asked.at_eps not in eps:
-        raise UserError(f"--at-eps {asked.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
-    made = surrogates(config, data, asked.device)
-    suite = quick_suite([surrogate.name for surrogate in made])
-
-    with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
-        targets = {"model": Target(engine, _members(run, "members", asked.device))}
-        if run is not None:
-            export(run, Path(folder) / "control.onnx", which="standard")
-            control = Engine(Path(folder) / "control.onnx", device="cpu")
-            targets["control"] = Target(control, _members(run, "standard", asked.device))
-    sources = {surrogate.name: surrogate.members for surrogate in made}
-    outcomes = run_suite(suite, sources, targets, split, eps, seed=asked.seed)
-
-    checks = [
-        gates.finite(list(outcomes.values())),
-        gates.eps_8bit(list(outcomes.values())),
-        gates.parity(_parity(targets["model"], outcomes["model"], split)),
-        gates.control_falls(outcomes.get("control"), suite, eps),
-        gates.weaker_never_beats(outcomes["model"], suite, eps),
-    ]
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        "verdict": gates.verdict(checks),
-        "preset": "quick",
-        "model": {
-            "file": asked.model.name,
-            "sha256": engine.sha256,
-            "name": engine.card.name,
-            "members": engine.card.members,
-            "precision": engine.card.precision,
-            "weights_sha256": engine.card.weights_sha256,
-        },
-        "threat_model": {
-            "goal": "untargeted: any wrong answer",
-            "norm": "Linf",
-            "eps": list(eps),
-            "transfer": "knows the training data, architecture and schedule, not the weights",
-            "white_box": "knows the weights",
-            "delivered": "adversarial images rounded to 8 bits inside the eps ball",
-            "float": "unrounded, the figure to set beside published ones",
-            "robust": "right when clean and after every attack, float and delivered",
-        },
-        "data": {"name": config.data.name, "part": "test", "n": len(split), "sha256": split.sha256},
-        **_figures(outcomes["model"], suite, eps),
-        "control": _figures(outcomes["control"], suite, eps) if "control" in outcomes else None,
-        "gates": [check.to_json() for check in checks],
-        "disagreement": calibrate(engine, data.holdout),
-        "attacks": [attack.to_json() for attack in suite],
-        "surrogates": [_surrogate_json(surrogate) for surrogate in made],
-        "seed": asked.seed,
-        "outcomes": {name: _outcomes_json(outcome) for name, outcome in outcomes.items()},
-        "out_of_scope": list(OUT_OF_SCOPE),
-        "tool_version": __version__,
-    }
-    report["configuration_sha256"] = sha256(
-        canonical_json([report["attacks"], list(eps), asked.seed, report["surrogates"]])
+    here = _setting(asked)
+    targets, control = _targets(here)
+    sources = {each.name: (each.members, each.run.weights_sha256) for each in here.surrogates}
+    evidence = Gathering(evidence_folder(asked.model), here.split)
+    outcomes = run_suite(
+        here.suite, sources, targets, here.split, here.eps, seed=asked.seed, evidence=evidence
     )
+    hidden, hidden_eps = presets.large(asked.norm, here.split.images[0].numel())
+    last = run_suite(
+        [hidden], {}, {"model": targets["model"]}, here.split, [hidden_eps], seed=asked.seed
+    )["model"]
+    checks = _gates(here, targets["model"], outcomes, control, (last, hidden, hidden_eps))
+    measured = _measures(here, targets["model"], outcomes["model"], evidence)
+    report = _report(here, outcomes, control, checks, measured)
+    report["evidence"] = evidence.finish()
     report["run"] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - begun, 1),
         "device": str(asked.device),
-        "engine": engine.provider,
+        "engine": here.engine.provider,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     write_atomic(report_path(asked.model), pretty_json(report))
+    prune()
     return report
 
 
-def find_run(card: Card, path: Path | None) -> Run | None:
-    """Return the run that made a model: the one given, or one under `runs/` with these weights.
-
-    Raises:
-        UserError: the run given has other weights.
-    """
-    if path is not None:
-        run = Run.open_finished(path)
-        if run.weights_sha256 != card.weights_sha256:
-            raise UserError(
-                f"{path} has weights {run.weights_sha256[:12]}, the model was made from "
-                f"{card.weights_sha256[:12]}",
-                "the run this model was exported from",
-            )
-        return run
-    for checkpoint in sorted(Path("runs").glob("*/checkpoint.json")):
-        run = Run(checkpoint.parent)
-        if run.weights_sha256 == card.weights_sha256:
-            return Run.open_finished(checkpoint.parent)
-    return None
-
-
-def training_config(card: Card, run: Run | None, data: str | None) -> Config:
+def training_config(card: Card, gradients: Gradients | None, data: str | None) -> Config:
     """Return the settings a model was trained with, pointed at the data to use now.
 
     Raises:
         UserError: the data set is neither named nor one we can load by its name.
     """
-    if run is not None:
-        config = run.config
+    if gradients is not None and gradients.run is not None:
+        config = gradients.run.config
     else:
         table = {key: value for key, value in card.training.items() if key != "train_sha256"}
         config = Config.from_json(table, "the model's metadata")
@@ -179,20 +139,37 @@ def training_config(card: Card, run: Run | None, data: str | None) -> Config:
     return config
 
 
-def calibrate(engine: Engine, holdout: Split) -> dict[str, Any]:
-    """Choose the disagreement over which the service calls an image suspicious.
-
-    Returns:
-        the threshold that at most 5% of held-out clean images exceed (1% from 1,000 images on).
-    """
-    share = 0.05 if len(holdout) < 1000 else 0.01
-    found = engine.run_all(to_float(holdout.images).cpu().numpy()).disagreement
-    return {
-        "score": "jensen-shannon",
-        "threshold": float(np.quantile(found, 1 - share, method="higher")),
-        "false_positive_rate": share,
-        "calibration_images": len(holdout),
-    }
+def _setting(asked: Evaluation) -> Setting:
+    engine = Engine(asked.model, device="cpu")
+    gradients = find_gradients(
+        engine.card,
+        asked.model,
+        run=asked.run,
+        checkpoint=asked.checkpoint,
+        device=asked.device,
+    )
+    config = training_config(engine.card, gradients, asked.data)
+    data = load_training(config.data)
+    split = _test_split(config, engine.card, asked)
+    if asked.norm == "l2" and not asked.eps:
+        raise UserError("--norm l2 without --eps", "L2 radii, e.g. --eps 0.25,0.5")
+    eps = asked.eps or config.verification.eps
+    if asked.at_eps is not None and asked.at_eps not in eps:
+        raise UserError(f"--at-eps {asked.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
+    if asked.surrogates is not None:
+        made = given_surrogates(asked.surrogates, engine.card.labels, asked.device)
+    else:
+        made = surrogates(config, data, asked.device, KINDS[asked.preset])
+    suite = presets.suite(
+        asked.preset,
+        [surrogate.name for surrogate in made],
+        eps,
+        classes=len(engine.card.labels),
+        skips=all(residual_ends(surrogate.members) for surrogate in made),
+        norm=asked.norm,
+        reference=reference.available(),
+    )
+    return Setting(asked, engine, gradients, config, data, split, eps, made, suite)
 
 
 def _test_split(config: Config, card: Card, asked: Evaluation) -> Split:
@@ -206,75 +183,210 @@ def _test_split(config: Config, card: Card, asked: Evaluation) -> Split:
     return split.to(asked.device)
 
 
-def _members(run: Run | None, which: str, device: torch.device) -> Sequence[torch.nn.Module] | None:
-    return [folded(member).to(device) for member in run.members(which)] if run else None
+def _targets(here: Setting) -> tuple[dict[str, Target], str]:
+    """Return what is attacked, the model first, and what the control is.
+
+    The control is the run's own standard members; without a run, the first surrogate, attacked
+    from the others.
+    """
+    found, device = here.gradients, here.asked.device
+    targets = {
+        "model": Target(
+            here.engine,
+            found.members if found else None,
+            found.weights if found else here.engine.card.weights_sha256,
+        )
+    }
+    control, what = (found.run, "standard") if found and found.run else (None, "members")
+    if control is None and len(here.surrogates) > 1:
+        control = here.surrogates[0].run
+    with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
+        if control is not None:
+            path = Path(folder) / "control.onnx"
+            export(control, path, which="standard" if what == "standard" else "members")
+            members = [folded(member).to(device) for member in control.members(what)]
+            weights = str(control.checkpoint[f"{what}_sha256"])
+            targets["control"] = Target(Engine(path, device="cpu"), members, weights)
+    if here.asked.against is not None:
+        targets["against"] = _against(here)
+    if control is None:
+        return targets, "none"
+    return targets, "own" if what == "standard" else here.surrogates[0].name
 
 
-def _parity(target: Target, outcome: Outcomes, split: Split) -> list[Parity] | None:
-    """Compare torch with the engine on clean images and on the hardest adversarial ones."""
-    if target.members is None:
-        return None
+def _against(here: Setting) -> Target:
+    assert here.asked.against is not None
+    engine = Engine(here.asked.against, device="cpu")
+    if engine.card.labels != here.engine.card.labels or (
+        engine.card.input_shape != here.engine.card.input_shape
+    ):
+        raise UserError(
+            f"{here.asked.against} has other classes or another input",
+            "a model of the same images and labels",
+        )
+    run = find_run(engine.card, None)
+    members = [folded(member).to(here.asked.device) for member in run.members()] if run else None
+    return Target(engine, members, engine.card.weights_sha256)
+
+
+def _gates(
+    here: Setting,
+    model: Target,
+    outcomes: dict[str, Outcomes],
+    control: str,
+    last: tuple[Outcomes, Attack, float],
+) -> list[Gate]:
+    mine, everyone = outcomes["model"], list(outcomes.values())
+    clean = clean_scores(here.engine, here.split)
+    backwards = clean_scores(here.engine, here.split.take(torch.arange(len(here.split)).flip(0)))
+    again = Scores(backwards.logits[::-1], backwards.member_logits[::-1])
+    zero, broken = None, None
+    if model.members is not None:
+        zero, broken, _ = flow(model.members, here.split, here.suite)
+    named = "control" if control == "own" else f"control ({control})"
     return [
-        compare(torch_scores(target.members, images), target.engine.run_all(images.cpu().numpy()))
-        for images in [to_float(split.images), *outcome.hardest.values()]
+        gates.finite(everyone),
+        gates.deterministic(clean, again),
+        gates.not_probabilities(clean),
+        gates.nonzero_gradient(zero, broken),
+        gates.eps_8bit(everyone),
+        _parity(here, model, mine),
+        gates.grows_with_eps(mine, here.suite, here.eps),
+        gates.reaches_chance(*last, classes=len(here.engine.card.labels)),
+        gates.iterative_beats_single(mine, here.suite, here.eps),
+        gates.converged(mine, here.suite),
+        gates.weaker_never_beats(mine, here.suite, here.eps),
+        gates.control_falls(outcomes.get("control"), here.suite, here.eps, named),
+        gates.planted_found(*planted(here.split, here.asked.seed)),
     ]
 
 
-def _figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> dict[str, Any]:
-    def of(threat: str | None, each: float) -> dict[str, Any] | None:
-        chosen = [attack for attack in suite if threat in (None, attack.threat)]
-        ran = [attack for attack in chosen if (attack.name, each, "float") in outcome.survived]
-        if not ran:
-            return None
-        robust: Mask = outcome.robust(ran, each, VERSIONS)
-        return {
-            **rate(robust),
-            "of_clean_correct": rate(robust[outcome.clean])["value"],
-            **{version: float(outcome.robust(ran, each, [version]).mean()) for version in VERSIONS},
-            "attacks": {
-                attack.name: float(outcome.robust([attack], each, VERSIONS).mean())
-                for attack in ran
-            },
-        }
+def _parity(here: Setting, model: Target, outcome: Outcomes) -> Gate:
+    """Compare torch with the engine on clean images and on the worst adversarial ones."""
+    if model.members is None:
+        return gates.parity(None)
+    pairs = []
+    for pixels in [here.split.images.cpu().numpy(), *outcome.worst.values()]:
+        floats = to_float_numpy(pixels)
+        x = torch.from_numpy(floats).to(here.split.images.device)
+        pairs.append((torch_scores(model.members, x), here.engine.run_all(floats)))
+    if (precision := here.engine.card.precision) != "fp32":
+        same = [(torch_.predictions == found.predictions).mean() for torch_, found in pairs]
+        return gates.variant_parity(float(np.mean(same)), precision)
+    return gates.parity([compare(*pair) for pair in pairs])
 
-    return {
-        "clean_accuracy": rate(outcome.clean & ~outcome.invalid),
-        "robust_accuracy": [
-            {
-                "eps": each,
-                "transfer": of("transfer", each),
-                "white_box": of("white_box", each),
-                "all": of(None, each),
+
+def _measures(
+    here: Setting, model: Target, outcome: Outcomes, evidence: Gathering
+) -> dict[str, Any]:
+    """Measure what is not accuracy: the alarm, the members' matrices, the combinations."""
+    attacked = {
+        f"{threat}": (eps, pixels)
+        for (eps, threat), pixels in outcome.worst.items()
+        if eps == max(here.eps)
+    }
+    found: dict[str, Any] = {"members": None}
+    if model.members is not None:
+        members, eps = model.members, max(here.eps)
+        steps = AWARE_STEPS[here.asked.preset]
+
+        def aware() -> dict[str, Any]:
+            return {
+                "pixels": alarm.aware(members, here.split, eps, steps=steps, seed=here.asked.seed)
             }
-            for each in eps
-        ],
+
+        key = ["aware", eps, steps, here.asked.seed, here.split.sha256, model.weights]
+        if here.asked.norm == "linf":
+            pixels = keep(key, aware)["pixels"]
+            attacked["detector-aware"] = (eps, pixels)
+            nothing = np.zeros(pixels.shape, np.float16)
+            evidence.add("detector-aware", eps, nothing, pixels)
+        if all(isinstance(member, Member) for member in members):
+            found["members"] = _matrices(here, members)
+    found["disagreement"] = alarm.calibrate(here.engine, here.data.holdout) | {
+        "alarm": alarm.measure(here.engine, here.data.holdout, here.split, attacked)
     }
+    found["combination"] = combinations(here.engine, here.split, outcome.worst)
+    return found
 
 
-def _outcomes_json(outcome: Outcomes) -> dict[str, Any]:
-    """Return the per-image matrix: one character an image, 1 right, 0 wrong, in test order."""
+def _matrices(here: Setting, members: Sequence[Any]) -> dict[str, Any]:
+    middle = sorted(here.eps)[len(here.eps) // 2]
+    _, _, norms = flow(members, here.split, here.suite)
+    found = {"gradient_norms": norms}
+    if here.asked.norm == "linf":
+        found["transferability"] = matrices.transferability(
+            members, here.split, middle, here.asked.seed
+        )
+    found["diversity"] = matrices.diversity(
+        members, here.split, here.config.dverge, here.asked.seed
+    )
+    return found
 
-    def line(mask: Mask) -> str:
-        return "".join("1" if each else "0" for each in mask)
 
-    return {
-        "clean": line(outcome.clean),
-        "invalid": line(outcome.invalid),
-        "survived": [
-            {"attack": attack, "eps": eps, "version": version, "images": line(mask)}
-            for (attack, eps, version), mask in outcome.survived.items()
-        ],
+def _report(
+    here: Setting,
+    outcomes: dict[str, Outcomes],
+    control: str,
+    checks: Sequence[Gate],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    asked, card, gradients = here.asked, here.engine.card, here.gradients
+    queries = any(attack.queries for attack in here.suite)
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": gates.verdict(checks),
+        "preset": asked.preset,
+        "model": {
+            "file": asked.model.name,
+            "sha256": here.engine.sha256,
+            "name": card.name,
+            "members": card.members,
+            "precision": card.precision,
+            "weights_sha256": card.weights_sha256,
+            "labels": list(card.labels),
+            "gradients": gradients.origin if gradients else "none",
+        },
+        "threat_model": {
+            "goal": "untargeted: any wrong answer",
+            "norm": "Linf" if asked.norm == "linf" else "L2",
+            "eps": list(here.eps),
+            "transfer": "knows the training data, architecture and schedule, not the weights",
+            "white_box": "knows the weights",
+            "delivered": "adversarial images rounded to 8 bits inside the eps ball",
+            "float": "unrounded (changes kept in float16), to set beside published figures",
+            "robust": "right when clean and after every attack, float and delivered",
+        },
+        "data": {
+            "name": here.config.data.name,
+            "part": "test",
+            "n": len(here.split),
+            "sha256": here.split.sha256,
+            "train_sha256": here.data.train.sha256,
+        },
+        **figures(outcomes["model"], here.suite, here.eps),
+        "control": None,
+        "against": None,
+        "gates": [check.to_json() for check in checks],
+        **measured,
+        "attacks": [attack.to_json() for attack in here.suite],
+        "surrogates": [surrogate.to_json() for surrogate in here.surrogates],
+        "seed": asked.seed,
+        "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()},
+        "out_of_scope": [*OUT_OF_SCOPE, *([] if queries else [NO_QUERIES])],
+        "tool_version": __version__,
     }
-
-
-def _surrogate_json(surrogate: Surrogate) -> dict[str, Any]:
-    config = surrogate.run.config
-    return {
-        "name": surrogate.name,
-        "method": config.method,
-        "architecture": config.architecture,
-        "members": config.members,
-        "seed": config.seed,
-        "weights_sha256": surrogate.run.weights_sha256,
-        "holdout_accuracy": surrogate.run.checkpoint["holdout_accuracy"],
-    }
+    if "control" in outcomes:
+        report["control"] = {"what": control} | figures(outcomes["control"], here.suite, here.eps)
+    if "against" in outcomes and asked.against is not None:
+        rows = comparison(outcomes["model"], outcomes["against"], here.suite, here.eps)
+        report["against"] = {
+            "file": asked.against.name,
+            "sha256": sha256(asked.against.read_bytes()),
+            **figures(outcomes["against"], here.suite, here.eps),
+            "comparison": rows,
+        }
+    report["configuration_sha256"] = sha256(
+        canonical_json([report["attacks"], list(here.eps), asked.seed, report["surrogates"]])
+    )
+    return report

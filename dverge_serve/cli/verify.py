@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +19,25 @@ from dverge_serve.errors import Exit, NotMetError, UserError
 )
 def verify_robustness(
     model: Model = Path("model.onnx"),
-    preset: Annotated[str, typer.Option(help="The attack suite: quick.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(help="The attack suite: quick, standard (the paper's protocol) or full.")
+    ] = "quick",
     run: Annotated[
         Path | None, typer.Option(help="The run it was exported from. [default: found in runs/]")
     ] = None,
     data: Data = None,
-    eps: Annotated[
-        str | None, typer.Option(help="Linf radii, e.g. 0.05,0.1. [default: the recipe's]")
+    surrogates: Annotated[
+        Path | None,
+        typer.Option(help="A folder of runs to attack from. [default: trained, cached]"),
     ] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radii, e.g. 0.05,0.1. [default: the recipe's]")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="Of the radii: linf or l2.")] = "linf",
     images: Annotated[int | None, typer.Option(help="Use only this many test images.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another model, attacked alike and compared.")
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the attacks' random starts.")] = 0,
     min_accuracy: Annotated[
@@ -43,9 +54,11 @@ def verify_robustness(
 
     Exit codes: 0 VALID, 1 --min-accuracy not met, 3 INCONCLUSIVE or INVALID.
     """
-    radii = _eps(eps)
-    if preset != "quick":
-        raise UserError(f"preset '{preset}'", "quick")
+    if preset not in ("quick", "standard", "full"):
+        raise UserError(f"preset '{preset}'", "quick, standard or full")
+    if norm not in ("linf", "l2"):
+        raise UserError(f"norm '{norm}'", "linf or l2")
+    radii = _eps(eps, norm)
     if threat not in ("transfer", "white-box", "all"):
         raise UserError(f"threat '{threat}'", "transfer, white-box or all")
     if images is not None and images < 1:
@@ -61,8 +74,12 @@ def verify_robustness(
         Evaluation(
             model=model,
             run=run,
+            preset=preset,
             data=data,
+            surrogates=surrogates,
+            against=against,
             eps=radii,
+            norm="l2" if norm == "l2" else "linf",
             images=images,
             seed=seed,
             device=pick_device(device),
@@ -80,13 +97,14 @@ def verify_robustness(
         _require(report, min_accuracy, at_eps, threat.replace("-", "_"))
 
 
-def _eps(text: str | None) -> tuple[float, ...]:
+def _eps(text: str | None, norm: str) -> tuple[float, ...]:
     try:
         radii = tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         radii = (0.0,)
-    if not all(0 < radius <= 1 for radius in radii):
-        raise UserError(f"--eps {text}", "radii in (0, 1] with commas between, e.g. 0.05,0.1")
+    most = 1.0 if norm == "linf" else math.inf
+    if not all(0 < radius <= most for radius in radii):
+        raise UserError(f"--eps {text}", "radii above 0 with commas between, e.g. 0.05,0.1")
     return tuple(sorted(set(radii)))
 
 
@@ -98,6 +116,8 @@ def _require(
 ) -> None:
     rows = report["robust_accuracy"]
     row = next((row for row in rows if row["eps"] == at_eps), rows[-1])
+    if row[threat] is None:
+        raise NotMetError(f"{threat} robust accuracy was not measured", f"at least {least:g}")
     value = row[threat]["value"]
     told = f"{threat} robust accuracy {value:.3f} at eps {row['eps']:g}"
     if value < least:

@@ -1,0 +1,103 @@
+"""Models whose gradients are known, and ways to score them where a test needs no file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dverge_serve.scores import Scores
+from training.data import Split
+from verification.attack import Attack
+from verification.outcomes import Outcomes, Target
+from verification.presets import suite
+from verification.suite import run_suite
+
+EPS = 0.05  # 12.75 steps of 8 bits
+
+
+class Linear(torch.nn.Module):
+    """Class 1 where the mean pixel is above one half: gradients are known, so is the margin."""
+
+    def __init__(self, scale: float = 10.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * (x.mean((1, 2, 3)) - 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        score = self.score(x)
+        return torch.stack([-score, score], 1)
+
+
+class Saturated(Linear):
+    """Answers in steps: right, sure, and without a gradient."""
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return 100 * torch.tanh(1e6 * super().score(x))
+
+
+class Quantised(Linear):
+    """A quantiser in front that no gradient passes."""
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return super().score((x * 85).round() / 85)
+
+
+class Masked(Linear):
+    """Right answers, and gradients of something else."""
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        honest = super().score(x)
+        return honest.detach() + 1e-3 * (x[:, 0, 0, 0] - x[:, 0, 0, 0].detach())
+
+
+class Softmax(Linear):
+    """Probabilities where logits are expected."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(1)
+
+
+class TorchEngine:
+    """Scores torch modules; `broken` gives NaN, `noise` another answer each time."""
+
+    def __init__(
+        self, members: list[torch.nn.Module], broken: bool = False, noise: float = 0.0
+    ) -> None:
+        self.members, self.broken, self.noise = members, broken, noise
+        self.draw = np.random.default_rng(0)
+
+    def run_all(self, images: Any) -> Scores:
+        with torch.no_grad():
+            x = torch.from_numpy(np.ascontiguousarray(images))
+            logits = torch.stack([member(x) for member in self.members], 1).numpy()
+        logits = logits + self.noise * self.draw.normal(size=logits.shape).astype(np.float32)
+        mean = logits.mean(1)
+        return Scores(np.full_like(mean, np.nan) if self.broken else mean, logits)
+
+
+def linear_split(values: list[int]) -> Split:
+    pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    return Split(pixels.contiguous(), (pixels[:, 0, 0, 0] > 127).long())
+
+
+VALUES = [110 + step for step in range(35)]
+
+
+def attack_linear(
+    target: torch.nn.Module, values: list[int], eps: float = EPS, broken: bool = False
+) -> tuple[Outcomes, list[Attack]]:
+    """Run `quick` on a model, with an honest linear surrogate."""
+    chosen = suite("quick", ["surrogate"], [eps], classes=2)
+    outcomes = run_suite(
+        chosen,
+        {"surrogate": ([Linear()], "surrogate")},
+        {"m": Target(TorchEngine([target], broken), [target])},
+        linear_split(values),
+        [eps],
+        seed=0,
+    )
+    return outcomes["m"], chosen

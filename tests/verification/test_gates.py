@@ -1,0 +1,215 @@
+"""Every gate: passed by an honest evaluation, failed by a defence or a harness that is broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dverge_serve.scores import Scores
+from export.parity import Parity
+from tests.verification.models import (
+    EPS,
+    VALUES,
+    Linear,
+    Masked,
+    Quantised,
+    Saturated,
+    Softmax,
+    TorchEngine,
+    attack_linear,
+    linear_split,
+)
+from verification import gates
+from verification.gradients import flow
+from verification.outcomes import Outcomes, Target
+from verification.planted import planted
+from verification.presets import large, suite
+from verification.suite import run_suite
+
+
+def asked_twice(engine: TorchEngine) -> tuple[Scores, Scores]:
+    images = linear_split(VALUES).images.numpy().astype(np.float32) / 255
+    return engine.run_all(images), engine.run_all(images)
+
+
+def scores_of(*rows: list[float]) -> Scores:
+    logits = np.array(rows, np.float32)
+    return Scores(logits, logits[:, None])
+
+
+def outcome_of(clean: list[int], **survived: list[int]) -> Outcomes:
+    masks = {
+        (name.replace("_", " "), EPS, version): np.array(mask, bool)
+        for name, mask in survived.items()
+        for version in ("float", "delivered")
+    }
+    right = np.array(clean, bool)
+    return Outcomes(masks, right, np.zeros(len(right), bool))
+
+
+def test_an_honest_model_passes_all_that_look_at_it() -> None:
+    outcome, chosen = attack_linear(Linear(), VALUES)
+    members: list[torch.nn.Module] = [Linear()]
+    zero, broken, norms = flow(members, linear_split(VALUES), chosen)
+    first, second = asked_twice(TorchEngine(members))
+    checks = [
+        gates.finite([outcome]),
+        gates.deterministic(first, second),
+        gates.not_probabilities(first),
+        gates.nonzero_gradient(zero, broken),
+        gates.eps_8bit([outcome]),
+        gates.grows_with_eps(outcome, chosen, [EPS]),
+        gates.iterative_beats_single(outcome, chosen, [EPS]),
+        gates.converged(outcome, chosen),
+        gates.weaker_never_beats(outcome, chosen, [EPS]),
+    ]
+    assert [gate.name for gate in checks if not gate.passed] == []
+    assert gates.verdict(checks) == "VALID"
+    # The margin is 2 * 10 * (mean - 0.5): its gradient has length 20 / sqrt(64).
+    assert norms == pytest.approx([20 / 8])
+
+
+@pytest.mark.parametrize("defence", [Saturated(), Quantised()])
+def test_answers_in_steps_have_no_gradient(defence: torch.nn.Module) -> None:
+    outcome, chosen = attack_linear(defence, VALUES)
+    zero, broken, _ = flow([defence], linear_split(VALUES), chosen)
+    gate = gates.nonzero_gradient(zero, broken)
+    assert gate.passed is False
+    assert gates.verdict([gate]) == "INCONCLUSIVE"
+    assert gates.weaker_never_beats(outcome, chosen, [EPS]).passed is False
+
+
+def test_masked_gradients_are_told_by_weaker_never_beats() -> None:
+    outcome, chosen = attack_linear(Masked(), VALUES)
+    zero, broken, _ = flow([Masked()], linear_split(VALUES), chosen)
+    assert gates.nonzero_gradient(zero, broken).passed  # there is a gradient; it leads nowhere
+    gate = gates.weaker_never_beats(outcome, chosen, [EPS])
+    assert gate.passed is False
+    assert gates.verdict([gate]) == "INCONCLUSIVE"
+
+
+def test_a_random_defence_is_told_by_deterministic() -> None:
+    gate = gates.deterministic(*asked_twice(TorchEngine([Linear()], noise=0.05)))
+    assert gate.passed is False
+    assert gates.verdict([gate]) == "INVALID"
+
+
+def test_outputs_that_are_not_finite_make_it_invalid() -> None:
+    outcome, _ = attack_linear(Linear(), [20, 200], broken=True)
+    gate = gates.finite([outcome])
+    assert gate.passed is False
+    assert gates.verdict([gate]) == "INVALID"
+    assert not outcome.robust([], EPS, ["float"]).any()
+    # Never a success of the attacker: what Square and the gates see stays a number.
+    assert gates.deterministic(*asked_twice(TorchEngine([Linear()], broken=True))).passed
+
+
+def test_probabilities_where_logits_are_expected_make_it_invalid() -> None:
+    gate = gates.not_probabilities(asked_twice(TorchEngine([Softmax()]))[0])
+    assert gate.passed is False
+    assert gates.verdict([gate]) == "INVALID"
+    assert gates.not_probabilities(scores_of([0.5, 0.5], [2.0, -1.0])).passed
+
+
+def test_a_gradient_that_is_not_a_number_counts_as_none() -> None:
+    class Broken(Linear):
+        def score(self, x: torch.Tensor) -> torch.Tensor:
+            return super().score(x) + (x - x).sum((1, 2, 3)).sqrt()
+
+    _, chosen = attack_linear(Linear(), [120])
+    zero, broken, _ = flow([Broken()], linear_split(VALUES), chosen)
+    assert broken.all()
+    assert gates.nonzero_gradient(zero, broken).passed is False
+    assert gates.nonzero_gradient(None, None).passed is None
+
+
+def test_an_attack_that_leaves_its_ball_makes_it_invalid() -> None:
+    outcome, _ = attack_linear(Linear(), [20, 200])
+    assert gates.eps_8bit([outcome]).passed
+    outcome.outside = 1
+    assert gates.verdict([gates.eps_8bit([outcome])]) == "INVALID"
+
+
+def test_parity_takes_the_worst() -> None:
+    good, bad = Parity(5, 0.0, 1e-4, 0), Parity(5, 1.0, 1e-4, 0)
+    assert gates.parity([good]).passed
+    assert gates.parity([good, bad]).passed is False
+    assert gates.parity(None).passed is None
+    assert gates.verdict([gates.parity(None)]) == "INCONCLUSIVE"
+    assert gates.variant_parity(0.99, "int8").passed
+    assert gates.variant_parity(0.9, "int8").passed is False
+
+
+def test_robustness_that_rises_with_eps_is_not_believed() -> None:
+    _, chosen = attack_linear(Linear(), [120])
+    noise = [attack for attack in chosen if attack.kind == "noise"]
+    outcome = outcome_of([1] * 10, noise=[0] * 10)
+    falling = dict(outcome.survived)
+    for version in ("float", "delivered"):
+        falling["noise", 0.1, version] = np.ones(10, bool)
+    outcome.survived = falling
+    assert gates.grows_with_eps(outcome, noise, [EPS]).passed
+    assert gates.grows_with_eps(outcome, noise, [EPS, 0.1]).passed is False
+
+
+def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
+    attack, eps = large("linf", 64)
+    for model, passes in ((Linear(), True), (Quantised(), False)):
+        target = Target(TorchEngine([model]), [model])
+        values = [0, 60, 120, 130, 180, 255]
+        outcome = run_suite([attack], {}, {"m": target}, linear_split(values), [eps], seed=0)["m"]
+        assert gates.reaches_chance(outcome, attack, eps, classes=2).passed is passes
+    assert gates.reaches_chance(None, attack, eps, classes=2).passed is None
+
+
+def test_one_step_must_not_break_what_many_do_not() -> None:
+    chosen = suite("quick", ["s"], [EPS], classes=2)
+    single, many = "fgsm-ce on mean-logits", "pgd-ce on mean-logits"
+    outcome = outcome_of([1] * 10)
+    for version in ("float", "delivered"):
+        outcome.survived[single, EPS, version] = np.array([0] * 5 + [1] * 5, bool)
+        outcome.survived[many, EPS, version] = np.array([0] * 3 + [1] * 7, bool)
+    assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed  # 2 are allowed
+    for version in ("float", "delivered"):
+        outcome.survived[many, EPS, version] = np.ones(10, bool)
+    assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed is False
+    nothing = outcome_of([1] * 10)
+    assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
+
+
+def test_twice_the_effort_must_not_change_the_figure() -> None:
+    chosen = suite("quick", ["s"], [EPS], classes=2)
+    (doubled,) = [attack for attack in chosen if attack.gate == "converged"]
+    base = "pgd-cw on mean-logits"
+    outcome = outcome_of([1] * 100)
+    for version in ("float", "delivered"):
+        outcome.survived[base, EPS, version] = np.arange(100) >= 10
+        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 11
+    assert gates.converged(outcome, chosen).passed
+    for version in ("float", "delivered"):
+        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 12
+    assert gates.converged(outcome, chosen).passed is False
+    assert gates.converged(outcome_of([1]), chosen).passed is None
+
+
+def test_a_control_that_stands_makes_it_inconclusive() -> None:
+    standing, chosen = attack_linear(Linear(), [0, 255, 10, 240])
+    assert gates.control_falls(standing, chosen, [EPS]).passed is False
+    falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
+    assert gates.control_falls(falling, chosen, [EPS]).passed
+    assert gates.control_falls(None, chosen, [EPS]).passed is None
+
+
+def test_the_harness_finds_what_was_planted_and_nothing_else() -> None:
+    split = linear_split([0, 3, 60, 90, 100, 111, 120, 127, 128, 131, 140, 150, 170, 200, 250, 255])
+    expected, found = planted(split, seed=0)
+    assert expected.any()
+    assert not expected.all()
+    assert gates.planted_found(expected, found).passed
+    missed: Any = found.copy()
+    missed[np.flatnonzero(expected)[0]] = False
+    assert gates.verdict([gates.planted_found(expected, missed)]) == "INVALID"
+    assert gates.planted_found(expected, np.ones_like(found)).passed is False

@@ -1,0 +1,97 @@
+"""The evidence: clean and adversarial images kept beside the report, for a replay."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
+from training.data import Split
+from verification.attack import LARGEST_HALF_DELTA
+
+IMAGES = "images.npz"
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def evidence_folder(model: Path) -> Path:
+    """Return where the evidence about `model` lies: `model.onnx` has `model.report/`."""
+    return model.with_name(f"{model.stem}.report")
+
+
+class Gathering:
+    """Evidence while it is gathered, in a folder of its own that takes the final name at the end.
+
+    Args:
+        folder: the final folder.
+        split: the clean images and labels that all else is a change of.
+    """
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        self.folder = folder
+        self.part = folder.with_name(f".{folder.name}.part")
+        self._images = split.images.cpu().numpy()
+        if self.part.exists():
+            shutil.rmtree(self.part)
+        (self.part / "adversarial").mkdir(parents=True)
+        images = {"images": self._images, "labels": split.labels.cpu().numpy()}
+        self.index: dict[str, Any] = {
+            "images": {"file": IMAGES, "sha256": self._write(IMAGES, images)},
+            "adversarial": [],
+        }
+
+    def add(
+        self,
+        attack: str,
+        eps: float,
+        halves: npt.NDArray[np.float16],
+        delivered: npt.NDArray[np.uint8],
+    ) -> None:
+        """Keep one attack's images at one radius.
+
+        Args:
+            attack: its name.
+            eps: its radius.
+            halves: the float images' changes.
+            delivered: the 8-bit images; kept as int8 changes where those fit.
+        """
+        name = f"adversarial/{len(self.index['adversarial']):03d}.npz"
+        steps = delivered.astype(np.int16) - self._images
+        small = not steps.size or int(np.abs(steps).max()) <= LARGEST_HALF_DELTA
+        found = {"delivered": steps.astype(np.int8) if small else steps, "float": halves}
+        self.index["adversarial"].append(
+            {"attack": attack, "eps": eps, "file": name, "sha256": self._write(name, found)}
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Put the evidence in place of any older one and return its index for the report."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.part.replace(self.folder)
+        return self.index
+
+    def _write(self, name: str, arrays: Arrays) -> str:
+        path = self.part / name
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        return sha256(path.read_bytes())
+
+
+def read_evidence(folder: Path, entry: dict[str, Any]) -> Arrays:
+    """Return the arrays of one entry of the index.
+
+    Raises:
+        UserError: the file is missing, or not the one the report names.
+    """
+    path = folder / entry["file"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"no file {path}", "the images the report was made with") from error
+    if sha256(data) != entry["sha256"]:
+        raise UserError(f"{path} is not the file the report names", f"sha256 {entry['sha256']}")
+    with np.load(path) as stored:
+        return dict(stored)

@@ -1,0 +1,134 @@
+"""Where the gradients come from: the weights behind a model file, and how much there is of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dverge_serve.contract import Card
+from dverge_serve.errors import UserError
+from training import attacks as core
+from training.data import Split, to_float
+from training.members import folded
+from training.run import Run
+from verification.attack import Attack, loss_of
+from verification.statistics import Mask
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A differentiable copy of the model.
+
+    Args:
+        members: in evaluation mode, on the device.
+        weights: a hash of what they hold.
+        origin: where they come from, for the report.
+        run: the run that made the model, if that is where.
+    """
+
+    members: Sequence[nn.Module]
+    weights: str
+    origin: str
+    run: Run | None = None
+
+
+def find_gradients(
+    card: Card,
+    model: Path,
+    *,
+    run: Path | None,
+    checkpoint: Path | None,
+    device: torch.device,
+) -> Gradients | None:
+    """Return the weights behind a model, from the first place that has them.
+
+    The run given; the one under `runs/` whose weights match; a published checkpoint; the file
+    itself, where the optional onnx2torch can read it. Precision variants carry the hash of the
+    weights of their fp32 parent, and take gradients from those.
+
+    Raises:
+        UserError: the run or checkpoint given has other weights than the model.
+    """
+    found = find_run(card, run) if checkpoint is None or run is not None else None
+    if found is not None:
+        members = [folded(member).to(device) for member in found.members()]
+        return Gradients(members, found.weights_sha256, "run", found)
+    if checkpoint is not None:
+        return _from_checkpoint(checkpoint, card, device)
+    return _from_file(model, card, device)
+
+
+def find_run(card: Card, path: Path | None) -> Run | None:
+    """Return the run that made a model: the one given, or one under `runs/` with these weights.
+
+    Raises:
+        UserError: the run given has other weights.
+    """
+    if path is not None:
+        run = Run.open_finished(path)
+        if run.weights_sha256 != card.weights_sha256:
+            raise UserError(
+                f"{path} has weights {run.weights_sha256[:12]}, the model was made from "
+                f"{card.weights_sha256[:12]}",
+                "the run this model was exported from",
+            )
+        return run
+    for checkpoint in sorted(Path("runs").glob("*/checkpoint.json")):
+        run = Run(checkpoint.parent)
+        if run.weights_sha256 == card.weights_sha256:
+            return Run.open_finished(checkpoint.parent)
+    return None
+
+
+def _from_checkpoint(path: Path, card: Card, device: torch.device) -> Gradients | None:
+    raise UserError(f"--checkpoint {path}", "a run, with --run")
+
+
+def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | None:
+    return None
+
+
+def flow(
+    members: Sequence[nn.Module], split: Split, suite: Sequence[Attack], batch: int = 256
+) -> tuple[Mask, Mask, list[float]]:
+    """Measure the gradients that white-box attacks begin with.
+
+    Args:
+        members: the attacked model.
+        split: clean images.
+        suite: its white-box attacks name the losses.
+        batch: images at once.
+
+    Returns:
+        images without a gradient on any loss, images with one that is not finite on some loss,
+        both bool `[n]`, and each member's mean L2 norm of the gradient of its own margin.
+    """
+    forms = {
+        (each.loss, each.output): each
+        for each in suite
+        if each.threat == "white_box" and each.kind == "gradient"
+    }
+    zero, broken, norms = [], [], []
+    for start in range(0, len(split), batch):
+        part = split.take(slice(start, start + batch))
+        x = to_float(part.images)
+        found = [core.gradient(loss_of(each, members, part.labels), x) for each in forms.values()]
+        sizes = torch.stack([each.abs().amax((1, 2, 3)) for each in found])
+        broken.append((~sizes.isfinite()).any(0))
+        zero.append((sizes == 0).all(0))
+        norms.append(torch.stack([_norm(member, x, part.labels) for member in members]))
+    return (
+        torch.cat(zero).cpu().numpy(),
+        torch.cat(broken).cpu().numpy(),
+        [float(np.float32(each)) for each in torch.cat(norms, 1).nanmean(1)],
+    )
+
+
+def _norm(member: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    found = core.gradient(core.cw_margin(member, labels), x)
+    return found.square().sum((1, 2, 3)).sqrt()

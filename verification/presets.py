@@ -1,0 +1,231 @@
+"""The presets: which attacks `quick`, `standard` and `full` are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from training.attacks import Norm
+from verification.attack import Attack, Loss, Output
+
+PRESETS = ("quick", "standard", "full")
+LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
+SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
+
+
+def suite(
+    preset: str,
+    surrogates: Sequence[str],
+    eps: Sequence[float],
+    *,
+    classes: int,
+    skips: bool = True,
+    norm: Norm = "linf",
+    reference: bool = False,
+) -> list[Attack]:
+    """Return a preset's attacks.
+
+    Args:
+        preset: `quick`, `standard` or `full`.
+        surrogates: names of the sources of transfer attacks.
+        eps: the radii; the convergence check runs at the middle one.
+        classes: DLR needs three.
+        skips: whether the surrogates have residual branches (SGM).
+        norm: of every ball. Square is an Linf attack and is left out of the others.
+        reference: whether pyautoattack is there to be run.
+    """
+    middle = sorted(eps)[len(eps) // 2]
+    chosen = [
+        Attack(name="noise", threat="transfer", source="none", kind="noise"),
+        Attack(
+            name="fgsm-ce on mean-logits",
+            threat="white_box",
+            source="target",
+            loss="ce",
+            steps=1,
+            step_share=1.0,
+            random_start=False,
+            control=False,
+        ),
+    ]
+    if preset == "quick":
+        chosen += _quick(surrogates)
+    else:
+        chosen += _transfer_protocol(surrogates, skips) + _white_box_protocol(classes)
+    chosen.append(_doubled(chosen, middle))
+    if preset == "full":
+        chosen += _full(surrogates, reference)
+    if SQUARE_QUERIES[preset] and norm == "linf":
+        chosen.append(
+            Attack(
+                name="square",
+                threat="transfer",
+                source="target",
+                kind="square",
+                queries=SQUARE_QUERIES[preset],
+                standing_only=True,
+                control=False,
+            )
+        )
+    return [replace(attack, norm=norm) for attack in chosen]
+
+
+def large(norm: Norm, pixels: int) -> tuple[Attack, float]:
+    """Return the attack, and its radius, that must leave no more than chance.
+
+    Half the pixel range lets every image become the same grey one.
+    """
+    attack = Attack(
+        name="pgd-cw at a radius that hides the image",
+        threat="white_box",
+        source="target",
+        loss="cw",
+        norm=norm,
+        steps=20,
+        control=False,
+        gate="reaches-chance",
+    )
+    return attack, LARGE_EPS[norm] * (1 if norm == "linf" else pixels**0.5)
+
+
+def _quick(surrogates: Sequence[str]) -> list[Attack]:
+    """The honest core: momentum PGD from every surrogate with both losses; white-box PGD on both
+    ways of combining the members, because a saturated softmax hides the gradient.
+    """
+    losses: tuple[Loss, ...] = ("ce", "cw")
+    chosen = [
+        Attack(
+            name=f"mpgd-{loss} from {surrogate}",
+            threat="transfer",
+            source=surrogate,
+            loss=loss,
+            steps=20,
+            decay=1.0,
+            restarts=2,
+        )
+        for surrogate in surrogates
+        for loss in losses
+    ]
+    forms: tuple[tuple[Loss, Output, bool], ...] = (
+        ("ce", "mean-logits", True),
+        ("cw", "mean-logits", True),
+        ("ce", "mean-softmax", False),
+    )
+    return chosen + [
+        Attack(
+            name=f"pgd-{loss} on {output}",
+            threat="white_box",
+            source="target",
+            loss=loss,
+            output=output,
+            steps=20,
+            restarts=2,
+            control=control,
+        )
+        for loss, output, control in forms
+    ]
+
+
+def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[Attack]:
+    """The paper's black-box protocol (section 4.2): 5 versions an image, surrogate and loss."""
+    losses: tuple[Loss, ...] = ("ce", "cw")
+    chosen = []
+    for surrogate in surrogates:
+        for loss in losses:
+            base = Attack(
+                name=f"mpgd-{loss} from {surrogate}",
+                threat="transfer",
+                source=surrogate,
+                loss=loss,
+                steps=100,
+                decay=1.0,
+                restarts=3,
+            )
+            once = replace(base, restarts=1, random_start=False)
+            chosen += [base, replace(once, name=f"m-di2-{loss} from {surrogate}", diversity=0.5)]
+            if skips:
+                chosen.append(replace(once, name=f"sgm-{loss} from {surrogate}", skip_gamma=0.2))
+    return chosen
+
+
+def _white_box_protocol(classes: int) -> list[Attack]:
+    """The paper's white-box protocol: PGD-50, 5 random starts; on every form of the ensemble."""
+    forms: list[tuple[Loss, Output]] = [
+        ("ce", "mean-softmax"),
+        ("ce", "mean-logits"),
+        ("cw", "mean-logits"),
+        ("ce", "logsumexp"),
+    ]
+    if classes >= 3:
+        forms.append(("dlr", "mean-logits"))
+    return [
+        Attack(
+            name=f"pgd-{loss} on {output}",
+            threat="white_box",
+            source="target",
+            loss=loss,
+            output=output,
+            steps=50,
+            restarts=5,
+        )
+        for loss, output in forms
+    ]
+
+
+def _doubled(chosen: Sequence[Attack], eps: float) -> Attack:
+    """Twice the steps and restarts of the strongest white-box attack, at one radius."""
+    (strong,) = [attack for attack in chosen if attack.name == "pgd-cw on mean-logits"]
+    return replace(
+        strong,
+        name=f"{strong.name}, twice the steps and restarts",
+        steps=2 * strong.steps,
+        step_share=strong.step_share / 2,
+        restarts=2 * strong.restarts,
+        control=False,
+        only_eps=eps,
+        gate="converged",
+    )
+
+
+def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
+    losses: tuple[Loss, ...] = ("ce", "cw")
+    chosen = [
+        Attack(
+            name=f"vmi-{loss} from {surrogate}",
+            threat="transfer",
+            source=surrogate,
+            loss=loss,
+            steps=10,
+            decay=1.0,
+            random_start=False,
+            variance_samples=20,
+            standing_only=True,
+        )
+        for surrogate in surrogates
+        for loss in losses
+    ]
+    chosen.append(
+        Attack(
+            name="reweighted members",
+            threat="white_box",
+            source="target",
+            loss="reweighted",
+            steps=100,
+            step_share=0.1,
+            decay=0.75,
+            restarts=5,
+            standing_only=True,
+        )
+    )
+    if reference:
+        chosen.append(
+            Attack(
+                name="autoattack",
+                threat="white_box",
+                source="target",
+                kind="autoattack",
+                standing_only=True,
+                control=False,
+            )
+        )
+    return chosen

@@ -1,0 +1,119 @@
+"""Square (Andriushchenko et al., 2020): sees scores only; batched, every query counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Score = Callable[[Floats], npt.NDArray[np.floating]]  # images [n, C, H, W] -> logits [n, classes]
+SHARES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: where it halves
+
+
+@dataclass(frozen=True)
+class Found:
+    """What Square found.
+
+    Args:
+        images: float32 `[N, C, H, W]`: the best of each image, broken or not.
+        queries: int `[N]`: how often the model was asked about each image.
+    """
+
+    images: Floats
+    queries: npt.NDArray[np.int64]
+
+
+def square(
+    score: Score,
+    clean: Floats,
+    labels: npt.NDArray[np.int64],
+    *,
+    eps: float,
+    queries: int,
+    seed: int,
+    share: float = 0.8,
+) -> Found:
+    """Search for adversarial images by random squares of +-eps (algorithm 1 and 2, Linf).
+
+    An image is asked about until its answer is wrong or `queries` are spent. Every image has
+    random numbers of its own: its result does not depend on its neighbours.
+
+    Args:
+        score: asked about images still standing, each call counted for each of them.
+        clean: `[N, C, H, W]` in `[0,1]`.
+        labels: `[N]`.
+        eps: Linf radius.
+        queries: most for an image, the first (vertical stripes) included.
+        seed: of the squares.
+        share: of the image that the first squares cover.
+    """
+    draws = [np.random.default_rng([seed, index]) for index in range(len(clean))]
+    _, channels, height, width = clean.shape
+    spent = np.zeros(len(clean), dtype=np.int64)
+    best = clean.copy()
+    for index, draw in enumerate(draws):
+        stripes = draw.choice([-eps, eps], size=(channels, 1, width))
+        best[index] = np.clip(clean[index] + stripes, 0, 1)
+    standing = np.arange(len(clean))
+    if not queries or not len(clean):
+        return Found(best, spent)
+    margin = _margins(score(best), labels)
+    spent += 1
+    standing = standing[margin[standing] > 0]
+    for step in range(1, queries):
+        if not len(standing):
+            break
+        side = _side(share, step, queries, height, width)
+        tried = best[standing]
+        for row, at in enumerate(standing):
+            _paint(tried[row], clean[at], draws[at], side, eps)
+        found = _margins(score(tried), labels[standing])
+        spent[standing] += 1
+        better = found < margin[standing]
+        best[standing[better]] = tried[better]
+        margin[standing[better]] = found[better]
+        standing = standing[margin[standing] > 0]
+    return Found(best, spent)
+
+
+def _paint(image: Floats, clean: Floats, draw: np.random.Generator, side: int, eps: float) -> None:
+    """Set one random square of `image` to the clean one +-eps, a sign for each channel."""
+    channels, height, width = image.shape
+    top = int(draw.integers(height - side + 1))
+    left = int(draw.integers(width - side + 1))
+    where = np.s_[:, top : top + side, left : left + side]
+    signs = draw.choice([-eps, eps], size=(channels, 1, 1)).astype(np.float32)
+    image[where] = np.clip(clean[where] + signs, 0, 1)
+
+
+def _side(share: float, step: int, queries: int, height: int, width: int) -> int:
+    """Return the squares' side: the share of the image halves on the paper's schedule."""
+    position = step / queries * 10_000
+    halvings = sum(position > each for each in SHARES)
+    side = round(math.sqrt(share / 2.0**halvings * height * width))
+    return max(1, min(side, height - 1, width - 1))
+
+
+def _margins(
+    logits: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return right less best wrong score; an output that is not finite is no success."""
+    scores = logits.astype(np.float64)
+    rows = np.arange(len(labels))
+    right = scores[rows, labels]
+    scores[rows, labels] = -np.inf
+    margin = right - scores.max(axis=1)
+    wrong = ~np.isfinite(logits).all(axis=1)
+    margin[wrong] = np.inf
+    return np.asarray(np.where(margin == 0, _tie(logits, labels), margin))
+
+
+def _tie(
+    logits: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Equal scores: the first class answers; 1e-12 where that is still the right one."""
+    return np.where(logits.argmax(axis=1) == labels, 1e-12, 0.0)

@@ -1,0 +1,57 @@
+"""The vault: finished pieces of an evaluation by content hash, so that nothing is made twice.
+
+An interrupted evaluation goes on where it stopped, and transfer images serve every model that is
+attacked with the same surrogates and data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from dverge_serve.files import atomic_path, canonical_json, sha256
+
+VERSION = 1  # raise when the same key would give other images
+LIMIT_BYTES = 4 * 1024**3
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def cache_folder() -> Path:
+    """Return where caches live: `$DVERGE_CACHE`, by default `~/.cache/dverge`."""
+    return Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
+
+
+def keep(key: Any, make: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays kept under `key`, making and keeping them where they are not there yet.
+
+    Args:
+        key: everything that shapes the arrays, as JSON.
+        make: called on a miss, and where the file is damaged.
+    """
+    path = cache_folder() / "attacks" / f"{sha256(canonical_json([VERSION, key]))[:40]}.npz"
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        made = make()
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **made)  # type: ignore[arg-type]
+    return made
+
+
+def prune(limit: int = LIMIT_BYTES) -> None:
+    """Forget the attack results longest unused, until those left fit into `limit` bytes."""
+    files = [(each.stat(), each) for each in (cache_folder() / "attacks").glob("*.npz")]
+    files.sort(key=lambda item: item[0].st_mtime)
+    total = sum(stat.st_size for stat, _ in files)
+    for stat, file in files:
+        if total <= limit:
+            return
+        file.unlink(missing_ok=True)
+        total -= stat.st_size
