@@ -114,6 +114,7 @@ class Dverge(Stage):
     step_size: float = 0.007
     steps: int = 10
     decay: float = 1.0  # of the accumulated gradient
+    weight: float = 1.0  # dverge+adversarial: of DVERGE's sum beside the adversarial loss
     layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
     # BatchNorm while distilling. `running`: evaluation mode, nothing moves. `batch`: training
     # mode as in the published code, where every distillation pass moves the running statistics.
@@ -125,6 +126,42 @@ class Dverge(Stage):
         _check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
         _check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
         _check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Stage):
+    """Adversarial training (Madry et al., 2018): PGD on each member itself."""
+
+    table = "adversarial"
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("adversarial.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
+        _check("adversarial.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
+        _check("adversarial.steps", self.steps, self.steps >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adp(Stage):
+    """Adaptive diversity promoting (Pang et al., 2019)."""
+
+    table = "adp"
+
+    alpha: float = 2.0  # of the ensemble's entropy
+    beta: float = 0.5  # of the log ensemble diversity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gal(Stage):
+    """Gradient alignment loss (Kariyappa & Qureshi, 2019)."""
+
+    table = "gal"
+
+    weight: float = 0.5  # lambda
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +180,11 @@ class Config:
     """One training run, whole."""
 
     name: str
-    method: Literal["dverge", "standard"] = "dverge"
-    architecture: str = "resnet20"  # resnet<6n+2>
+    method: Literal["dverge", "standard", "adversarial", "dverge+adversarial", "adp", "gal"] = (
+        "dverge"
+    )
+    # resnet<6n+2> or torchvision:<name>; or a list with one for each member
+    architecture: str | tuple[str, ...] = "resnet20"
     width: int = 16  # channels of the first third
     members: int = 3
     batch_size: int = 128
@@ -152,14 +192,26 @@ class Config:
     data: Data = field(default_factory=Data)
     standard: Stage = field(default_factory=Stage)
     dverge: Dverge = field(default_factory=Dverge)
+    adversarial: Adversarial = field(default_factory=Adversarial)
+    adp: Adp = field(default_factory=Adp)
+    gal: Gal = field(default_factory=Gal)
     verification: Verification = field(default_factory=Verification)
 
     def __post_init__(self) -> None:
         _check("width", self.width, self.width >= 1, "1 or more")
-        least = 2 if self.method == "dverge" else 1
+        least = 1 if self.method in ("standard", "adversarial") else 2
+        listed = isinstance(self.architecture, tuple)
+        fits = not listed or len(self.architecture) == self.members
+        _check("architecture", self.architecture, fits, f"one name, or {self.members} of them")
         _check("members", self.members, self.members >= least, f"{least} or more")
         _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
         _check("seed", self.seed, self.seed >= 0, "0 or more")
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Each member's architecture."""
+        named = self.architecture
+        return (named,) * self.members if isinstance(named, str) else named
 
     def to_json(self) -> dict[str, Any]:
         """Return every value, as written into `config.json`."""
@@ -307,6 +359,10 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
             return tuple(_convert(kind, part, source, key) for kind, part in parts)
     if type(None) in options:  # "X | None"
         return None if value is None else _convert(options[0], value, source, key)
+    if str in options and not isinstance(value, str):  # "str | tuple[str, ...]"
+        return _convert(options[1], value, source, key)
+    if str in options:
+        return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         _check(f"{source}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)

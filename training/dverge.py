@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from training.attacks import ascend, momentum_rule
 from training.config import Dverge
 from training.members import Member
+from training.parallel import side_by_side
+
+Adversary = Callable[[int, Member], Tensor]  # index, member -> its own adversarial images
 
 
 def distill(
@@ -75,6 +78,14 @@ def member_loss(member: Member, index: int, distilled: Sequence[Tensor], labels:
     return torch.stack(losses).sum()
 
 
+def descend(optimizer: Optimizer, loss: Tensor) -> Tensor:
+    """Take one optimiser step down `loss` and return it, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
 def step(
     members: Sequence[Member],
     optimizers: Sequence[Optimizer],
@@ -84,6 +95,7 @@ def step(
     *,
     layer: int,
     settings: Dverge,
+    adversary: Adversary | None = None,
 ) -> Tensor:
     """Make one DVERGE step: all distil, then each member learns from the others' images.
 
@@ -92,23 +104,31 @@ def step(
         optimizers: one for each member.
         source, labels: a batch `[B, C, H, W]` and its classes `[B]`.
         target: an independent batch, shaped like `source`.
-        layer: drawn for this step.
+        layer: drawn for this step, 1..the deepest member's depth; a shallower member takes the
+            layer at the same share of its own depth.
+        adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
+            too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
 
     Returns:
         each member's loss, detached, `[members]`.
     """
-    distilled = [
-        distill(member, source, target, layer=layer, settings=settings) for member in members
-    ]
-    losses = []
-    for index, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
-        member.train()
+    deepest = max(member.depth for member in members)
+
+    def distilled_by(member: Member) -> Tensor:
+        own = -(-layer * member.depth // deepest)
+        return distill(member, source, target, layer=own, settings=settings)
+
+    distilled = side_by_side(distilled_by, members, source.device)
+
+    def update(index: int) -> Tensor:
+        member = members[index].train()
         loss = member_loss(member, index, distilled, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        if adversary is not None:
+            own = adversary(index, member)
+            loss = settings.weight * loss + F.cross_entropy(member(own), labels)
+        return descend(optimizers[index], loss)
+
+    return torch.stack(side_by_side(update, range(len(members)), source.device))
 
 
 def standard_step(
@@ -119,15 +139,12 @@ def standard_step(
     Returns:
         each member's loss, detached, `[members]`.
     """
-    losses = []
-    for member, optimizer in zip(members, optimizers, strict=True):
-        member.train()
-        loss = F.cross_entropy(member(source), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+
+    def update(index: int) -> Tensor:
+        member = members[index].train()
+        return descend(optimizers[index], F.cross_entropy(member(source), labels))
+
+    return torch.stack(side_by_side(update, range(len(members)), source.device))
 
 
 def _features_and_statistics(
@@ -138,8 +155,7 @@ def _features_and_statistics(
     The statistics of the same images are the same each time, so a repeated pass is the closed
     form `running <- (1 - momentum) * running + momentum * batch`.
     """
-    passed = member.stages[:layer].modules()
-    norms = [module for module in passed if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in member.modules_upto(layer) if isinstance(module, nn.BatchNorm2d)]
     before = [[tensor.clone() for tensor in _statistics(norm)] for norm in norms]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

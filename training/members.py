@@ -44,6 +44,10 @@ class Member(nn.Module):
         """How many layers can be drawn, logits included."""
         return len(self.stages)
 
+    def modules_upto(self, layer: int) -> list[nn.Module]:
+        """Return the modules that computing `layer` passes through."""
+        return list(self.stages[:layer].modules())
+
     def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Return the features at `layer`, computing nothing past it; by default the logits.
 
@@ -174,18 +178,28 @@ def bottleneck_resnet_stages(
     return [*stages, Head(inside, classes)]
 
 
-def build(config: Config, classes: int, mean: Sequence[float], std: Sequence[float]) -> Member:
+def build(
+    config: Config,
+    architecture: str,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Member:
     """Return one member with weights drawn from torch's global generator.
 
     Raises:
         UserError: an unknown architecture.
     """
-    match = re.fullmatch(r"resnet(\d+)", config.architecture)
+    if architecture.startswith("torchvision:"):
+        from training.zoo import build_torchvision
+
+        return build_torchvision(architecture.partition(":")[2], classes, mean, std)
+    match = re.fullmatch(r"resnet(\d+)", architecture)
     depth = int(match[1]) if match else 0
     if depth < 8 or (depth - 2) % 6:
         raise UserError(
-            f"unknown architecture '{config.architecture}'",
-            "resnet<depth> with depth 6n+2: resnet8, resnet14, resnet20, resnet32, ...",
+            f"unknown architecture '{architecture}'",
+            "resnet<depth> with depth 6n+2, e.g. resnet8 or resnet20, or torchvision:<name>",
         )
     channels = config.data.preprocess.shape[0]
     member = Member(cifar_resnet_stages(depth, channels, config.width, classes), mean, std)
@@ -196,14 +210,25 @@ def build(config: Config, classes: int, mean: Sequence[float], std: Sequence[flo
 
 
 def build_members(
-    config: Config, classes: int, mean: Sequence[float], std: Sequence[float]
+    config: Config,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    draw: str = "weights",
 ) -> list[Member]:
-    """Return the ensemble's members, each with starting weights of its own seed."""
+    """Return the ensemble's members, each with starting weights of its own seed.
+
+    Args:
+        config: architecture, or one for each member.
+        classes: how many logits.
+        mean, std: per channel, for images in `[0,1]`.
+        draw: names the random draw; another name gives other weights.
+    """
     members = []
-    for index in range(config.members):
+    for index, architecture in enumerate(config.architectures):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.seed, "weights", index))
-            members.append(build(config, classes, mean, std))
+            torch.manual_seed(derive(config.seed, draw, index))
+            members.append(build(config, architecture, classes, mean, std))
     return members
 
 

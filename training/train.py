@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,26 +15,14 @@ from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress
 from training import config as configuration
 from training import data as datasets
-from training import dverge
 from training.config import Config
 from training.data import Split, TrainingData
 from training.members import Member, build_members, mean_logits
+from training.methods import Batch, Stage, stages
 from training.run import Run, load_members, members_tensors
-from training.seeds import generator
 
 SAVE_EVERY_S = 10.0
 EVALUATION_BATCH = 512
-Batch = tuple[Tensor, Tensor, Tensor]  # source images, their labels, independent target images
-Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> losses [members]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of training: its name, its settings, and what one step does."""
-
-    name: str
-    settings: configuration.Stage
-    step: Step
 
 
 def pick_device(name: str) -> torch.device:
@@ -86,23 +73,26 @@ def train(
     run.keep_to(sha256(canonical_json([data.labels, data.train.sha256, data.holdout.sha256])))
     run.save_probe(data.holdout.images)
     optimizers = _optimizers(members, config.standard)
-    stages = _stages(config, members, optimizers)
+    plan = stages(config, members, optimizers)
 
     first, done = 0, 0
     if state := run.load_state():
         first, done, tensors = state
         load_members(members, tensors)
         _load_momentum(optimizers, tensors)
-    run.drop_metrics_after(stages[first].name, done, [s.name for s in stages[:first]])
-    for position in range(first, len(stages)):
-        stage = stages[position]
+    run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
+    for position in range(first, len(plan)):
+        stage = plan[position]
         _run_stage(run, config, stage, position, done, members, optimizers, train_split, holdout)
         if position == 0:
             run.save_members(members, "standard")
         done = 0
         for optimizer in optimizers:
             optimizer.state.clear()  # a new stage begins with no momentum
-        if position + 1 < len(stages):
+        if position + 1 < len(plan):
+            if plan[position + 1].fresh:
+                new = build_members(config, len(data.labels), mean, std, "fresh")
+                load_members(members, members_tensors(new))
             run.save_state(position + 1, 0, members_tensors(members))
     _finish(run, config, data, members, begun)
     return run
@@ -121,31 +111,6 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
             logits = mean_logits(members, datasets.to_float(part.images))
             right += int((logits.argmax(1) == part.labels).sum())
     return right / len(split)
-
-
-def draw_layer(config: Config, depth: int, *when: int | str) -> int:
-    """Return a layer drawn uniformly from 1..depth, the same for all members."""
-    draw = generator(config.seed, "layer", *when)
-    return int(torch.randint(1, depth + 1, (1,), generator=draw))
-
-
-def _stages(config: Config, members: Sequence[Member], optimizers: Sequence[SGD]) -> list[Stage]:
-    def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
-        source, labels, _ = batch
-        return dverge.standard_step(members, optimizers, source, labels)
-
-    def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
-        source, labels, target = batch
-        when = (epoch,) if config.dverge.layer_every == "epoch" else (epoch, number)
-        layer = draw_layer(config, members[0].depth, *when)
-        return dverge.step(
-            members, optimizers, source, labels, target, layer=layer, settings=config.dverge
-        )
-
-    stages = [Stage("standard", config.standard, standard_step)]
-    if config.method == "dverge":
-        stages.append(Stage("dverge", config.dverge, dverge_step))
-    return stages
 
 
 def _run_stage(
@@ -167,7 +132,7 @@ def _run_stage(
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
             total, seen = torch.zeros(len(members), device=train_split.images.device), 0
-            for number, batch in enumerate(_epoch(train_split, config, stage.name, epoch)):
+            for number, batch in enumerate(_epoch(train_split, config, stage, epoch)):
                 rate = settings.lr_at(epoch, number / count)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
@@ -198,11 +163,11 @@ def _run_stage(
                 saved = time.monotonic()
 
 
-def _epoch(split: Split, config: Config, stage: str, epoch: int) -> Iterator[Batch]:
-    """Yield source batches with independently shuffled and augmented targets beside them."""
-    names = (config.seed, stage, epoch)
+def _epoch(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[Batch]:
+    """Yield source batches, with independently shuffled and augmented targets where needed."""
+    names = (config.seed, stage.name, epoch)
     sources = datasets.batches(split, config.batch_size, config.data, *names, "source")
-    if stage == "standard":
+    if not stage.pairs:
         for source, labels in sources:
             yield source, labels, source
         return

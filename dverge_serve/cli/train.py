@@ -43,13 +43,20 @@ def train(
 ) -> None:
     """Train a DVERGE ensemble.
 
-    Standard members first, then DVERGE; a killed run goes on with --resume.
+    Standard members first, then DVERGE; a killed run goes on with --resume, which without further
+    options keeps the settings it was begun with.
     """
     from training.config import MAX_SEED
 
-    if seed is not None and seed > MAX_SEED:
-        raise UserError(f"seed {seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates")
     config = _config(recipe, data, members, seed, set_)
+    if resume and out is None:
+        out = _latest()
+    if resume and config == _config(None, None, None, None, None):
+        config = _begun(out) or config  # nothing was asked for: go on with what was begun
+    if config.seed > MAX_SEED:
+        raise UserError(
+            f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
+        )
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         return
@@ -57,8 +64,6 @@ def train(
     from training.train import train as train_run
 
     chosen = pick_device(device)
-    if resume and out is None:
-        out = _latest()
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     typer.echo(f"training '{config.name}' on {chosen} into {out}", err=True)
     run = train_run(config, out, device=chosen, resume=resume)
@@ -115,8 +120,14 @@ def _config(
 
 def _latest() -> Path:
     latest = Path("runs/latest")
-    if latest.is_file():
-        return latest.parent / latest.read_text().strip()
-    if not latest.is_dir():
+    if not latest.exists():
         raise UserError("--resume without --out, and no runs/latest", "a run to go on with")
-    return latest.resolve()
+    return latest
+
+
+def _begun(out: Path | None) -> Config | None:
+    """Return the settings a run was begun with, if it was."""
+    from training.run import Run, follow
+
+    run = Run(follow(out or _latest()))
+    return run.config if (run.path / "config.json").is_file() else None

@@ -157,6 +157,8 @@ def test_the_four_commands_and_the_gate(
     assert run(["train", *small, *epochs]) == 0
     assert Path("runs/latest").resolve().parent == (tmp_path / "runs").resolve()
     assert run(["train", "--resume", *small, *epochs]) == 0  # finished: nothing to do
+    assert run(["train", "--resume"]) == 0  # the settings it was begun with
+    assert run(["train", "--resume", *small]) == 2  # other settings
     assert run(["export", "model.onnx"]) == 0
     gate = ["--eps", "0.1,0.4", "--at-eps", "0.1", "--min-accuracy"]
     assert run(["verify-robustness", *gate, "0.0"]) == 0

@@ -21,6 +21,17 @@ from training.config import (
     recipe_names,
 )
 
+SCHEDULE: dict[str, Any] = {
+    "epochs": 200,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "schedule": "step",
+    "milestones": (0.5, 0.75),
+    "gamma": 0.1,
+    "warmup": 0.25,
+}
+
 PUBLISHED = {
     "name": "cifar10",
     "method": "dverge",
@@ -44,32 +55,20 @@ PUBLISHED = {
         "train_limit": 0,
         "test_limit": 0,
     },
-    "standard": {
-        "epochs": 200,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.25,
-    },
+    "standard": SCHEDULE,
     "dverge": {
-        "epochs": 200,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.25,
+        **SCHEDULE,
         "eps": 0.07,
         "step_size": 0.007,
         "steps": 10,
         "decay": 1.0,
+        "weight": 1.0,
         "layer_every": "epoch",
         "batchnorm": "batch",
     },
+    "adversarial": {**SCHEDULE, "eps": 8 / 255, "step_size": 2 / 255, "steps": 10},
+    "adp": {**SCHEDULE, "alpha": 2.0, "beta": 0.5},
+    "gal": {**SCHEDULE, "weight": 0.5},
     "verification": {"eps": (0.01, 0.02, 0.03)},
 }
 
@@ -134,7 +133,7 @@ def test_a_misspelt_key_is_told_its_nearest(key: str) -> None:
 
 
 def test_a_key_like_no_other_is_told_all_of_them() -> None:
-    assert "known: architecture, batch_size, data" in refusal({"zzzzzz": 1})
+    assert "known: adp, adversarial, architecture, batch_size, data" in refusal({"zzzzzz": 1})
 
 
 def test_an_unknown_recipe_is_told_its_nearest() -> None:

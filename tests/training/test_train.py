@@ -14,12 +14,14 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training import dverge
-from training.config import Data
+from training.config import Data, Dverge
 from training.data import Split, load_training
+from training.methods import Stage, draw_layer
 from training.run import Run
-from training.train import _epoch, _normalisation, accuracy, draw_layer, pick_device, train
+from training.train import _epoch, _normalisation, accuracy, pick_device, train
 
 CPU = torch.device("cpu")
+PAIRS = Stage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
 
 
 class Steps:
@@ -108,7 +110,7 @@ def test_sources_and_targets_are_shuffled_independently() -> None:
     pairs: Counter[tuple[int, int]] = Counter()
     for epoch in range(50):
         sources, targets = [], []
-        for source, labels, target in _epoch(split, config, "dverge", epoch):
+        for source, labels, target in _epoch(split, config, PAIRS, epoch):
             assert torch.equal((source[:, 0, 0, 0] * 255).round().long(), labels)
             assert target.shape == source.shape
             sources += labels.tolist()

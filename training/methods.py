@@ -1,0 +1,103 @@
+"""Methods: which stages a run goes through, and what one step of each does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from training import baselines, config, dverge
+from training.members import Member
+from training.seeds import generator
+
+Batch = tuple[Tensor, Tensor, Tensor]  # source images, their labels, independent target images
+Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> losses [members]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Args:
+        name: also of its table in the recipe.
+        settings: its schedule.
+        step: what one batch does.
+        fresh: begins from new weights, not from the standard members.
+        pairs: whether a step needs target images beside the source.
+    """
+
+    name: str
+    settings: config.Stage
+    step: Step
+    fresh: bool = False
+    pairs: bool = False
+
+
+def stages(
+    chosen: config.Config, members: Sequence[Member], optimizers: Sequence[SGD]
+) -> list[Stage]:
+    """Return the stages of `chosen.method`.
+
+    Every method begins with standard members: DVERGE starts from them, and for all they are the
+    undefended control.
+    """
+
+    def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return dverge.standard_step(members, optimizers, source, labels)
+
+    def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, target = batch
+        when = (epoch,) if chosen.dverge.layer_every == "epoch" else (epoch, number)
+        layer = draw_layer(chosen, max(member.depth for member in members), *when)
+
+        def adversary(index: int, member: Member) -> Tensor:
+            names = (chosen.seed, "dverge", epoch, number, index)
+            return baselines.adversarial_images(member, source, labels, chosen.adversarial, *names)
+
+        return dverge.step(
+            members,
+            optimizers,
+            source,
+            labels,
+            target,
+            layer=layer,
+            settings=chosen.dverge,
+            adversary=adversary if chosen.method == "dverge+adversarial" else None,
+        )
+
+    def adversarial_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        names = (chosen.seed, "adversarial", epoch, number)
+        return baselines.adversarial_step(
+            members, optimizers, source, labels, settings=chosen.adversarial, names=names
+        )
+
+    def adp_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return baselines.adp_step(members, optimizers, source, labels, settings=chosen.adp)
+
+    def gal_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return baselines.gal_step(members, optimizers, source, labels, settings=chosen.gal)
+
+    diversify = Stage("dverge", chosen.dverge, dverge_step, pairs=True)
+    second = {
+        "standard": None,
+        "dverge": diversify,
+        "dverge+adversarial": diversify,
+        "adversarial": Stage("adversarial", chosen.adversarial, adversarial_step, fresh=True),
+        "adp": Stage("adp", chosen.adp, adp_step, fresh=True),
+        "gal": Stage("gal", chosen.gal, gal_step, fresh=True),
+    }[chosen.method]
+    first = Stage("standard", chosen.standard, standard_step)
+    return [first] if second is None else [first, second]
+
+
+def draw_layer(chosen: config.Config, depth: int, *when: int | str) -> int:
+    """Return a layer drawn uniformly from 1..depth, the same for all members."""
+    draw = generator(chosen.seed, "layer", *when)
+    return int(torch.randint(1, depth + 1, (1,), generator=draw))
