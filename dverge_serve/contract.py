@@ -37,6 +37,7 @@ class Card:
     training: dict[str, Any] = field(default_factory=dict)  # the run's configuration, no paths
     combination: str = "mean-logits"
     channel_order: str = "RGB"  # "L" for grayscale
+    source: str = "run"  # or "published-checkpoint", "member-list": where `training` is assumed
     form: Form = "branches"
     target: str = "cpu"  # the device the form was chosen for
     probe: str = "held-out"  # which images parity was checked on: "held-out" or "synthetic"
@@ -60,6 +61,7 @@ class Card:
             "preprocess": self.preprocess.to_json(),
             "members": self.members,
             "combination": self.combination,
+            "source": self.source,
             "fusion": {"form": self.form, "target": self.target},
             "parity": {"images": self.probe},
             "dataset": self.dataset,
@@ -112,6 +114,7 @@ class Card:
             preprocess=Preprocess.from_json(value["preprocess"]),
             members=int(value["members"]),
             combination=str(value["combination"]),
+            source=str(value.get("source", "run")),
             form=_one_of(Form, value.get("fusion", {}).get("form", "branches")),
             target=str(value.get("fusion", {}).get("target", "cpu")),
             probe=str(value.get("parity", {}).get("images", "held-out")),

@@ -82,7 +82,7 @@ class Grouped(nn.Module):
 
 def can_group(members: Sequence[nn.Module]) -> bool:
     """Whether the members are alike enough, and plain enough, to become one network."""
-    parts = [folded(member) for member in members if isinstance(member, Member)]
+    parts = [folded(member) for member in members if type(member) is Member]
     if len(parts) < max(2, len(members)):
         return False
     first = parts[0]

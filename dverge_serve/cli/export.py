@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from dverge_serve.cli import app
 from dverge_serve.errors import UserError
 
+if TYPE_CHECKING:
+    from export.source import Source
+
 
 @app.command(epilog="Example: dverge export model.onnx --run runs/latest")
 def export(
     model: Annotated[Path, typer.Argument(help="The file to write.", metavar="MODEL.onnx")],
-    run: Annotated[Path, typer.Option(help="The finished run to export.")] = Path("runs/latest"),
+    run: Annotated[
+        Path | None, typer.Option(help="The finished run to export.  [default: runs/latest]")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint of the paper's published code, or a TOML list of safetensors "
+            "members, in place of a run."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="A published checkpoint's classes: cifar10, or a file, one a line."),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="Where it will run: auto (what is here), cpu or cuda.")
     ] = "auto",
@@ -23,7 +39,7 @@ def export(
         typer.Option(help="auto (what measures faster), grouped (one network) or branches."),
     ] = "auto",
 ) -> None:
-    """Fuse a run into one ONNX file.
+    """Fuse the members into one ONNX file.
 
     The graph averages the members' logits; it is checked against torch before it gets its name.
     """
@@ -31,14 +47,39 @@ def export(
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")
     from dverge_serve.device import Device
     from export.choice import Ask
-    from export.export import export as export_run
-    from training.run import Run
+    from export.export import export_source
 
     on: Device = _one_of(Device, "--target", target)
     ask: Ask = _one_of(Ask, "--form", form)
-    done = export_run(Run.open_finished(run), model, form=ask, target=on)
+    source = _source(run, checkpoint, labels)
+    done = export_source(source, model, form=ask, target=on)
     size = model.stat().st_size / 1e6
     typer.echo(f"wrote {model} ({size:.1f} MB), {done.choice}; equal to torch: {done.parity}")
+
+
+def _source(run: Path | None, checkpoint: Path | None, labels: str | None) -> Source:
+    if checkpoint is None:
+        if labels is not None:
+            raise UserError("--labels without --checkpoint", "a run, which knows its classes")
+        from export.source import from_run
+        from training.run import Run
+
+        return from_run(Run.open_finished(run or Path("runs/latest")))
+    if run is not None:
+        raise UserError("--run and --checkpoint", "one of the two")
+    if checkpoint.suffix == ".toml":
+        if labels is not None:
+            raise UserError(f"--labels beside {checkpoint}", "the labels in that list")
+        from export.listed import from_list
+
+        return from_list(checkpoint)
+    if labels is None:
+        raise UserError(
+            "--checkpoint without --labels", "--labels cifar10, or a file with one class a line"
+        )
+    from export.published import from_checkpoint
+
+    return from_checkpoint(checkpoint, labels)
 
 
 def _one_of(kind: Any, option: str, value: str) -> Any:
