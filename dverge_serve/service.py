@@ -38,7 +38,8 @@ from dverge_serve.settings import Settings
 if TYPE_CHECKING:
     from dverge_serve.app import App
 
-HOST = "127.0.0.1"
+# A container's own network keeps others out until a port of it is published.
+HOST = "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"  # noqa: S104
 PORT = 3000
 FAILED = "failed"
 ORPHAN_CHECK_S = 1.0

@@ -381,6 +381,43 @@ def test_a_port_in_use_is_one_line_and_exit_2(tmp_path: Path, command: str) -> N
     assert f"port {port} is in use" in done.stderr
 
 
+def test_a_built_bento_answers_the_same_from_anywhere(server: Server, tmp_path: Path) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    for name in ("model.onnx", "model.report.json"):
+        shutil.copy(server.folder / name, project)
+    shutil.copy(ROOT / "bentofile.yaml", project)
+    environment = clean_environment(
+        BENTOML_HOME=str(tmp_path / "home"), BENTOML_DO_NOT_TRACK="True"
+    )
+    build = [sys.executable, "-m", "bentoml", "build"]
+    subprocess.run(build, cwd=project, env=environment, check=True, capture_output=True)
+    port = free_port()
+    command = [sys.executable, "-m", "bentoml", "serve", "dverge:latest", "--port", str(port)]
+    shutil.rmtree(project)
+    bento = Server(elsewhere, command, port, environment)
+    try:
+        bento.wait_until_ready()
+        answers = [
+            httpx.post(f"{url}/predict", content=tiny.png(102)).json()
+            for url in (bento.url, server.url)
+        ]
+        assert answers[0] == answers[1]
+        assert "suspicious" in answers[0]["predictions"][0]  # its report is inside, too
+    finally:
+        assert bento.stop() == 0
+
+
+def test_in_a_container_it_listens_on_every_address(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    with serving(tmp_path, BENTOML_CONTAINERIZED="1") as server:
+        (worker,) = server.workers()
+        assert {found.laddr.ip for found in worker.net_connections(kind="inet")} == {"0.0.0.0"}
+        answer = httpx.post(f"{server.url}/predict", content=tiny.png(0), headers=PNG)
+    assert "disagreement" not in answer.json()["predictions"][0]
+
+
 def test_dverge_serve_serves_the_same(tmp_path: Path) -> None:
     tiny.save_gray_model(tmp_path / "other.onnx")
     port = free_port()
