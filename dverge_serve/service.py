@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # A container's own network keeps others out until a port of it is published.
 HOST = "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"  # noqa: S104
 PORT = 3000
-FAILED = "failed"
+FAILED, SUPERVISOR = "failed", "supervisor"
 ORPHAN_CHECK_S = 1.0
 
 # `bentoml serve` has asked, and remembered the answer, before it imports this file.
@@ -169,8 +169,11 @@ class Dverge:
     async def start(self) -> None:
         """Begin to load the model."""
         await application().start()
-        if in_worker():
-            self.watch = asyncio.create_task(_end_with_supervisor(os.getppid()))
+        folder = _run_folder()
+        if folder is not None:
+            # Noted down by the supervisor: it may have died before this worker came so far.
+            supervisor = int((folder / SUPERVISOR).read_text())
+            self.watch = asyncio.create_task(_end_with_supervisor(supervisor))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
@@ -215,6 +218,7 @@ def _share(folder: Path, settings: Settings) -> None:
     from dverge_serve.reload import Generations
 
     folder.chmod(0o700)
+    (folder / SUPERVISOR).write_text(str(os.getpid()))
     generations = Generations(folder)
     generations.add(0, settings.model)
     generations.write_state(0, None)

@@ -1,0 +1,80 @@
+"""How a worker finds its place: cores, GPUs, threads; and what its thread does with a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dverge_serve import served
+from dverge_serve.engine import Engine
+from dverge_serve.scores import Scores
+from dverge_serve.served import ServedModel, cores, gpus
+from dverge_serve.settings import Settings
+
+
+def test_workers_spread_over_the_gpus(gray_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert gpus() == 3
+    chosen = []
+
+    class Seen(Engine):
+        def __init__(self, path: Path, *, device_id: int = 0, **options: object) -> None:
+            chosen.append(device_id)
+            super().__init__(path, device="cpu", threads=1)
+
+    monkeypatch.setattr(served, "Engine", Seen)
+    for worker in range(1, 6):
+        ServedModel(Settings(model=gray_model, workers=5), worker)
+    assert chosen == [0, 1, 2, 0, 1]
+
+
+def test_no_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "expected"), [(0, 1, cores()), (0, 1000, 1), (3, 2, 3)]
+)
+def test_the_cores_are_shared_out_among_the_workers(
+    gray_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    workers: int,
+    expected: int,
+) -> None:
+    seen = []
+
+    class Seen(Engine):
+        def __init__(self, path: Path, *, threads: int = 0, **options: object) -> None:
+            seen.append(threads)
+            super().__init__(path, device="cpu", threads=1)
+
+    monkeypatch.setattr(served, "Engine", Seen)
+    settings = Settings(model=gray_model, threads=threads, workers=min(workers, 256))
+    ServedModel(settings)
+    assert seen == [expected]
+
+
+def test_padded_batches_give_the_same_answers(
+    gray_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA batches are padded to powers of two; the blanks must not show."""
+    model = ServedModel(Settings(model=gray_model, threads=1))
+    images = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
+    plain = model._scores(images)
+    sizes: list[int] = []
+    run = Engine.run
+
+    def counted(engine: Engine, batch: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Scores:
+        sizes.append(len(batch))
+        return run(engine, batch)
+
+    monkeypatch.setattr(Engine, "run", counted)
+    model._pads = True
+    padded = model._scores(images)
+    assert sizes == [8]
+    assert np.allclose(padded.member_logits, plain.member_logits)
+    assert len(padded) == 5
