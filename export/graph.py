@@ -39,7 +39,7 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
             "export fewer or smaller members",
         )
     example = torch.zeros(2, *card.input_shape)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             ensemble,
             (example,),
@@ -51,8 +51,13 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    return finish(program.model_proto, card)
+
+
+def finish(model: onnx.ModelProto, card: Card) -> bytes:
+    """Return a graph's bytes as a model file: nothing of this machine, the card, checked."""
     _strip(model)
+    del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, canonical_json(card.to_json()).decode()
     model.producer_name, model.producer_version = "dverge-serve", card.tool_version
@@ -70,9 +75,10 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own chatter off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """Keep the exporters' and quantisers' own chatter off the user's terminal."""
+    names = (None, "torch.onnx", "onnxscript", "onnx_ir")  # None: the root, which quantisers use
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -62,9 +62,13 @@ def from_run(run: Run, which: Which = "members") -> Source:
 
 def without_images(members: Sequence[nn.Module], card: Card, config: Config) -> Source:
     """Return a source that came with no images: parity looks at noise, and the card says so."""
-    draw = np.random.default_rng(SEED)
-    probe = draw.integers(0, 256, (PROBES, *card.input_shape), dtype=np.uint8)
+    probe = noise(card.input_shape, PROBES)
     return Source(members, replace(card, probe="synthetic"), probe, config)
+
+
+def noise(shape: tuple[int, int, int], count: int) -> npt.NDArray[np.uint8]:
+    """Return `count` images of noise, always the same."""
+    return np.random.default_rng(SEED).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
 def config_json(config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -31,6 +32,13 @@ def export(
         str | None,
         typer.Option(help="A published checkpoint's classes: cifar10, or a file, one a line."),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 (for GPUs) or int8 (for CPUs; needs the images).")
+    ] = "fp32",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Where int8's images are, if not where the run found them."),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="Where it will run: auto (what is here), cpu or cuda.")
     ] = "auto",
@@ -45,16 +53,22 @@ def export(
     """
     if model.suffix != ".onnx":
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")
+    from dverge_serve.contract import Precision
     from dverge_serve.device import Device
     from export.choice import Ask
     from export.export import export_source
 
     on: Device = _one_of(Device, "--target", target)
     ask: Ask = _one_of(Ask, "--form", form)
+    kind: Precision = _one_of(Precision, "--precision", precision)
     source = _source(run, checkpoint, labels)
-    done = export_source(source, model, form=ask, target=on)
+    if data is not None:
+        from training.config import data_overrides
+
+        source = replace(source, config=source.config.overridden(data_overrides(data)))
+    done = export_source(source, model, form=ask, target=on, precision=kind)
     size = model.stat().st_size / 1e6
-    typer.echo(f"wrote {model} ({size:.1f} MB), {done.choice}; equal to torch: {done.parity}")
+    typer.echo(f"wrote {model} ({size:.1f} MB), {done}")
 
 
 def _source(run: Path | None, checkpoint: Path | None, labels: str | None) -> Source:

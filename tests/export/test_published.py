@@ -219,7 +219,8 @@ def real_images(archive: Path, each: int) -> tuple[npt.NDArray[np.uint8], npt.ND
                 pixels[parts[-2]].append(load(tar.extractfile(item).read(), preprocess))  # type: ignore[union-attr]
             if all(len(found) == each for found in pixels.values()):
                 break
-    return np.stack(sum(pixels.values(), [])), np.repeat(np.arange(10), each)
+    images = np.stack([image for found in pixels.values() for image in found])
+    return images, np.repeat(np.arange(10), each)
 
 
 def test_the_published_checkpoint_on_real_images(test_data: Path, tmp_path: Path) -> None:

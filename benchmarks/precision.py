@@ -1,0 +1,166 @@
+"""int8 and fp16 beside fp32: speed, and what becomes of accuracy and robustness.
+
+python -m benchmarks.precision [--seconds 20] [--images 2000] [--run DIR] [--json]
+
+Speed and clean accuracy are those of the paper's published checkpoint (3 ResNet-20), calibrated on
+CIFAR-10 (JPEG copy) and asked about its test images; both are looked for in $DVERGE_TEST_DATA.
+Robustness under transfer attacks is measured by `dverge verify-robustness` on the fp32 file and on
+the int8 file of one run: --run, or the digits recipe, trained here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bench import bar, machine, ratio, say, show, turns
+from dverge_serve.engine import Engine
+from dverge_serve.images import to_float
+from export.export import export, export_source
+from export.published import from_checkpoint
+from export.source import Source
+from training.config import data_overrides, load_recipe
+from training.data import load_test
+from training.run import Run
+from training.train import train
+
+CHECKPOINT, IMAGES = "official_dverge_3xresnet20_eps0.07.pth", "cifar10-jpeg.tar.xz"
+PRECISIONS = ("fp32", "fp16", "int8")
+BATCHES = (1, 8, 32, 128)
+FASTER, CLEAN, ROBUST = 1.6, 0.5, 1.0
+COLUMNS = ["precision", "batch", "ms", "speedup", "clean", "agreement", "eps", "transfer"]
+
+
+def published(data: Path, folder: Path) -> Source:
+    """Return the published checkpoint with the images unpacked into `folder`."""
+    say("unpacking the images")
+    with tarfile.open(data / IMAGES) as tar:
+        tar.extractall(folder, filter="data")
+    root = next(path.parent for path in sorted(folder.rglob("train")) if path.is_dir())
+    source = from_checkpoint(data / CHECKPOINT, "cifar10")
+    return replace(source, config=source.config.overridden(data_overrides(str(root))))
+
+
+def accuracy_and_speed(
+    source: Source, folder: Path, seconds: float, count: int
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return one row for each precision and batch size, and the clean accuracies."""
+    engines, agreements = {}, {}
+    for precision in PRECISIONS:
+        path = folder / f"{precision}.onnx"
+        done = export_source(source, path, precision=precision)  # type: ignore[arg-type]
+        say(f"{precision}: {done}")
+        engines[precision] = Engine(path, device="cpu")
+        agreements[precision] = done.agreement.share if done.agreement else 1.0
+    _, test = load_test(replace(source.config.data, test_limit=count))
+    images, labels = to_float(test.images.numpy()), test.labels.numpy()
+    clean = {
+        precision: float((engine.run_all(images).predictions == labels).mean())
+        for precision, engine in engines.items()
+    }
+    rows = []
+    for batch in BATCHES:
+        given = images[:batch]
+        times = turns(
+            {name: lambda e=engine: e.run(given) for name, engine in engines.items()},  # noqa: B023
+            seconds=seconds,
+        )
+        rows += [
+            {
+                "precision": name,
+                "batch": batch,
+                "ms": 1000 * statistics.median(times[name]),
+                "speedup": ratio(times, "fp32", name),
+                "clean": clean[name],
+                "agreement": agreements[name],
+            }
+            for name in PRECISIONS
+        ]
+        say(f"  batch {batch}: int8 {rows[-1]['speedup']:.2f}x")
+    return rows, clean
+
+
+def robustness(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """Return one row for each radius and precision, as `verify-robustness` reports it."""
+    rows = []
+    for precision in ("fp32", "int8"):
+        path = folder / f"robust-{precision}.onnx"
+        export(run, path, precision=precision)  # type: ignore[arg-type]
+        say(f"attacking the {precision} file")
+        command = [sys.executable, "-m", "dverge_serve", "verify-robustness", str(path)]
+        done = subprocess.run([*command, "--run", str(run.path)], stdout=sys.stderr, check=False)
+        if done.returncode not in (0, 3):
+            raise SystemExit(f"verify-robustness ended with {done.returncode}")
+        report = json.loads(path.with_name(f"{path.stem}.report.json").read_bytes())
+        rows += [
+            {"precision": precision, "eps": row["eps"], "transfer": row["transfer"]["value"]}
+            for row in report["robust_accuracy"]
+        ]
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
+    parser.add_argument("--images", type=int, default=2000, help="test images")
+    parser.add_argument("--run", type=Path, help="attack this run's files; default: train digits")
+    parser.add_argument("--no-attacks", action="store_true", help="leave robustness out")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    options = parser.parse_args()
+    here = machine()
+    rows: list[dict[str, Any]] = []
+    bars: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    data = Path(os.environ.get("DVERGE_TEST_DATA", "nowhere"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if (data / CHECKPOINT).is_file() and (data / IMAGES).is_file():
+            source = published(data, folder)
+            rows, clean = accuracy_and_speed(source, folder, options.seconds, options.images)
+            for row in rows:
+                if (row["precision"], row["batch"]) == ("int8", 32):
+                    title = "int8 at batch 32 against fp32"
+                    if here["avx512_vnni"]:
+                        bars.append(bar(title, row["speedup"], "times", FASTER))
+                    else:
+                        skipped.append({"name": title, "why": "this CPU has no avx512_vnni"})
+            lost = 100 * (clean["fp32"] - clean["int8"])
+            bars.append(bar("clean accuracy lost by int8", lost, "points", CLEAN, at_most=True))
+        else:
+            why = f"no {CHECKPOINT} and {IMAGES} in $DVERGE_TEST_DATA"
+            skipped.append({"name": "speed and clean accuracy of int8", "why": why})
+        title = "transfer-robust accuracy lost by int8, worst radius"
+        if options.no_attacks:
+            skipped.append({"name": title, "why": "--no-attacks"})
+        else:
+            run = (
+                Run.open_finished(options.run)
+                if options.run
+                else train(load_recipe("digits"), folder / "runs" / "digits")
+            )
+            found = robustness(run, folder)
+            rows += found
+            half = len(found) // 2
+            losses = [
+                100 * (one["transfer"] - other["transfer"])
+                for one, other in zip(found[:half], found[half:], strict=True)
+            ]
+            bars.append(bar(title, max(losses), "points", ROBUST, at_most=True))
+    report = {"machine": here, "rows": rows, "bars": bars, "skipped": skipped}
+    show(report, COLUMNS, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()
