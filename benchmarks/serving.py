@@ -264,17 +264,21 @@ def measure(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
         }
         for (name, case), found in samples.items()
     ]
+    found_bars, skipped = bars({(row["server"], row["case"]): row for row in rows})
     return {
         "machine": machine(threads, load_average),
         "rows": rows,
-        "bars": bars({(row["server"], row["case"]): row for row in rows}),
-        "skipped": [],
+        "bars": found_bars,
+        "skipped": skipped,
     }
 
 
-def bars(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the bars, each a ratio."""
-    found = []
+def bars(
+    rows: dict[tuple[str, str], dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return the bars, each a ratio, and those that this run could not measure."""
+    found: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
 
     def bar(name: str, value: float, unit: str, limit: float, at_most: bool) -> None:
         holds = value <= limit if at_most else value >= limit
@@ -296,11 +300,15 @@ def bars(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
     )
     floor = rows["bare engine", "batch of 1"]["p50_ms"]
     added = {name: rows[name, "1 image, 1 at once"]["p50_ms"] - floor for name in (OURS, "fastapi")}
-    bar(
-        "added median latency at concurrency 1, ours / fastapi",
-        *(added[OURS] / added["fastapi"], "ratio, at most", 2.0, True),
-    )
-    return found
+    if min(added.values()) > 0:
+        bar(
+            "added median latency at concurrency 1, ours / fastapi",
+            *(added[OURS] / added["fastapi"], "ratio, at most", 2.0, True),
+        )
+    else:
+        why = "the bare engine was slower than a server: the machine was busy with something else"
+        skipped.append({"name": "added median latency at concurrency 1", "why": why})
+    return found, skipped
 
 
 def machine(threads: int, load_average: float) -> dict[str, Any]:
