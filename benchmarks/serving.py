@@ -333,6 +333,8 @@ def table(report: dict[str, Any]) -> None:
     for entry in report["bars"]:
         word = "holds" if entry["holds"] else "MISSED"
         print(f"{word:<7}{entry['name']}: {entry['value']:.2f} ({entry['unit']} {entry['bar']:g})")
+    for entry in report["skipped"]:
+        print(f"skipped {entry['name']}: {entry['why']}")
 
 
 def _free_port() -> int:
