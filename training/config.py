@@ -189,6 +189,8 @@ class Config:
     members: int = 3
     batch_size: int = 128
     seed: int = 0
+    # Of the members' arithmetic; their weights stay fp32. auto: bf16 where the hardware has it.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     data: Data = field(default_factory=Data)
     standard: Stage = field(default_factory=Stage)
     dverge: Dverge = field(default_factory=Dverge)

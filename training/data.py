@@ -146,8 +146,9 @@ def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:
         batch = torch.nn.functional.pad(batch, (data.pad,) * 4)
         rows, columns = rows + random(2 * data.pad + 1), columns + random(2 * data.pad + 1)
     each = torch.arange(count, device=batch.device)[:, None, None]
-    # Indexing beside a slice moves the channels last; bring them back.
-    return batch[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    # Indexing beside a slice moves the channels last in memory, where convolutions like them best;
+    # permuting brings them back to second place in shape alone.
+    return batch[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _split(pixels: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64]) -> Split:

@@ -30,6 +30,7 @@ class Member(nn.Module):
 
     mean: Tensor
     std: Tensor
+    compute: torch.dtype | None = None  # autocast to this; results are float32 all the same
 
     def __init__(
         self, stages: Sequence[nn.Module], mean: Sequence[float], std: Sequence[float]
@@ -55,7 +56,14 @@ class Member(nn.Module):
             images: float `[batch, channels, height, width]` in `[0,1]`.
             layer: 1..depth.
         """
-        features, skip = (images - self.mean) / self.std, images
+        if self.compute is None:
+            return self.features((images - self.mean) / self.std, layer)
+        with torch.autocast(images.device.type, self.compute):
+            return self.features((images - self.mean) / self.std, layer).float()
+
+    def features(self, scaled: Tensor, layer: int | None) -> Tensor:
+        """Return the features at `layer` for images that are normalised already."""
+        features, skip = scaled, scaled
         for stage in self.stages[:layer]:
             features, skip = stage(features, skip)
         return features

@@ -38,6 +38,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return what the members' operations are cast to: bfloat16, or None for float32.
+
+    Raises:
+        UserError: bf16 asked for where the hardware lacks it.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    if precision == "bf16" and not able:
+        raise UserError(f"precision bf16, which this {device.type} lacks", "fp32 or auto")
+    return torch.bfloat16 if able and precision != "fp32" else None
+
+
 def train(
     config: Config,
     out: Path,
@@ -65,8 +80,10 @@ def train(
     data = data or datasets.load_training(config.data)
     mean, std = _normalisation(config, data.train)
     members = build_members(config, len(data.labels), mean, std)
+    compute = arithmetic(config.precision, device)
     for member in members:
-        member.to(device)
+        member.to(device).to(memory_format=torch.channels_last)
+        member.compute = compute
     run = Run.begin(out, config, resume=resume)
     begun = time.time()
     train_split, holdout = data.train.to(device), data.holdout.to(device)
@@ -249,6 +266,7 @@ def _finish(
                 "torch": torch.__version__,
                 "device": str(members[0].mean.device),
                 "threads": torch.get_num_threads(),
+                "precision": "fp32" if members[0].compute is None else "bf16",
                 "seconds_since_start_or_resume": round(time.time() - begun, 1),
             },
         }

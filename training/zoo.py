@@ -40,9 +40,8 @@ class TorchvisionMember(Member):
         """How many layers can be drawn, logits included."""
         return len(self._layers)
 
-    def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
+    def features(self, scaled: Tensor, layer: int | None) -> Tensor:
         """Return the features at `layer`, computing nothing past it; by default the logits."""
-        scaled = (images - self.mean) / self.std
         scaled = scaled.expand(-1, 3, -1, -1) if scaled.shape[1] == 1 else scaled
         if layer is None or layer == self.depth:
             logits: Tensor = self.network(scaled)

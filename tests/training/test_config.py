@@ -39,6 +39,7 @@ PUBLISHED = {
     "width": 16,
     "members": 3,
     "batch_size": 128,
+    "precision": "auto",
     "seed": 0,
     "data": {
         "name": "cifar10",

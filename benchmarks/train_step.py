@@ -1,0 +1,132 @@
+"""One DVERGE step beside the published procedure's, at every layer, in one run.
+
+python -m benchmarks.train_step [--rounds 1] [--layers 1,10,20] [--device auto] [--json]
+
+ResNet-20, three members, batch 128, the recipe `cifar10` to the letter on both sides; the product
+with its default arithmetic, and once more in fp32. The two take turns; the ratio is the sum of
+the baseline's seconds over the sum of the product's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import published_step
+from benchmarks.bench import bar, machine, say, show
+from training import dverge
+from training.config import load_recipe
+from training.members import Member, build_members
+from training.train import arithmetic, pick_device
+
+DEFAULT_BAR, FP32_BAR, CUDA_BAR = 4.0, 2.5, 10.0
+SIDES = ("published", "product", "product_fp32")
+
+
+class Side:
+    """Members, optimisers and what one step costs."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        config = load_recipe("cifar10", {"precision": "auto" if name == "product" else "fp32"})
+        self.ours, self.settings, self.device = name != "published", config.dverge, device
+        self.members: list[Member] = build_members(config, 10, config.data.mean, config.data.std)
+        for member in self.members:
+            member.to(device)
+            if self.ours:
+                member.to(memory_format=torch.channels_last)
+                member.compute = arithmetic(config.precision, device)
+        self.optimizers = [
+            torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+            for m in self.members
+        ]
+
+    def seconds(self, source: Tensor, labels: Tensor, target: Tensor, layer: int) -> float:
+        """Return what one step at `layer` takes."""
+        kind = torch.channels_last if self.ours else torch.contiguous_format
+        source, target = (x.contiguous(memory_format=kind) for x in (source, target))
+        step: Callable[..., Any] = dverge.step if self.ours else published_step.step
+        self._wait()
+        begun = time.perf_counter()
+        step(
+            self.members,
+            self.optimizers,
+            source,
+            labels,
+            target,
+            layer=layer,
+            settings=self.settings,
+        )
+        self._wait()
+        return time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(
+    layers: list[int], rounds: int, device: torch.device, batch: int = 128
+) -> list[dict[str, Any]]:
+    """Return a row for each layer: seconds of each side, summed over the rounds."""
+    torch.manual_seed(0)
+    source, target = (torch.rand(batch, 3, 32, 32, device=device) for _ in range(2))
+    labels = torch.randint(0, 10, (batch,), device=device)
+    sides = {name: Side(name, device) for name in SIDES}
+    for name in SIDES:
+        sides[name].seconds(source[:16], labels[:16], target[:16], 1)  # warm up
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        row: dict[str, Any] = {"layer": layer, **dict.fromkeys(SIDES, 0.0)}
+        for turn in range(rounds):
+            for name in SIDES if turn % 2 else SIDES[::-1]:
+                row[name] += sides[name].seconds(source, labels, target, layer)
+        row["speedup"] = row["published"] / row["product"]
+        row["speedup_fp32"] = row["published"] / row["product_fp32"]
+        rows.append(row)
+        say(f"layer {layer}: {row['speedup']:.2f}x, in fp32 {row['speedup_fp32']:.2f}x")
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=1, help="steps at each layer")
+    parser.add_argument("--layers", default=",".join(map(str, range(1, 21))))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    options = parser.parse_args()
+    here = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    device = pick_device(options.device)
+    layers = [int(layer) for layer in options.layers.split(",")]
+    rows = measure(layers, options.rounds, device, options.batch)
+    total = {name: sum(row[name] for row in rows) for name in SIDES}
+    default, fp32 = (
+        total["published"] / total["product"],
+        total["published"] / total["product_fp32"],
+    )
+    bars, skipped = [], []
+    lowered = arithmetic("auto", device) is not None
+    if device.type == "cuda":
+        bars.append(bar("a step on CUDA, all layers", default, "times", CUDA_BAR))
+    elif lowered:
+        bars.append(bar("a step in bf16, all layers", default, "times", DEFAULT_BAR))
+    else:
+        skipped.append({"name": "a step in bf16", "why": "this hardware has no bf16"})
+    if device.type == "cpu":
+        bars.append(bar("a step in fp32, all layers", fp32, "times", FP32_BAR))
+    columns = ["layer", *SIDES, "speedup", "speedup_fp32"]
+    show(
+        {"machine": here, "rows": rows, "bars": bars, "skipped": skipped},
+        columns,
+        as_json=options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
