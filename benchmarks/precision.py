@@ -22,8 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.bench import bar, machine, ratio, say, show, turns
 from dverge_serve.engine import Engine
 from dverge_serve.images import to_float
@@ -33,7 +31,7 @@ from export.source import Source
 from training.config import data_overrides, load_recipe
 from training.data import load_test
 from training.run import Run
-from training.train import train
+from training.train import pick_device, train
 
 CHECKPOINT, IMAGES = "official_dverge_3xresnet20_eps0.07.pth", "cifar10-jpeg.tar.xz"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -148,7 +146,7 @@ def main() -> None:
             run = (
                 Run.open_finished(options.run)
                 if options.run
-                else train(load_recipe("digits"), folder / "runs" / "digits")
+                else train(load_recipe("digits"), folder / "digits", device=pick_device("auto"))
             )
             found = robustness(run, folder)
             rows += found

@@ -85,9 +85,7 @@ class Engine:
             ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
             RuntimeError: the engine is closed.
         """
-        session = self._session  # another thread may close the engine meanwhile
-        if session is None:
-            raise RuntimeError(f"the engine of {self.path} is closed")
+        session = self.session
         shape = self.card.input_shape
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape:
             raise ValueError(
@@ -120,6 +118,18 @@ class Engine:
         """
         for batch in self._buckets.sizes if self._buckets else batches:
             self.run(np.zeros((batch, *self.card.input_shape), dtype=np.float32))
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The session behind it, for measurements; it checks nothing.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        session = self._session  # read once: another thread may close the engine meanwhile
+        if session is None:
+            raise RuntimeError(f"the engine of {self.path} is closed")
+        return session
 
     def close(self) -> None:
         """Let go of the model; calls that are running end well, later ones are refused."""

@@ -14,7 +14,10 @@ import typer
 from dverge_serve import __version__
 from dverge_serve.errors import Exit, UserError
 
-TRAIN = ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy")
+TRAIN = (
+    *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
+    "matplotlib",
+)
 EXTRAS = dict.fromkeys(TRAIN, "train")
 
 app = typer.Typer(
@@ -49,7 +52,7 @@ dverge.__doc__ = None  # the app's own help speaks instead
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
     # Each registers its commands, in the order help shows them.
-    from dverge_serve.cli import train, export, verify, use  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import train, export, verify, use, bench, bento  # noqa: F401, I001, RUF100
 
     command = typer.main.get_command(app)
     try:

@@ -92,6 +92,23 @@ def card_table(facts: dict[str, Any]) -> None:
     show(table)
 
 
+def bench_table(rows: list[dict[str, Any]], title: str) -> None:
+    """Print one line for each batch size."""
+    table = Table(title=title)
+    for name in ("batch", "p50 ms", "p99 ms", "images/s", "bare session ms", "engine's share"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["batch"]),
+            f"{row['p50_ms']:.2f}",
+            f"{row['p99_ms']:.2f}",
+            f"{row['images_per_s']:.0f}",
+            f"{row['bare_ms']:.2f}",
+            f"{100 * row['share']:.1f}%",
+        )
+    show(table)
+
+
 def predictions_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each classified image."""
     table = Table()

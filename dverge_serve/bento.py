@@ -1,0 +1,112 @@
+"""A Bento: this package, one model file and its report, as BentoML stores and ships services."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from dverge_serve.engine import Engine
+from dverge_serve.errors import UserError
+from dverge_serve.files import write_atomic
+from dverge_serve.report import read_report, report_path
+
+SERVICE = "dverge_serve.service:Dverge"
+PACKAGE = Path(__file__).parent
+MODEL = "model.onnx"
+
+
+def write_bento(model: Path, out: Path) -> list[Path]:
+    """Write the folder that a Bento is built from: `bentofile.yaml` and what it names.
+
+    The package is copied from where it is installed, so no source tree is needed; the model is
+    checked first, and its report comes along if it is about this very file.
+
+    Args:
+        model: the model file.
+        out: a folder that is not there, empty, or was written by this.
+
+    Returns:
+        the files beside the package.
+
+    Raises:
+        UserError: the model cannot be served, or `out` holds something else.
+    """
+    with Engine(model, device="cpu") as engine:
+        card, sha256 = engine.card, engine.sha256
+    _check_folder(out)
+    written = [out / "bentofile.yaml", out / MODEL]
+    write_atomic(written[1], model.read_bytes())
+    reports = [report_path(model), report_path(model).with_suffix(".html")]
+    for source, name in zip(reports, ("model.report.json", "model.report.html"), strict=True):
+        (out / name).unlink(missing_ok=True)
+        if read_report(model, sha256) is not None and source.is_file():
+            write_atomic(out / name, source.read_bytes())
+            written.append(out / name)
+    package = out / PACKAGE.name
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    # JSON is YAML; no quoting rules of our own.
+    name = re.sub(r"[^a-z0-9._-]+", "-", card.name.lower()).strip("-._")[:60] or "dverge"
+    file = {
+        "service": SERVICE,
+        "name": name,
+        "description": f"{card.name}: {card.members} members, {card.precision}, sha256 {sha256}",
+        "include": [f"{PACKAGE.name}/**", *(path.name for path in written[1:])],
+        # Locking asks the network, and would pin what the host has already.
+        "python": {"packages": requirements(), "lock_packages": False},
+    }
+    write_atomic(written[0], (json.dumps(file, indent=2) + "\n").encode())
+    return written
+
+
+def build(folder: Path) -> str:
+    """Build the Bento in BentoML's store and return its tag. Needs no network.
+
+    Raises:
+        UserError: BentoML refuses; its last line is told.
+    """
+    command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", str(folder)]
+    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    tag = re.search(r"__tag__:(\S+)", done.stdout)
+    if done.returncode or not tag:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        raise UserError(f"`bentoml build` failed ({lines[-1][:200]})", "a folder it can build")
+    return tag[1]
+
+
+def requirements() -> list[str]:
+    """Return what the package needs at run time, as its own metadata says.
+
+    Raises:
+        UserError: the package is neither installed nor in a source tree.
+    """
+    try:
+        return [each for each in metadata.requires("dverge-serve") or [] if "extra ==" not in each]
+    except metadata.PackageNotFoundError:
+        pass
+    try:  # a source tree that was never installed
+        table = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+        return list(table["project"]["dependencies"])
+    except (OSError, KeyError) as error:
+        raise UserError(
+            "dverge-serve is not installed", "an installed package", "pip install dverge-serve"
+        ) from error
+
+
+def _check_folder(out: Path) -> None:
+    ours = {"bentofile.yaml", MODEL, "model.report.json", "model.report.html", PACKAGE.name}
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if (out.exists() and not out.is_dir()) or found - ours or (found and MODEL not in found):
+        raise UserError(
+            f"{out} holds something else", "a new or empty folder", "give another --out"
+        )
