@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ SCHEMA_VERSION = 1
 def report_path(model: Path) -> Path:
     """Return where the report of `model` lies: `model.onnx` has `model.report.json`."""
     return model.with_name(f"{model.stem}.report.json")
+
+
+def page_path(model: Path) -> Path:
+    """Return where the report of `model` lies as a page: `model.report.html`."""
+    return model.with_name(f"{model.stem}.report.html")
 
 
 def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
@@ -28,3 +34,10 @@ def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if matches else None
+
+
+def report_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the report, as it ships in the package."""
+    text = (resources.files("dverge_serve") / "report.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ class Gathering:
     Args:
         folder: the final folder.
         split: the clean images and labels that all else is a change of.
+        holdout: the clean images that the alarm is calibrated on.
     """
 
-    def __init__(self, folder: Path, split: Split) -> None:
+    def __init__(self, folder: Path, split: Split, holdout: Split) -> None:
         self.folder = folder
         self.part = folder.with_name(f".{folder.name}.part")
         self._images = split.images.cpu().numpy()
         if self.part.exists():
             shutil.rmtree(self.part)
         (self.part / "adversarial").mkdir(parents=True)
-        images = {"images": self._images, "labels": split.labels.cpu().numpy()}
+        images = {
+            "images": self._images,
+            "labels": split.labels.cpu().numpy(),
+            "holdout": holdout.images.cpu().numpy(),
+        }
         self.index: dict[str, Any] = {
             "images": {"file": IMAGES, "sha256": self._write(IMAGES, images)},
             "adversarial": [],
@@ -67,12 +73,13 @@ class Gathering:
             {"attack": attack, "eps": eps, "file": name, "sha256": self._write(name, found)}
         )
 
-    def finish(self) -> dict[str, Any]:
-        """Put the evidence in place of any older one and return its index for the report."""
+    def finish(self, plots: Mapping[str, bytes]) -> None:
+        """Put the evidence, with the plots as PNG files, in place of any older one."""
+        for name, data in plots.items():
+            (self.part / f"{name}.png").write_bytes(data)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.part.replace(self.folder)
-        return self.index
 
     def _write(self, name: str, arrays: Arrays) -> str:
         path = self.part / name

@@ -78,6 +78,16 @@ class Outcomes:
                     robust = robust & self.survived[attack.name, eps, version]
         return robust
 
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> Outcomes:
+        """Read `to_json`'s form: the masks, and which attacks were run on which images."""
+        outcome = cls({}, _mask(table["clean"]), _mask(table["invalid"]))
+        for entry in table["survived"]:
+            key = (entry["attack"], entry["eps"])
+            outcome.survived[*key, entry["version"]] = _mask(entry["images"], "1-")
+            outcome.ran[key] = _mask(entry["images"], "01")
+        return outcome
+
     def to_json(self) -> dict[str, Any]:
         """Return the per-image matrix: one character an image, in test order.
 
@@ -96,6 +106,10 @@ class Outcomes:
                 for (attack, eps, version), mask in self.survived.items()
             ],
         }
+
+
+def _mask(text: str, true: str = "1") -> Mask:
+    return np.array([each in true for each in text], dtype=bool)
 
 
 def line(mask: Mask, ran: Mask | None = None) -> str:

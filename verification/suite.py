@@ -144,14 +144,34 @@ def score(
     Returns:
         the images, and which of them were answered wrongly.
     """
-    labels, images = split.labels.cpu().numpy(), split.images.cpu().numpy()
+    images = split.images.cpu().numpy()
     floats = apply_halves(images, halves)
     delivered = deliver(floats, images, eps, attack.norm)
     outcome.outside += outside(floats, delivered, images, eps, attack.norm)
     outcome.scored += int(standing.sum())
+    wrong = note(outcome, target.engine, floats, delivered, split, attack, eps, standing)
+    return halves, delivered, *wrong
+
+
+def note(
+    outcome: Outcomes,
+    engine: Scorer,
+    floats: npt.NDArray[np.float32],
+    delivered: npt.NDArray[np.uint8],
+    split: Split,
+    attack: Attack,
+    eps: float,
+    standing: Mask,
+) -> tuple[Mask, Mask]:
+    """Ask about both versions of the images and add to what is known of the target.
+
+    Returns:
+        which were answered wrongly, as floats and as delivered, bool `[n]`.
+    """
+    labels = split.labels.cpu().numpy()
     wrong = []
     for version, pixels in zip(VERSIONS, (floats, to_unit(delivered)), strict=True):
-        scores = target.engine.run_all(pixels)
+        scores = engine.run_all(pixels)
         outcome.invalid |= ~np.isfinite(scores.logits).all(axis=1)
         missed = (scores.predictions != labels) & standing
         key = (attack.name, eps, version)
@@ -160,7 +180,7 @@ def score(
     ran = outcome.ran.get((attack.name, eps), np.False_)
     outcome.ran[attack.name, eps] = np.asarray(standing | ran)
     _keep_worst(outcome, (eps, attack.threat), delivered, wrong[1], standing)
-    return halves, delivered, wrong[0], wrong[1]
+    return wrong[0], wrong[1]
 
 
 def to_unit(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ from dverge_serve.contract import Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
-from dverge_serve.report import SCHEMA_VERSION, report_path
+from dverge_serve.report import SCHEMA_VERSION, page_path, report_path
 from dverge_serve.scores import Scores
 from export.export import export
 from export.parity import compare, torch_scores
@@ -33,13 +33,17 @@ from verification.evidence import Gathering, evidence_folder
 from verification.figures import clean_scores, combinations, comparison, figures, to_float_numpy
 from verification.gates import Gate
 from verification.gradients import Gradients, find_gradients, find_run, flow
+from verification.illustrations import illustrate
 from verification.outcomes import Outcomes, Target
+from verification.page import page
 from verification.planted import planted
+from verification.replay import worst_at
 from verification.suite import run_suite
 from verification.surrogates import KINDS, Surrogate, given_surrogates, surrogates
 from verification.vault import keep, prune
 
 AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
+CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
     "poisoned training data, model theft, privacy of the training images",
@@ -77,6 +81,7 @@ class Setting:
     config: Config
     data: TrainingData
     split: Split
+    holdout: Split  # what the alarm is calibrated on
     eps: tuple[float, ...]
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
@@ -92,7 +97,7 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     here = _setting(asked)
     targets, control = _targets(here)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in here.surrogates}
-    evidence = Gathering(evidence_folder(asked.model), here.split)
+    evidence = Gathering(evidence_folder(asked.model), here.split, here.holdout)
     outcomes = run_suite(
         here.suite, sources, targets, here.split, here.eps, seed=asked.seed, evidence=evidence
     )
@@ -103,7 +108,7 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     checks = _gates(here, targets["model"], outcomes, control, (last, hidden, hidden_eps))
     measured = _measures(here, targets["model"], outcomes["model"], evidence)
     report = _report(here, outcomes, control, checks, measured)
-    report["evidence"] = evidence.finish()
+    report["evidence"] = evidence.index
     report["run"] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - begun, 1),
@@ -114,7 +119,13 @@ def verify(asked: Evaluation) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    model = targets["model"]
+    drawn = illustrate(
+        report, here.engine.card, here.engine, model.members, here.split, outcomes["model"]
+    )
+    evidence.finish(drawn)
     write_atomic(report_path(asked.model), pretty_json(report))
+    write_atomic(page_path(asked.model), page(report, drawn))
     prune()
     return report
 
@@ -151,6 +162,7 @@ def _setting(asked: Evaluation) -> Setting:
     config = training_config(engine.card, gradients, asked.data)
     data = load_training(config.data)
     split = _test_split(config, engine.card, asked)
+    holdout = data.holdout.take(slice(0, CALIBRATION_IMAGES))
     if asked.norm == "l2" and not asked.eps:
         raise UserError("--norm l2 without --eps", "L2 radii, e.g. --eps 0.25,0.5")
     eps = asked.eps or config.verification.eps
@@ -169,7 +181,7 @@ def _setting(asked: Evaluation) -> Setting:
         norm=asked.norm,
         reference=reference.available(),
     )
-    return Setting(asked, engine, gradients, config, data, split, eps, made, suite)
+    return Setting(asked, engine, gradients, config, data, split, holdout, eps, made, suite)
 
 
 def _test_split(config: Config, card: Card, asked: Evaluation) -> Split:
@@ -280,11 +292,7 @@ def _measures(
     here: Setting, model: Target, outcome: Outcomes, evidence: Gathering
 ) -> dict[str, Any]:
     """Measure what is not accuracy: the alarm, the members' matrices, the combinations."""
-    attacked = {
-        f"{threat}": (eps, pixels)
-        for (eps, threat), pixels in outcome.worst.items()
-        if eps == max(here.eps)
-    }
+    attacked = worst_at(outcome, max(here.eps))
     found: dict[str, Any] = {"members": None}
     if model.members is not None:
         members, eps = model.members, max(here.eps)
@@ -303,8 +311,8 @@ def _measures(
             evidence.add("detector-aware", eps, nothing, pixels)
         if all(isinstance(member, Member) for member in members):
             found["members"] = _matrices(here, members)
-    found["disagreement"] = alarm.calibrate(here.engine, here.data.holdout) | {
-        "alarm": alarm.measure(here.engine, here.data.holdout, here.split, attacked)
+    found["disagreement"] = alarm.calibrate(here.engine, here.holdout) | {
+        "alarm": alarm.measure(here.engine, here.holdout, here.split, attacked)
     }
     found["combination"] = combinations(here.engine, here.split, outcome.worst)
     return found

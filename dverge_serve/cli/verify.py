@@ -38,6 +38,10 @@ def verify_robustness(
     against: Annotated[
         Path | None, typer.Option(help="Another model, attacked alike and compared.")
     ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.")] = None,
+    bom: Annotated[
+        Path | None, typer.Option(help="Write the figures as a CycloneDX ML-BOM.")
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the attacks' random starts.")] = 0,
     min_accuracy: Annotated[
@@ -91,10 +95,44 @@ def verify_robustness(
 
     report_table(report)
     typer.echo(f"verdict {report['verdict']}; report in {report_path(model)}")
+    met, told = _demand(report, min_accuracy, at_eps, threat)
+    if junit is not None or bom is not None:
+        from dverge_serve.files import pretty_json, write_atomic
+        from verification import records
+
+        if junit is not None:
+            case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
+            write_atomic(junit, records.junit(report, case))
+        if bom is not None:
+            write_atomic(bom, pretty_json(records.bill_of_materials(report)))
     if report["verdict"] != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
+    if not met:
+        raise NotMetError(told, f"at least {min_accuracy:g}")
     if min_accuracy is not None:
-        _require(report, min_accuracy, at_eps, threat.replace("-", "_"))
+        typer.echo(f"met: {told}, at least {min_accuracy:g} was asked for")
+
+
+@app.command(epilog="Example: dverge replay model.report.json")
+def replay(
+    report: Annotated[
+        Path, typer.Argument(help="The report; model and images beside it.", metavar="REPORT.json")
+    ] = Path("model.report.json"),
+) -> None:
+    """Score the images saved with a report again.
+
+    Every figure must come out as it stands there; exit code 1 if one does not.
+    """
+    from verification.replay import replay as replay_report
+
+    found = replay_report(report)
+    for place, told, again in found.differences[:20]:
+        typer.echo(f"{place}: the report says {told}, the replay {again}")
+    if found.differences:
+        raise NotMetError(
+            f"{len(found.differences)} of {found.figures} figures came out otherwise", "none"
+        )
+    typer.echo(f"{found.images} images scored again; all {found.figures} figures are the same")
 
 
 def _eps(text: str | None, norm: str) -> tuple[float, ...]:
@@ -108,18 +146,14 @@ def _eps(text: str | None, norm: str) -> tuple[float, ...]:
     return tuple(sorted(set(radii)))
 
 
-def _require(
-    report: dict[str, Any],
-    least: float,
-    at_eps: float | None,
-    threat: str,
-) -> None:
+def _demand(
+    report: dict[str, Any], least: float | None, at_eps: float | None, threat: str
+) -> tuple[bool, str]:
+    """Return whether the accuracy asked for is there, and what is there."""
     rows = report["robust_accuracy"]
     row = next((row for row in rows if row["eps"] == at_eps), rows[-1])
-    if row[threat] is None:
-        raise NotMetError(f"{threat} robust accuracy was not measured", f"at least {least:g}")
-    value = row[threat]["value"]
-    told = f"{threat} robust accuracy {value:.3f} at eps {row['eps']:g}"
-    if value < least:
-        raise NotMetError(told, f"at least {least:g}")
-    typer.echo(f"met: {told}, at least {least:g} was asked for")
+    found = row[threat.replace("-", "_")]
+    if found is None:
+        return least is None, f"{threat} robust accuracy was not measured"
+    told = f"{threat} robust accuracy {found['value']:.3f} at eps {row['eps']:g}"
+    return least is None or found["value"] >= least, told

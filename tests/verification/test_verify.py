@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
 
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
-from dverge_serve.report import read_report, report_path
+from dverge_serve.report import page_path, read_report, report_path, report_schema
 from export.export import export
 from training.config import load_recipe
 from training.data import Split, load_training
@@ -23,6 +24,7 @@ from training.run import Run
 from verification import presets
 from verification.attack import Attack
 from verification.gradients import find_run
+from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogates
 from verification.verify import Evaluation, verify
 
@@ -87,6 +89,52 @@ def test_attacks_bite_and_more_eps_bites_more(evaluated: tuple[Path, dict[str, A
     _, report = evaluated
     small, large = report["robust_accuracy"]
     assert large["all"]["value"] < small["all"]["value"] < report["clean_accuracy"]["value"]
+
+
+def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, report = evaluated
+    schema = report_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(report, schema)
+    assert len(report["gates"]) == 13
+    assert {gate["name"] for gate in report["gates"]} == set(
+        schema["properties"]["gates"]["items"]["properties"]["name"]["enum"]
+    )
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(report | {"verdict": "FINE"}, schema)
+
+
+def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    model, report = evaluated
+    assert report["verdict"] in page_path(model).read_text(encoding="utf-8")
+    folder = model.with_name("model.report")
+    assert {"curves.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
+    assert not list(model.parent.glob(".*.part"))
+
+
+def test_a_replay_finds_every_figure_again(
+    evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, report = evaluated
+    found = replay(report_path(model))
+    assert found.differences == []
+    assert found.images > 1000
+    assert found.figures > 200
+    shutil.copy(model, tmp_path)
+    shutil.copytree(model.parent / "model.report", tmp_path / "model.report")
+    changed = json.loads(json.dumps(report))
+    changed["robust_accuracy"][0]["transfer"]["value"] += 1 / 64
+    (tmp_path / "model.report.json").write_text(json.dumps(changed))
+    (difference,) = replay(tmp_path / "model.report.json").differences
+    assert difference[0] == "robust_accuracy[0].transfer.value"
+    (tmp_path / "model.report.json").write_text(json.dumps(report))
+    kept = next((tmp_path / "model.report" / "adversarial").iterdir())
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="not the file the report names"):
+        replay(tmp_path / "model.report.json")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError):
+        replay(tmp_path / "model.report.json")
 
 
 def test_same_seed_same_report(

@@ -1,0 +1,105 @@
+"""The report for other tools: JUnit for CI, CycloneDX for a bill of materials."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from dverge_serve import __version__
+
+
+def junit(report: dict[str, Any], wanted: list[tuple[str, bool, str]] | None = None) -> bytes:
+    """Return the gates, and what was asked of the accuracy, as JUnit XML.
+
+    A gate that was not run is skipped; one that failed is a failure, as is a missed demand.
+
+    Args:
+        report: as in `model.report.json`.
+        wanted: further cases: name, met or not, the figures.
+    """
+    cases = [(gate["name"], gate["passed"], gate["detail"]) for gate in report["gates"]]
+    cases += wanted or []
+    suite = ET.Element(
+        "testsuite",
+        name=f"dverge verify-robustness {report['model']['file']}",
+        tests=str(len(cases)),
+        failures=str(sum(passed is False for _, passed, _ in cases)),
+        skipped=str(sum(passed is None for _, passed, _ in cases)),
+        errors="0",
+        time=str(report["run"]["seconds"]),
+        timestamp=report["run"]["finished"].rstrip("Z"),
+    )
+    properties = ET.SubElement(suite, "properties")
+    for name in ("verdict", "preset"):
+        ET.SubElement(properties, "property", name=name, value=report[name])
+    ET.SubElement(properties, "property", name="sha256", value=report["model"]["sha256"])
+    for name, passed, detail in cases:
+        case = ET.SubElement(suite, "testcase", classname="dverge.verification", name=name)
+        if passed is None:
+            ET.SubElement(case, "skipped", message=detail)
+        elif not passed:
+            ET.SubElement(case, "failure", message=detail)
+        else:
+            ET.SubElement(case, "system-out").text = detail
+    ET.indent(suite)
+    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True)) + b"\n"
+
+
+def bill_of_materials(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a CycloneDX 1.6 ML-BOM of the model with its figures as performance metrics."""
+    slice_ = f"{report['data']['name']}, {report['data']['part']}, {report['data']['n']} images"
+    metrics = [_metric("clean accuracy", report["clean_accuracy"], slice_)]
+    for row in report["robust_accuracy"]:
+        for threat in ("transfer", "white_box", "all"):
+            if row[threat] is not None:
+                name = f"robust accuracy, {threat.replace('_', '-')}"
+                where = f"{slice_}, {report['threat_model']['norm']} eps {row['eps']:g}"
+                metrics.append(_metric(name, row[threat], where))
+    model = report["model"]
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "timestamp": report["run"]["finished"],
+            "tools": {
+                "components": [
+                    {"type": "application", "name": "dverge-serve", "version": __version__}
+                ]
+            },
+        },
+        "components": [
+            {
+                "type": "machine-learning-model",
+                "bom-ref": f"model-{model['sha256'][:16]}",
+                "name": model["name"],
+                "version": model["weights_sha256"][:16],
+                "hashes": [{"alg": "SHA-256", "content": model["sha256"]}],
+                "modelCard": {
+                    "modelParameters": {"task": "image classification"},
+                    "quantitativeAnalysis": {"performanceMetrics": metrics},
+                },
+                "properties": [
+                    {"name": "dverge:verdict", "value": report["verdict"]},
+                    {"name": "dverge:preset", "value": report["preset"]},
+                    {
+                        "name": "dverge:configuration_sha256",
+                        "value": report["configuration_sha256"],
+                    },
+                ],
+            }
+        ],
+    }
+
+
+def _metric(name: str, rate: dict[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "type": name,
+        "value": f"{rate['value']:.4f}",
+        "slice": where,
+        "confidenceInterval": {
+            "lowerBound": f"{rate['low']:.4f}",
+            "upperBound": f"{rate['high']:.4f}",
+        },
+    }

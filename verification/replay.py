@@ -1,0 +1,130 @@
+"""Replay: re-score the saved images; every figure must come out again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dverge_serve.engine import Engine
+from dverge_serve.errors import UserError
+from dverge_serve.files import read_json
+from dverge_serve.report import SCHEMA_VERSION
+from training.data import Split
+from verification import alarm
+from verification.attack import Attack, apply_halves
+from verification.evidence import evidence_folder, read_evidence
+from verification.figures import combinations, figures
+from verification.outcomes import Outcomes, Pixels, Target
+from verification.suite import note, start
+
+SAME = 1e-6  # relative: what rounding on another machine may do to a score
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found.
+
+    Args:
+        images: adversarial images that were scored again.
+        figures: numbers that were compared.
+        differences: where a number came out otherwise: its place, the report's, the replay's.
+    """
+
+    images: int
+    figures: int
+    differences: list[tuple[str, Any, Any]]
+
+
+def replay(path: Path) -> Replay:
+    """Score the images saved with a report again and compare every figure that follows.
+
+    The model's figures are made anew from the images; those of the control and of another model
+    from their outcome matrices. The members' matrices need the weights and are not looked at.
+
+    Args:
+        path: `model.report.json`, with the model file and `model.report/` beside it.
+
+    Raises:
+        UserError: a missing or changed file, or a report this version cannot read.
+    """
+    report = read_json(path, "a report of `dverge verify-robustness`")
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path} is not a report this version reads", f"schema {SCHEMA_VERSION}")
+    model = path.with_name(report["model"]["file"])
+    engine = Engine(model, device="cpu")
+    if engine.sha256 != report["model"]["sha256"]:
+        raise UserError(
+            f"{model} has sha256 {engine.sha256[:12]}...",
+            f"{report['model']['sha256'][:12]}..., which the report is about",
+            "put that model back, or verify this one",
+        )
+    folder = evidence_folder(model)
+    stored = read_evidence(folder, report["evidence"]["images"])
+    split = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
+    if split.sha256 != report["data"]["sha256"]:
+        raise UserError(f"the images in {folder} are others than the report's", "its data slice")
+    holdout = Split(torch.from_numpy(stored["holdout"]), torch.zeros(len(stored["holdout"])))
+
+    suite = {entry["name"]: _attack(entry) for entry in report["attacks"]}
+    eps: list[float] = report["threat_model"]["eps"]
+    outcome, extra, count = start(Target(engine, None), split), {}, 0
+    ran = Outcomes.from_json(report["outcomes"]["model"]).ran
+    for entry in report["evidence"]["adversarial"]:
+        arrays = read_evidence(folder, entry)
+        delivered = (stored["images"].astype(np.int16) + arrays["delivered"]).astype(np.uint8)
+        if entry["attack"] not in suite:
+            extra[entry["attack"]] = (entry["eps"], delivered)
+            continue
+        floats = apply_halves(stored["images"], arrays["float"])
+        attack, standing = suite[entry["attack"]], ran[entry["attack"], entry["eps"]]
+        note(outcome, engine, floats, delivered, split, attack, entry["eps"], standing)
+        count += 2 * int(standing.sum())
+
+    chosen = list(suite.values())
+    again: dict[str, Any] = figures(outcome, chosen, eps)
+    again["outcomes"] = {"model": outcome.to_json()}
+    attacked = worst_at(outcome, max(eps)) | extra
+    again["disagreement"] = alarm.calibrate(engine, holdout) | {
+        "alarm": alarm.measure(engine, holdout, split, attacked)
+    }
+    again["combination"] = combinations(engine, split, outcome.worst)
+    for name in ("control", "against"):
+        if report[name] is not None:
+            other = Outcomes.from_json(report["outcomes"][name])
+            again[name] = figures(other, chosen, eps)
+    differences: list[tuple[str, Any, Any]] = []
+    compared = _compare(again, report, "", differences)
+    return Replay(count, compared, differences)
+
+
+def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:
+    """Return the worst delivered images of each threat at one radius."""
+    return {threat: (at, pixels) for (at, threat), pixels in outcome.worst.items() if at == eps}
+
+
+def _attack(table: dict[str, Any]) -> Attack:
+    known = {field.name for field in fields(Attack)}
+    return Attack(**{key: value for key, value in table.items() if key in known})
+
+
+def _compare(again: Any, report: Any, place: str, differences: list[tuple[str, Any, Any]]) -> int:
+    """Compare what was made again with the report's, and return how many values that were."""
+    if isinstance(again, dict):
+        return sum(
+            _compare(value, (report or {}).get(key), f"{place}.{key}".lstrip("."), differences)
+            for key, value in again.items()
+            if key != "queries"  # spent while attacking; a replay only looks at the result
+        )
+    if isinstance(again, list) and isinstance(report, list) and len(again) == len(report):
+        pairs = enumerate(zip(again, report, strict=True))
+        return sum(_compare(a, b, f"{place}[{at}]", differences) for at, (a, b) in pairs)
+    both = isinstance(again, float) and isinstance(report, int | float)
+    same = math.isclose(again, report, rel_tol=SAME, abs_tol=SAME) if both else again == report
+    if not same:
+        differences.append((place, report, again))
+    return 1
