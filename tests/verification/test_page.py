@@ -92,8 +92,10 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
             "transferability": {"eps": 0.1, "success": [[0.9, 0.1, 0.2], [0.1, 0.9, 0.3]]},
             "diversity": {"nats": [[None, 3.0], [3.0, None]]},
         },
-        "attacks": [{"name": "noise", "threat": "transfer", "steps": 0}]
-        + [{"name": "pgd", "threat": "white_box", "steps": 20}],
+        "attacks": [
+            {"name": "noise", "threat": "transfer", "steps": 0},
+            {"name": "pgd", "threat": "white_box", "steps": 20},
+        ],
         "surrogates": [],
         "seed": 0,
         "configuration_sha256": "3" * 64,
