@@ -117,10 +117,11 @@ def _give_up(error: UserError) -> None:
     os.kill(os.getppid(), signal.SIGTERM)
 
 
-async def _end_with_supervisor(supervisor: int) -> None:
+async def _end_with_supervisor(supervisor: int, folder: Path) -> None:
     """End this worker when its supervisor was killed: nobody else would, and it holds the port."""
     while os.getppid() == supervisor:
         await asyncio.sleep(ORPHAN_CHECK_S)
+    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -173,7 +174,7 @@ class Dverge:
         if folder is not None:
             # Noted down by the supervisor: it may have died before this worker came so far.
             supervisor = int((folder / SUPERVISOR).read_text())
-            self.watch = asyncio.create_task(_end_with_supervisor(supervisor))
+            self.watch = asyncio.create_task(_end_with_supervisor(supervisor, folder))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:

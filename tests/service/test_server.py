@@ -413,7 +413,9 @@ def test_in_a_container_it_listens_on_every_address(tmp_path: Path) -> None:
     tiny.save_gray_model(tmp_path / "model.onnx")
     with serving(tmp_path, BENTOML_CONTAINERIZED="1") as server:
         (worker,) = server.workers()
-        assert {found.laddr.ip for found in worker.net_connections(kind="inet")} == {"0.0.0.0"}
+        sockets = worker.net_connections(kind="inet")
+        listening = {found.laddr.ip for found in sockets if found.status == psutil.CONN_LISTEN}
+        assert listening == {"0.0.0.0"}
         answer = httpx.post(f"{server.url}/predict", content=tiny.png(0), headers=PNG)
     assert "disagreement" not in answer.json()["predictions"][0]
 
@@ -437,7 +439,9 @@ def test_dverge_serve_serves_the_same(tmp_path: Path) -> None:
 
 def test_workers_end_with_a_killed_supervisor_and_free_the_port(tmp_path: Path) -> None:
     tiny.save_gray_model(tmp_path / "model.onnx")
-    with serving(tmp_path, DVERGE_WORKERS="2") as server:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with serving(tmp_path, DVERGE_WORKERS="2", TMPDIR=str(temporary)) as server:
         workers = server.workers()
         assert len(workers) == 2
         server.process.kill()
@@ -445,6 +449,7 @@ def test_workers_end_with_a_killed_supervisor_and_free_the_port(tmp_path: Path) 
         gone, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
         assert len(gone) == 2
+    assert list(temporary.glob("dverge-*")) == []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", server.port))
 
