@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tritonclient.http as triton  # type: ignore[import-untyped]
+import tritonclient.http as triton
 
 from dverge_serve.answer import CODES
 from dverge_serve.files import sha256
