@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dverge_serve.contract import METADATA_KEY, SCHEMA_VERSION, Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import NotMetError, UserError
-from dverge_serve.images import Preprocess, to_float
+from dverge_serve.images import Preprocess
 from dverge_serve.scores import Scores
 from export.export import export
 from export.graph import build_graph
@@ -89,21 +89,6 @@ def test_the_file_keeps_the_contract(tiny_model: Path) -> None:
     assert [item.name for item in model.graph.output] == ["logits", "member_logits"]
     assert [entry.key for entry in model.metadata_props] == [METADATA_KEY]
     assert not any(tensor.external_data for tensor in model.graph.initializer)
-
-
-@pytest.mark.parametrize(
-    ("count", "channels", "size"), [(1, 1, 8), (2, 3, 8), (3, 3, 32), (5, 1, 17), (8, 3, 9)]
-)
-def test_parity_with_torch(count: int, channels: int, size: int, tmp_path: Path) -> None:
-    members, card = random_members(count, channels, size)
-    path = tmp_path / "model.onnx"
-    path.write_bytes(build_graph(members, card))
-    engine = Engine(path, device="cpu")
-    draw = np.random.default_rng(0)
-    probe = draw.integers(0, 256, (16, channels, size, size), dtype=np.uint8)
-    assert check(engine, members, probe).holds
-    scores = engine.run_all(to_float(probe), batch=5)
-    np.testing.assert_allclose(scores.member_logits.mean(1), scores.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_parity_failure_leaves_no_file_and_the_old_one_stands(

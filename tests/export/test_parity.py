@@ -1,0 +1,246 @@
+"""The file says what torch says: every architecture, both forms, any batch, any image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch import nn
+
+from dverge_serve.contract import Card, Form
+from dverge_serve.engine import Engine
+from dverge_serve.errors import UserError
+from dverge_serve.images import Preprocess, to_float
+from export.choice import build_best
+from export.fusing import can_group, fuse
+from export.graph import build_graph
+from export.parity import check, torch_scores
+from training.config import Config
+from training.members import Member, bottleneck_resnet_stages, build_members, cifar_resnet_stages
+
+
+def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:
+    return Card(
+        name="random",
+        labels=tuple(f"class {index}" for index in range(classes)),
+        preprocess=Preprocess(
+            mode="RGB" if channels == 3 else "L", resize=(height, width), crop=(height, width)
+        ),
+        channel_order="RGB" if channels == 3 else "L",
+        members=count,
+        dataset="none",
+        weights_sha256="0" * 64,
+        tool_version="test",
+    )
+
+
+def lively(members: Sequence[nn.Module]) -> list[nn.Module]:
+    """Give every BatchNorm statistics that folding must honour."""
+    for member in members:
+        for module in member.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                assert module.running_var is not None
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+        member.eval().requires_grad_(False)
+    return list(members)
+
+
+def ensemble(
+    architecture: str | tuple[str, ...], count: int, channels: int, size: int, width: int = 4
+) -> tuple[list[nn.Module], Card]:
+    if architecture == "bottleneck":
+        torch.manual_seed(count)
+        stages = [bottleneck_resnet_stages(1, channels, width, 3) for _ in range(count)]
+        made: Sequence[nn.Module] = [
+            Member(each, [0.4] * channels, [0.3] * channels) for each in stages
+        ]
+    else:
+        table: dict[str, Any] = {
+            "name": "parity",
+            "method": "standard",
+            "architecture": architecture,
+            "width": width,
+            "members": count,
+            "data": {"mode": "RGB" if channels == 3 else "L", "crop": [size, size]},
+        }
+        config = Config.from_json(table, "test")
+        made = build_members(config, 3, [0.4] * channels, [0.3] * channels)
+    return lively(made), card_of(channels, size, size, 3, count)
+
+
+def engine_of(data: bytes, folder: Path) -> Engine:
+    (folder / "model.onnx").write_bytes(data)
+    return Engine(folder / "model.onnx", device="cpu")
+
+
+def probe(card: Card, count: int = 9) -> Any:
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (count, *card.input_shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "channels", "size", "form"),
+    [
+        ("resnet8", 1, 1, 8, "branches"),
+        ("resnet8", 2, 1, 8, "grouped"),
+        ("resnet14", 3, 3, 32, "grouped"),
+        ("resnet20", 3, 3, 32, "grouped"),
+        ("resnet20", 3, 3, 32, "branches"),
+        ("resnet8", 5, 1, 17, "grouped"),
+        ("resnet8", 8, 3, 9, "grouped"),
+        ("resnet8", 2, 3, 224, "grouped"),
+        ("bottleneck", 3, 3, 16, "grouped"),
+        (("resnet8", "resnet14"), 2, 3, 16, "branches"),
+        ("torchvision:mobilenet_v3_small", 2, 3, 224, "branches"),
+        ("torchvision:resnet18", 1, 3, 64, "branches"),
+    ],
+)
+def test_parity(
+    architecture: str, count: int, channels: int, size: int, form: Form, tmp_path: Path
+) -> None:
+    members, card = ensemble(architecture, count, channels, size)
+    engine = engine_of(build_graph(members, replace(card, form=form)), tmp_path)
+    assert engine.card.form == form
+    found = check(engine, members, probe(card))
+    assert found.holds, found
+    scores = engine.run_all(to_float(probe(card)), batch=5)
+    np.testing.assert_allclose(scores.member_logits.mean(1), scores.logits, rtol=1e-4, atol=1e-3)
+
+
+def test_what_can_be_grouped() -> None:
+    alike, _ = ensemble("resnet8", 2, 3, 8)
+    other, _ = ensemble("resnet14", 2, 3, 8)
+    wide, _ = ensemble("resnet8", 2, 3, 8, width=5)
+    assert can_group(alike)
+    assert not can_group(alike[:1])
+    assert not can_group([alike[0], other[0]])
+    assert not can_group([alike[0], wide[0]])
+    assert not can_group([alike[0], nn.Flatten()])
+    shifted = Member(cifar_resnet_stages(8, 3, 4, 3), [0.5] * 3, [0.3] * 3).eval()
+    assert not can_group([alike[0], shifted])
+    with_norm = Member(cifar_resnet_stages(8, 3, 4, 3), [0.4] * 3, [0.3] * 3).eval()
+    with_norm.stages[2].add_module("extra", nn.GroupNorm(2, 4))
+    assert not can_group([with_norm, with_norm])
+
+
+def test_members_that_differ_fall_back_to_branches() -> None:
+    members, card = ensemble(("resnet8", "resnet14"), 2, 3, 8)
+    choice, _ = build_best(members, card, "auto", "cpu")
+    assert (choice.form, choice.speedups) == ("branches", {})
+    with pytest.raises(UserError, match="cannot become one grouped network"):
+        build_best(members, card, "grouped", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "form"), [(1.3, "grouped"), (0.95, "grouped"), (0.8, "branches")]
+)
+def test_the_choice_follows_the_measurement_with_a_margin(
+    ratio: float, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, card = ensemble("resnet8", 2, 1, 8)
+    monkeypatch.setattr("export.choice.speedups", lambda *_: {1: ratio, 32: ratio})
+    choice, data = build_best(members, card, "auto", "cpu")
+    assert choice.form == form
+    assert data == build_graph(members, replace(card, form=choice.form, target="cpu"))
+
+
+def test_grouped_leaves_the_members_as_they_were() -> None:
+    members, card = ensemble("resnet8", 3, 3, 8)
+    before = [member.state_dict() for member in members]
+    images = torch.from_numpy(to_float(probe(card)))
+    logits, own = fuse(members, "grouped")(images)
+    expected = torch_scores(members, images)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+    np.testing.assert_allclose(own, expected.member_logits, atol=1e-4)
+    for member, state in zip(members, before, strict=True):
+        for name, tensor in member.state_dict().items():
+            assert torch.equal(tensor, state[name])
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "count": st.integers(1, 8),
+        "depth": st.sampled_from([8, 14]),
+        "width": st.integers(1, 6),
+        "channels": st.sampled_from([1, 3]),
+        "height": st.integers(8, 20),
+        "side": st.integers(8, 20),
+        "classes": st.integers(2, 6),
+        "batch": st.integers(1, 9),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def random_ensemble(shape: dict[str, int], folder: Path) -> None:
+    torch.manual_seed(shape["seed"])
+    channels, classes, count = shape["channels"], shape["classes"], shape["count"]
+    members = lively(
+        [
+            Member(
+                cifar_resnet_stages(shape["depth"], channels, shape["width"], classes),
+                [0.4] * channels,
+                [0.3] * channels,
+            )
+            for _ in range(count)
+        ]
+    )
+    card = card_of(channels, shape["height"], shape["side"], classes, count)
+    form: Form = "grouped" if can_group(members) else "branches"
+    engine = engine_of(build_graph(members, replace(card, form=form)), folder)
+    draw = np.random.default_rng(shape["seed"])
+    images = draw.random((shape["batch"], *card.input_shape), dtype=np.float32)
+    expected, found = torch_scores(members, torch.from_numpy(images)), engine.run(images)
+    allowed = 1e-4 * max(1.0, float(np.abs(expected.member_logits).max()))
+    np.testing.assert_allclose(found.logits, expected.logits, atol=allowed)
+    np.testing.assert_allclose(found.member_logits, expected.member_logits, atol=allowed)
+
+
+OWN_FOLDER = [HealthCheck.function_scoped_fixture]
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=OWN_FOLDER, derandomize=True)
+@given(SHAPES)
+def test_random_ensembles(tmp_path: Path, shape: dict[str, int]) -> None:
+    random_ensemble(shape, tmp_path)
+
+
+@pytest.mark.long
+@settings(max_examples=150, deadline=None, suppress_health_check=OWN_FOLDER)
+@given(SHAPES)
+def test_random_ensembles_at_length(tmp_path: Path, shape: dict[str, int]) -> None:
+    random_ensemble(shape, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[nn.Module], Engine]:
+    members, card = ensemble("resnet8", 3, 1, 8)
+    folder = tmp_path_factory.mktemp("pair")
+    return members, engine_of(build_graph(members, replace(card, form="grouped")), folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 20), st.just(1), st.just(8), st.just(8)),
+        elements=st.floats(0, 1, width=32),
+    )
+)
+def test_any_image(pair: tuple[list[nn.Module], Engine], images: Any) -> None:
+    members, engine = pair
+    expected, found = torch_scores(members, torch.from_numpy(images)), engine.run(images)
+    allowed = 1e-4 * max(1.0, float(np.abs(expected.member_logits).max()))
+    np.testing.assert_allclose(found.member_logits, expected.member_logits, atol=allowed)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=allowed)
