@@ -60,5 +60,5 @@ def step(
             if other != index:
                 loss = loss + F.cross_entropy(member(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

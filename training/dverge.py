@@ -115,7 +115,7 @@ def step(
     deepest = max(member.depth for member in members)
 
     def distilled_by(member: Member) -> Tensor:
-        own = -(-layer * member.depth // deepest)
+        own = member.layer_at(layer, deepest)
         return distill(member, source, target, layer=own, settings=settings)
 
     distilled = side_by_side(distilled_by, members, source.device)

@@ -45,6 +45,10 @@ class Member(nn.Module):
         """How many layers can be drawn, logits included."""
         return len(self.stages)
 
+    def layer_at(self, layer: int, deepest: int) -> int:
+        """Return the layer at the same share of this member's depth as `layer` is of `deepest`."""
+        return -(-layer * self.depth // deepest)
+
     def modules_upto(self, layer: int) -> list[nn.Module]:
         """Return the modules that computing `layer` passes through."""
         return list(self.stages[:layer].modules())

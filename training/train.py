@@ -17,12 +17,14 @@ from training import config as configuration
 from training import data as datasets
 from training.config import Config
 from training.data import Split, TrainingData
+from training.diversity import diversity
 from training.members import Member, build_members, mean_logits
 from training.methods import Batch, Stage, stages
 from training.run import Run, load_members, members_tensors
 
 SAVE_EVERY_S = 10.0
 EVALUATION_BATCH = 512
+DIVERSITY_IMAGES = 256
 
 
 def pick_device(name: str) -> torch.device:
@@ -78,18 +80,12 @@ def train(
         return Run.begin(out, config, resume=True)
     # Whatever can be wrong is found before anything is written.
     data = data or datasets.load_training(config.data)
-    mean, std = _normalisation(config, data.train)
-    members = build_members(config, len(data.labels), mean, std)
-    compute = arithmetic(config.precision, device)
-    for member in members:
-        member.to(device).to(memory_format=torch.channels_last)
-        member.compute = compute
+    members, optimizers = prepare(config, data, device)
     run = Run.begin(out, config, resume=resume)
     begun = time.time()
     train_split, holdout = data.train.to(device), data.holdout.to(device)
     run.keep_to(sha256(canonical_json([data.labels, data.train.sha256, data.holdout.sha256])))
     run.save_probe(data.holdout.images)
-    optimizers = _optimizers(members, config.standard)
     plan = stages(config, members, optimizers)
 
     first, done = 0, 0
@@ -108,11 +104,28 @@ def train(
             optimizer.state.clear()  # a new stage begins with no momentum
         if position + 1 < len(plan):
             if plan[position + 1].fresh:
-                new = build_members(config, len(data.labels), mean, std, "fresh")
+                new, _ = prepare(config, data, device, "fresh")
                 load_members(members, members_tensors(new))
             run.save_state(position + 1, 0, members_tensors(members))
     _finish(run, config, data, members, begun)
     return run
+
+
+def prepare(
+    config: Config, data: TrainingData, device: torch.device, draw: str = "weights"
+) -> tuple[list[Member], list[SGD]]:
+    """Return new members on the device, and an optimiser for each.
+
+    Raises:
+        UserError: an unknown architecture, or arithmetic that the hardware lacks.
+    """
+    mean, std = _normalisation(config, data.train)
+    members = build_members(config, len(data.labels), mean, std, draw)
+    compute = arithmetic(config.precision, device)
+    for member in members:
+        member.to(device).to(memory_format=torch.channels_last)
+        member.compute = compute
+    return members, _optimizers(members, config.standard)
 
 
 def accuracy(members: Sequence[Member], split: Split) -> float:
@@ -149,7 +162,7 @@ def _run_stage(
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
             total, seen = torch.zeros(len(members), device=train_split.images.device), 0
-            for number, batch in enumerate(_epoch(train_split, config, stage, epoch)):
+            for number, batch in enumerate(epoch_batches(train_split, config, stage, epoch)):
                 rate = settings.lr_at(epoch, number / count)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
@@ -163,15 +176,17 @@ def _run_stage(
             _refuse_nan(stage.name, epoch, losses)
             held = accuracy(members, holdout)
             speed = len(train_split) / (time.monotonic() - begun)
-            run.log(
-                {
-                    "stage": stage.name,
-                    "epoch": epoch + 1,
-                    "losses": losses,
-                    "holdout_accuracy": held,
-                    "images_per_s": round(speed, 1),
-                }
-            )
+            record = {
+                "stage": stage.name,
+                "epoch": epoch + 1,
+                "losses": losses,
+                "holdout_accuracy": held,
+                "images_per_s": round(speed, 1),
+            }
+            if len(members) > 1 and _measures_diversity(epoch, settings.epochs):
+                few = holdout.take(slice(DIVERSITY_IMAGES))
+                record["diversity"] = diversity(members, few, config.dverge, config.seed)["nats"]
+            run.log(record)
             note = f"loss {sum(losses) / len(losses):.3f}, held-out {held:.3f}, {speed:.0f} img/s"
             progress.advance(0, note)
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
@@ -180,7 +195,7 @@ def _run_stage(
                 saved = time.monotonic()
 
 
-def _epoch(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[Batch]:
+def epoch_batches(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[Batch]:
     """Yield source batches, with independently shuffled and augmented targets where needed."""
     names = (config.seed, stage.name, epoch)
     sources = datasets.batches(split, config.batch_size, config.data, *names, "source")
@@ -191,6 +206,11 @@ def _epoch(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[B
     targets = datasets.batches(split, config.batch_size, config.data, *names, "target")
     for (source, labels), (target, _) in zip(sources, targets, strict=True):
         yield source, labels, target
+
+
+def _measures_diversity(epoch: int, epochs: int) -> bool:
+    """Whether the pairs' diversity is measured after this epoch: ten times a stage, and last."""
+    return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
 
 
 def _refuse_nan(stage: str, epoch: int, losses: list[float]) -> None:

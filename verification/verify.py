@@ -26,14 +26,17 @@ from export.parity import compare, torch_scores
 from training.attacks import Norm, residual_ends
 from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
 from training.data import Split, TrainingData, load_test, load_training
+from training.diversity import diversity
 from training.members import Member, folded
 from verification import alarm, gates, matrices, presets, reference
 from verification.attack import Attack
 from verification.evidence import Gathering, evidence_folder
 from verification.figures import clean_scores, combinations, comparison, figures, to_float_numpy
+from verification.foreign import ForeignEngine
 from verification.gates import Gate
 from verification.gradients import Gradients, find_gradients, find_run, flow
 from verification.illustrations import illustrate
+from verification.live import Service, attack_service
 from verification.outcomes import Outcomes, Target
 from verification.page import page
 from verification.planted import planted
@@ -61,7 +64,11 @@ class Evaluation:
     run: Path | None = None
     checkpoint: Path | None = None  # of the paper's published code, for gradients
     data: str | None = None  # a folder or a data set's name; by default the run's own
+    labels: str | None = None  # of a foreign classifier: black-box only
     surrogates: Path | None = None  # a folder of runs; by default trained and cached
+    url: str | None = None  # a live service of this model, attacked as well
+    requests: int = 2000  # most of them to the live service
+    requests_a_second: float = 50.0
     against: Path | None = None  # another model, attacked alike
     eps: tuple[float, ...] = ()  # by default the recipe's
     norm: Norm = "linf"
@@ -76,7 +83,7 @@ class Setting:
     """What an evaluation works with, once everything is found."""
 
     asked: Evaluation
-    engine: Engine
+    engine: Engine | ForeignEngine
     gradients: Gradients | None
     config: Config
     data: TrainingData
@@ -95,6 +102,10 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     """
     begun = time.time()
     here = _setting(asked)
+    service = None
+    if asked.url is not None:
+        classes = len(here.engine.card.labels)
+        service = Service(asked.url, classes, asked.requests, asked.requests_a_second)
     targets, control = _targets(here)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in here.surrogates}
     evidence = Gathering(evidence_folder(asked.model), here.split, here.holdout)
@@ -109,6 +120,15 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     measured = _measures(here, targets["model"], outcomes["model"], evidence)
     report = _report(here, outcomes, control, checks, measured)
     report["evidence"] = evidence.index
+    if service is not None:
+        report["live"] = attack_service(
+            service,
+            here.split,
+            outcomes["model"],
+            here.engine.sha256,
+            max(here.eps),
+            asked.seed,
+        )
     report["run"] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - begun, 1),
@@ -151,14 +171,21 @@ def training_config(card: Card, gradients: Gradients | None, data: str | None) -
 
 
 def _setting(asked: Evaluation) -> Setting:
-    engine = Engine(asked.model, device="cpu")
-    gradients = find_gradients(
-        engine.card,
-        asked.model,
-        run=asked.run,
-        checkpoint=asked.checkpoint,
-        device=asked.device,
-    )
+    engine: Engine | ForeignEngine
+    gradients = None
+    if asked.labels is not None:
+        if asked.data is None:
+            raise UserError("a foreign classifier without --data", "the images it is made for")
+        engine = ForeignEngine(asked.model, asked.labels, asked.data)
+    else:
+        engine = Engine(asked.model, device="cpu")
+        gradients = find_gradients(
+            engine.card,
+            asked.model,
+            run=asked.run,
+            checkpoint=asked.checkpoint,
+            device=asked.device,
+        )
     config = training_config(engine.card, gradients, asked.data)
     data = load_training(config.data)
     split = _test_split(config, engine.card, asked)
@@ -326,9 +353,7 @@ def _matrices(here: Setting, members: Sequence[Any]) -> dict[str, Any]:
         found["transferability"] = matrices.transferability(
             members, here.split, middle, here.asked.seed
         )
-    found["diversity"] = matrices.diversity(
-        members, here.split, here.config.dverge, here.asked.seed
-    )
+    found["diversity"] = diversity(members, here.split, here.config.dverge, here.asked.seed)
     return found
 
 

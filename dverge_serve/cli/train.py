@@ -14,6 +14,8 @@ from dverge_serve.cli.options import Data, Device
 from dverge_serve.errors import Exit, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from training.config import Config
 
 DEMO_EPS = 0.1
@@ -39,7 +41,9 @@ def train(
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Of all randomness. [default: 0]")] = None,
     set_: Settings = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the settings and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the settings, what the run will cost, and stop.")
+    ] = False,
 ) -> None:
     """Train a DVERGE ensemble.
 
@@ -57,10 +61,12 @@ def train(
         raise UserError(
             f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
         )
+    from training.train import pick_device
+
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
+        _say_cost(config, pick_device(device))
         return
-    from training.train import pick_device
     from training.train import train as train_run
 
     chosen = pick_device(device)
@@ -116,6 +122,23 @@ def _config(
         overrides["seed"] = seed
     default = "images" if overrides.get("data.name") == "imagefolder" else "digits"
     return load_recipe(recipe or default, overrides | parse_settings(settings or []))
+
+
+def _say_cost(config: Config, device: torch.device) -> None:
+    from dverge_serve.progress import duration
+    from training.estimate import estimate
+
+    try:
+        cost = estimate(config, device)
+    except UserError as error:  # the settings are still worth printing
+        typer.echo(f"no estimate: {error}", err=True)
+        return
+    for stage, seconds in cost["seconds"].items():
+        gradients = cost["gradient_evaluations"][stage]
+        told = f"{gradients:,} gradient evaluations, about {duration(seconds)} on {device}"
+        typer.echo(f"{stage}: {told}", err=True)
+    images, parameters = cost["training_images"], cost["parameters"]
+    typer.echo(f"{images:,} training images, {parameters:,} parameters in all", err=True)
 
 
 def _latest() -> Path:

@@ -111,6 +111,19 @@ def test_dry_run_prints_what_would_be_used(recipe: str, capsys: pytest.CaptureFi
     assert settings["dverge"]["epochs"] == 3
 
 
+def test_dry_run_says_what_the_run_will_cost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "data.train_limit=300", "--set", "standard.epochs=2", "--members", "4"]
+    assert run(["train", "--dry-run", *few, "--set", "dverge.epochs=3"]) == 0
+    told = capsys.readouterr().err
+    assert "standard: 2,160 gradient evaluations" in told  # 2 epochs, 270 images, 4 members
+    assert "dverge: 19,440 gradient evaluations" in told  # 3 epochs, 3 steps and 3 others
+    assert "270 training images" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_predict_in_three_forms(
     tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

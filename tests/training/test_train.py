@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from training.config import Data, Dverge
 from training.data import Split, load_training
 from training.methods import Stage, draw_layer
 from training.run import Run
-from training.train import _epoch, _normalisation, accuracy, pick_device, train
+from training.train import _normalisation, accuracy, epoch_batches, pick_device, train
 
 CPU = torch.device("cpu")
 PAIRS = Stage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
@@ -101,6 +102,19 @@ def test_stages_get_their_own_optimiser_settings(
     assert first["settings"] is config.dverge
 
 
+def test_the_diversity_of_every_pair_is_logged_as_training_goes(tmp_path: Path) -> None:
+    config = tiny_config(members=3, standard__epochs=1, dverge__epochs=12)
+    run = train(config, tmp_path / "run", device=CPU)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    matrices = [line["diversity"] for line in lines if "diversity" in line]
+    assert len(matrices) == 1 + 10
+    for matrix in matrices:
+        for i in range(3):
+            assert matrix[i][i] is None
+            for j in range(3):
+                assert i == j or matrix[i][j] == matrix[j][i] > 0
+
+
 def test_sources_and_targets_are_shuffled_independently() -> None:
     split = Split(
         torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous(),
@@ -110,7 +124,7 @@ def test_sources_and_targets_are_shuffled_independently() -> None:
     pairs: Counter[tuple[int, int]] = Counter()
     for epoch in range(50):
         sources, targets = [], []
-        for source, labels, target in _epoch(split, config, PAIRS, epoch):
+        for source, labels, target in epoch_batches(split, config, PAIRS, epoch):
             assert torch.equal((source[:, 0, 0, 0] * 255).round().long(), labels)
             assert target.shape == source.shape
             sources += labels.tolist()

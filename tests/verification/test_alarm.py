@@ -12,6 +12,7 @@ from dverge_serve.scores import Scores
 from tests.verification.models import Linear, TorchEngine, linear_split
 from training.config import Dverge
 from training.data import Split
+from training.diversity import diversity
 from training.members import Member
 from verification import alarm, matrices
 
@@ -115,8 +116,8 @@ def test_members_that_share_nothing_do_not_fool_one_another() -> None:
     assert shared["success"] == [[1.0] * 3] * 2
     # Distilled all the way to another class: the one who looks elsewhere still sees the source.
     settings, far = Dverge(eps=0.8, step_size=0.02, steps=40), linear_split([51] * 4 + [204] * 4)
-    apart = matrices.diversity(members, far, settings, 0)
-    together = matrices.diversity(same, far, settings, 0)
+    apart = diversity(members, far, settings, 0)
+    together = diversity(same, far, settings, 0)
     assert apart["nats"][0][0] is None
     assert apart["nats"][0][1] == apart["nats"][1][0]
     assert apart["nats"][0][1] > together["nats"][0][1]
