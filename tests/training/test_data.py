@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,12 @@ from training.data import (
     Split,
     augment,
     batches,
-    class_folders,
     load_test,
     load_training,
     to_float,
 )
 from training.seeds import derive, generator
+from training.sources import class_folders
 
 DIGITS = Data(name="digits", mode="L", crop=(8, 8), pad=1, flip=False)
 
@@ -377,3 +378,20 @@ def test_a_download_that_fails_is_one_line(
     message = refusal(Data(name="svhn"))
     assert "cannot download 'svhn'" in message
     assert "--data FOLDER" in message
+
+
+def test_a_limit_decodes_no_more_images_than_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name, at in itertools.product(("train", "test"), ("a", "b"), range(20)):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), at).save(folder / f"{at}.png")
+    decoded: list[int] = []
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda *a, **k: decoded.append(1) or load(*a, **k))
+    data = Data(path=str(tmp_path), mode="L", crop=(8, 8), train_limit=12, test_limit=5)
+    training = load_training(data)
+    assert len(training.train) + len(training.holdout) == len(decoded) == 12
+    assert len(load_test(data)[1]) == 5
+    assert len(decoded) == 17
