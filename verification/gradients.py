@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,16 @@ from torch import Tensor, nn
 
 from dverge_serve.contract import Card
 from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
+from export.published import read_published
 from training import attacks as core
 from training.data import Split, to_float
 from training.members import folded
 from training.run import Run
 from verification.attack import Attack, loss_of
 from verification.statistics import Mask
+
+READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,71 @@ def find_run(card: Card, path: Path | None) -> Run | None:
     return None
 
 
-def _from_checkpoint(path: Path, card: Card, device: torch.device) -> Gradients | None:
-    raise UserError(f"--checkpoint {path}", "a run, with --run")
+def _from_checkpoint(path: Path, card: Card, device: torch.device) -> Gradients:
+    found = read_published(path)
+    if found.sha256 != card.weights_sha256:
+        raise UserError(
+            f"{path} has sha256 {found.sha256[:12]}, the model was made from "
+            f"{card.weights_sha256[:12]}",
+            "the checkpoint this model was exported from",
+        )
+    members = [folded(member).to(device) for member in found.members]
+    return Gradients(members, found.sha256, "published checkpoint")
 
 
 def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | None:
-    return None
+    """Read an fp32 graph back into torch, where the optional onnx2torch is there and can."""
+    if card.precision != "fp32" or importlib.util.find_spec("onnx2torch") is None:
+        return None
+    import onnx
+    from onnx2torch import convert
+
+    warnings.filterwarnings("ignore", module=r"onnx2torch\.")  # about tracing, at every call
+    whole = onnx.load(model)
+    for node in whole.graph.node:  # no shape of ours has a zero; the gate `parity` would tell
+        kept = [each for each in node.attribute if each.name != "allowzero"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    try:
+        graph = convert(onnx.version_converter.convert_version(whole, READABLE_OPSET))
+    # It refuses a graph by whatever exception the first operator it does not know raises.
+    except Exception:
+        return None
+    shared = _Shared(graph.eval().requires_grad_(False).to(device))
+    members = [_View(shared, index) for index in range(card.members)]
+    return Gradients(members, sha256(model.read_bytes()), "the file itself, by onnx2torch")
+
+
+class _Shared:
+    """One graph behind several members: asked about the same images, it is run once."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        self.graph = graph
+        self._asked: tuple[Tensor, bool] | None = None
+        self._told: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        graded = torch.is_grad_enabled()
+        if (
+            self._told is None
+            or self._asked is None
+            or self._asked[0] is not images
+            or (self._asked[1] is not graded)
+        ):
+            self._asked, self._told = (images, graded), self.graph(images)[1]
+        return self._told
+
+
+class _View(nn.Module):
+    """One member of a shared graph."""
+
+    def __init__(self, shared: _Shared, index: int) -> None:
+        super().__init__()
+        self._shared, self._index = shared, index
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return this member's logits `[batch, classes]`."""
+        return self._shared(images)[:, self._index]
 
 
 def flow(

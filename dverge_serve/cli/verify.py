@@ -25,7 +25,16 @@ def verify_robustness(
     run: Annotated[
         Path | None, typer.Option(help="The run it was exported from. [default: found in runs/]")
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint of the published code to attack with.")
+    ] = None,
     data: Data = None,
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="A classifier not ours: black-box, with --labels.")
+    ] = False,
+    labels: Annotated[
+        str | None, typer.Option(help="With --foreign: a file with one class name a line.")
+    ] = None,
     surrogates: Annotated[
         Path | None,
         typer.Option(help="A folder of runs to attack from. [default: trained, cached]"),
@@ -38,6 +47,13 @@ def verify_robustness(
     against: Annotated[
         Path | None, typer.Option(help="Another model, attacked alike and compared.")
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A live service of this model, attacked through /predict.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="With --url: most requests.", min=10)] = 2000,
+    rate: Annotated[
+        float, typer.Option(help="With --url: most requests a second.", min=0.1)
+    ] = 50.0,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.")] = None,
     bom: Annotated[
         Path | None, typer.Option(help="Write the figures as a CycloneDX ML-BOM.")
@@ -60,6 +76,10 @@ def verify_robustness(
     """
     if preset not in ("quick", "standard", "full"):
         raise UserError(f"preset '{preset}'", "quick, standard or full")
+    if url is not None and norm != "linf":
+        raise UserError("--url with --norm l2", "linf: Square is an Linf attack")
+    if foreign != (labels is not None):
+        raise UserError("--foreign and --labels go together", "both, or neither")
     if norm not in ("linf", "l2"):
         raise UserError(f"norm '{norm}'", "linf or l2")
     radii = _eps(eps, norm)
@@ -79,10 +99,15 @@ def verify_robustness(
             model=model,
             run=run,
             preset=preset,
+            checkpoint=checkpoint,
+            labels=labels if foreign else None,
             data=data,
             surrogates=surrogates,
             against=against,
             eps=radii,
+            url=url,
+            requests=requests,
+            requests_a_second=rate,
             norm="l2" if norm == "l2" else "linf",
             images=images,
             seed=seed,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -18,12 +19,15 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.report import page_path, read_report, report_path, report_schema
 from export.export import export
+from training.attacks import cw_margin, gradient, mean_logits_output, member_logits
 from training.config import load_recipe
 from training.data import Split, load_training
+from training.members import folded
 from training.run import Run
 from verification import presets
 from verification.attack import Attack
-from verification.gradients import find_run
+from verification.foreign import ForeignEngine
+from verification.gradients import _from_file, find_run
 from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogates
 from verification.verify import Evaluation, verify
@@ -153,6 +157,7 @@ def test_without_the_run_the_white_box_is_not_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("verification.gradients._from_file", lambda *_: None)
     shutil.copy(tiny_model, "model.onnx")
     report = verify(Evaluation(model=Path("model.onnx"), eps=(0.1,), images=32))
     assert report["verdict"] == "INCONCLUSIVE"
@@ -232,3 +237,65 @@ def test_another_model_is_compared_image_by_image(
     # The control is the same standard model, so it met the same transfer attacks.
     control = report["control"]["robust_accuracy"][0]["transfer"]["value"]
     assert row["other"] == control
+
+
+def test_gradients_come_from_the_file_itself_where_they_can(
+    tiny_model: Path, tiny_run: Path
+) -> None:
+    pytest.importorskip("onnx2torch", reason="the extra that reads graphs back is not installed")
+    card = Engine(tiny_model, device="cpu").card
+    found = _from_file(tiny_model, card, torch.device("cpu"))
+    assert found is not None
+    members = [folded(member) for member in Run.open_finished(tiny_run).members()]
+    x = torch.rand(4, *card.input_shape)
+    torch.testing.assert_close(
+        member_logits(found.members, x), member_logits(members, x), rtol=1e-4, atol=1e-4
+    )
+    labels = torch.arange(4)
+    one = gradient(cw_margin(mean_logits_output(found.members), labels), x)
+    other = gradient(cw_margin(mean_logits_output(members), labels), x)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert _from_file(tiny_model, replace(card, precision="int8"), torch.device("cpu")) is None
+
+
+def test_a_foreign_classifier_is_attacked_as_a_black_box(tiny_model: Path, tmp_path: Path) -> None:
+    graph = onnx.load(tiny_model)
+    del graph.metadata_props[:], graph.graph.output[1:]
+    graph.graph.input[0].name = "pixels"
+    for node in graph.graph.node:
+        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
+    onnx.save(graph, tmp_path / "foreign.onnx")
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, range(10))))
+    labels = str(tmp_path / "labels.txt")
+    engine = ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
+    x = np.random.default_rng(0).random((3, 1, 8, 8), np.float32)
+    np.testing.assert_allclose(
+        engine.run_all(x).logits, Engine(tiny_model, device="cpu").run_all(x).logits, rtol=1e-5
+    )
+    assert engine.card.members == 1
+    (tmp_path / "labels.txt").write_text("a\nb")
+    with pytest.raises(UserError, match="10 scores"):
+        ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
+
+
+def test_a_foreign_classifier_gets_a_whole_report(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_model, tmp_path / "foreign.onnx")
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, range(10))))
+    for name in ("one", "two"):
+        shutil.copytree(tiny_run, tmp_path / "surrogates" / name)
+    report = verify(
+        Evaluation(
+            model=tmp_path / "foreign.onnx",
+            labels=str(tmp_path / "labels.txt"),
+            data="digits",
+            surrogates=tmp_path / "surrogates",
+            eps=(0.2,),
+            images=32,
+        )
+    )
+    jsonschema.validate(report, report_schema())
+    assert report["verdict"] == "INCONCLUSIVE"
+    assert report["robust_accuracy"][0]["white_box"] is None
+    assert report["robust_accuracy"][0]["transfer"]["value"] < report["clean_accuracy"]["value"]

@@ -1,0 +1,114 @@
+"""Attacking a live service: what is sent, counted and told, over real HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dverge_serve.errors import UserError
+from tests.verification.models import Linear, TorchEngine, linear_split
+from verification.live import Service, attack_service
+from verification.outcomes import Outcomes
+
+EPS = 0.05
+
+
+class Handler(BaseHTTPRequestHandler):
+    engine = TorchEngine([Linear()])
+    full = True
+    count = 0
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        with Image.open(io.BytesIO(body)) as image:
+            pixels = np.asarray(image, np.float32)[None, None] / 255
+        type(self).count += 1
+        scores = self.engine.run_all(pixels)
+        index = int(scores.predictions[0])
+        answer: dict[str, Any] = {"label": str(index), "index": index}
+        if self.full:
+            answer["top"] = [
+                {"index": at, "probability": float(scores.probabilities[0, at])} for at in (0, 1)
+            ]
+        allowed = self.headers.get("authorization") == "Bearer secret"
+        text = json.dumps({"predictions": [answer]}).encode()
+        self.send_response(200 if allowed else 401)
+        self.send_header("X-Model-Sha256", "abc")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Handler.count, Handler.full = 0, True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def outcome(values: list[int]) -> Outcomes:
+    split = linear_split(values)
+    found = Outcomes({}, np.ones(len(values), bool), np.zeros(len(values), bool))
+    images = split.images.numpy().astype(int)
+    images[0] += 12  # the first transferred image crosses the line
+    found.worst[EPS, "transfer"] = images.astype(np.uint8)
+    return found
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_it_counts_what_it_asked_and_tells_what_was_exposed(url: str, full: bool) -> None:
+    values = [120, 137, 250, 5]
+    service = Service(url, 2, requests=160, rate=1e6, token="secret")
+    Handler.full = full
+    told = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
+    service._connection.close()
+    assert told["requests"] == Handler.count <= 160
+    assert told["same_model"] is True
+    assert told["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
+    assert told["clean_accuracy"]["value"] == 1.0
+    assert told["transfer"]["value"] == 0.75
+    square = told["square"]
+    assert square["queries"] == Handler.count - 8
+    assert square["images"] == 1
+    assert square["queries_each_at_most"] == 100
+
+
+def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("verification.live.time.sleep", slept.append)
+    monkeypatch.setattr("verification.live.time.monotonic", lambda: 10.0)
+    service = Service(url, 2, requests=3, rate=4.0, token="secret")
+    images = linear_split([10, 20, 30]).images.numpy()
+    service.scores(images)
+    assert slept == [0.0, 0.25, 0.25]
+    with pytest.raises(UserError, match="3 requests is spent"):
+        service.scores(images[:1])
+    service._connection.close()
+    assert Handler.count == 3
+
+
+def test_a_service_that_refuses_or_is_not_there_is_told_in_one_line(url: str) -> None:
+    images = linear_split([10]).images.numpy()
+    service = Service(url, 2, token="wrong")
+    with pytest.raises(UserError, match="DVERGE_TOKEN"):
+        service.scores(images)
+    service._connection.close()
+    with pytest.raises(UserError, match="http://host:port"):
+        Service("ftp://somewhere", 2)
+    nobody = Service("http://127.0.0.1:9", 2)
+    with pytest.raises(UserError, match="a running service"):
+        nobody.scores(images)

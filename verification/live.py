@@ -1,0 +1,192 @@
+"""Attacking a running service as a stranger would: 8-bit PNGs through `/predict`, politely.
+
+Bounded in requests and in rate. Only images are sent; nothing is asked that a caller could not.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dverge_serve.errors import UserError
+from dverge_serve.progress import Progress
+from training.data import Split
+from training.seeds import derive
+from verification.attack import whole_steps
+from verification.outcomes import Outcomes, Pixels
+from verification.square import square
+from verification.statistics import Mask, rate
+
+TIMEOUT_S = 30.0
+SQUARE_QUERIES = 100  # an image, at most
+LEAST = -20.0  # log-probability of a class that the service does not name
+
+
+@dataclass
+class Service:
+    """A live service: its address, and what has been asked of it.
+
+    Args:
+        url: `http://host:port`; https works as well.
+        classes: how many the model has.
+        requests: most requests, all in all.
+        rate: most requests a second.
+        token: sent as a bearer token, if there is one.
+    """
+
+    url: str
+    classes: int
+    requests: int = 2000
+    rate: float = 50.0
+    token: str = field(default_factory=lambda: os.environ.get("DVERGE_TOKEN", ""), repr=False)
+    asked: int = 0
+    exposed: set[str] = field(default_factory=set)
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"--url {self.url}", "http://host:port")
+        kind = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+        self._connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self._path = parts.path.rstrip("/") + "/predict"
+        self._next = 0.0
+
+    @property
+    def left(self) -> int:
+        """Requests that may still be made."""
+        return self.requests - self.asked
+
+    def scores(self, images: Pixels) -> npt.NDArray[np.float32]:
+        """Ask about 8-bit images `[n, C, H, W]`, one request each.
+
+        Returns:
+            log-probabilities `[n, classes]` as far as the service tells them; where it tells
+            labels alone, 0 for the label and `LEAST` for the others.
+        """
+        return np.array([self._ask(_png(image)) for image in images], np.float32)
+
+    def _ask(self, body: bytes) -> npt.NDArray[np.float64]:
+        if self.left <= 0:
+            raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        self._next = time.monotonic() + 1 / self.rate
+        self.asked += 1
+        headers = {"content-type": "image/png"}
+        if self.token:
+            headers["authorization"] = f"Bearer {self.token}"
+        try:
+            self._connection.request("POST", self._path, body, headers)
+            response = self._connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise UserError(
+                f"no answer from {urlsplit(self.url).netloc} ({type(error).__name__})",
+                "a running service",
+            ) from error
+        if response.status != 200:
+            raise UserError(
+                f"the service answered {response.status}",
+                "200",
+                "set DVERGE_TOKEN to its token" if response.status == 401 else "look at its log",
+            )
+        self.sha256 = response.headers.get("X-Model-Sha256", "")
+        try:
+            (answer,) = json.loads(text)["predictions"]
+            return self._read(answer)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                "the service's answer is not ours", "POST /predict of dverge"
+            ) from error
+
+    def _read(self, answer: dict[str, Any]) -> npt.NDArray[np.float64]:
+        self.exposed |= set(answer)
+        told = np.full(self.classes, LEAST)
+        told[int(answer["index"])] = 0.0
+        for entry in answer.get("top", []):
+            told[int(entry["index"])] = math.log(max(float(entry["probability"]), 1e-9))
+        return told
+
+
+def attack_service(
+    service: Service, split: Split, outcome: Outcomes, served_sha256: str, eps: float, seed: int
+) -> dict[str, Any]:
+    """Send clean and transferred images, then attack by Square with what requests are left.
+
+    Args:
+        service: to be attacked.
+        split: clean test images and labels.
+        outcome: of the model file, with its worst transferred images.
+        served_sha256: of that file; the service may serve another.
+        eps: the radius; images are delivered, so whole 8-bit steps are used.
+        seed: of the choice of images and of Square.
+
+    Returns:
+        the report's section `live`.
+    """
+    labels = split.labels.cpu().numpy()
+    order = np.random.default_rng(derive(seed, "live")).permutation(len(labels))
+    chosen = np.sort(order[: max(1, service.requests // 4)])
+    clean = split.images.cpu().numpy()[chosen]
+    transfer = outcome.worst[eps, "transfer"][chosen]
+    with Progress("attacking the live service", 2 * len(chosen)) as progress:
+        right = _right(service, clean, labels[chosen], progress)
+        standing = right & _right(service, transfer, labels[chosen], progress)
+    kept = np.flatnonzero(standing)[: max(1, service.left // SQUARE_QUERIES)]
+    queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
+    before = service.asked
+    found = square(
+        lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
+        clean[kept].astype(np.float32) / np.float32(255),
+        labels[chosen][kept],
+        eps=whole_steps(eps) / 255,
+        queries=queries,
+        seed=derive(seed, "live", "square"),
+    )
+    assert service.asked - before == int(found.queries.sum())
+    return {
+        "eps": eps,
+        "model_sha256": service.sha256,
+        "same_model": service.sha256 == served_sha256,
+        "exposed": sorted(service.exposed),
+        "requests": service.asked,
+        "clean_accuracy": rate(right),
+        "transfer": rate(standing),
+        "square": {
+            "images": len(kept),
+            "broken": int((found.queries < queries).sum()),
+            "queries_each_at_most": queries,
+            "queries": int(found.queries.sum()),
+        },
+    }
+
+
+def _right(
+    service: Service, images: Pixels, labels: npt.NDArray[np.int64], progress: Progress
+) -> Mask:
+    answers = []
+    for image in images:
+        answers.append(int(service.scores(image[None])[0].argmax()))
+        progress.advance()
+    return np.asarray(np.array(answers) == labels)
+
+
+def _png(image: Pixels) -> bytes:
+    out = io.BytesIO()
+    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
