@@ -24,7 +24,7 @@ from dverge_serve.inference import BASE, InferenceProtocol
 from dverge_serve.logs import LOGGER, RequestLog
 from dverge_serve.metrics import CONTENT_TYPE, Metrics
 from dverge_serve.openapi import openapi
-from dverge_serve.pages import start_page
+from dverge_serve.pages import demo_page, start_page
 from dverge_serve.prediction import Predict, model_card
 from dverge_serve.reload import Generations, Reloader
 from dverge_serve.request import CallerGone, Intake, Receive, Request, Scope, Send
@@ -105,6 +105,7 @@ class App:
             Route("/openapi.json", {"GET": self._describe}, public=True),
             Route("/docs.json", {"GET": self._describe}, public=True),
             Route("/", {"GET": self._start}, public=True),
+            Route("/demo", {"GET": self._demo}, public=True),
         ]
         if settings.token:
             routes.append(Route("/admin/reload", {"POST": self._reload}))
@@ -319,6 +320,9 @@ class App:
     async def _start(self, _: Request) -> Answer:
         # Whoever has no token sees the page, but nothing of the model on it.
         return start_page(None if self._token else self.served)
+
+    async def _demo(self, _: Request) -> Answer:
+        return demo_page()
 
 
 def _is_v2(path: str) -> bool:

@@ -46,11 +46,12 @@ def openapi(settings: Settings, expose: Exposure) -> Schema:
         f"{BASE}/ready": {"get": _v2("Whether the model is loaded and warm", _json(_ANY), 503)},
         f"{BASE}/infer": {"post": _infer(settings)},
         "/": {"get": _operation("The start page", {"text/html": {"schema": _STRING}})},
+        "/demo": {"get": _operation("A page to try images on", {"text/html": {"schema": _STRING}})},
     }
     if locked:
         reload = _operation("Put the model file now in place in service", _json(_ANY), 409, 503)
         paths["/admin/reload"] = {"post": reload}
-    public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/"}
+    public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/", "/demo"}
     public |= {"/v2/health/live", "/v2/health/ready"}
     for path, operations in paths.items():
         for operation in operations.values():
@@ -202,6 +203,13 @@ def _schemas(expose: Exposure) -> Schema:
     if expose == "full":
         prediction["agreement"] = _SHARE
         prediction["disagreement"] = {"type": "number", "minimum": 0}
+        prediction["votes"] = {
+            "type": "array",
+            "minItems": 1,
+            "items": _object(top),
+            "description": "each member's own answer, in the members' order; only under "
+            "DVERGE_EXPOSE=full",
+        }
         required = list(prediction)
         prediction["suspicious"] = {"type": "boolean"}
     model = {"name": _STRING, "sha256": _SHA256}
@@ -278,5 +286,7 @@ def _example(expose: Exposure) -> Schema:
         prediction["probability"] = 0.98
         prediction["top"] = [{"label": "7", "index": 7, "probability": 0.98}]
     if expose == "full":
-        prediction |= {"agreement": 1.0, "disagreement": 0.004, "suspicious": False}
+        votes = [{"label": "7", "index": 7, "probability": share} for share in (0.99, 0.96, 0.98)]
+        prediction |= {"agreement": 1.0, "disagreement": 0.004, "votes": votes}
+        prediction["suspicious"] = False
     return {"model": {"name": "digits", "sha256": _EXAMPLE_SHA}, "predictions": [prediction]}

@@ -1,4 +1,4 @@
-"""The pages a browser sees: no outside link, no script, every value escaped."""
+"""The pages a browser sees: no outside link, nothing that was not shipped, every value escaped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from dverge_serve.answer import HTML, Answer
 from dverge_serve.served import ServedModel
 
 MOST_LABELS = 100
+# Pictures drawn for the demo page, 8x8 as the embedded digits are; no data set holds them.
+EXAMPLES = {
+    **{str(digit): f"a {digit}" for digit in range(10)},
+    "5-over-6": "a 5 laid over a 6",
+}
 
 
 def start_page(served: ServedModel | None) -> Answer:
@@ -26,7 +31,37 @@ def start_page(served: ServedModel | None) -> Answer:
         model=_model(served) if served else "",
         example="http://localhost:3000",
     )
-    return Answer(200, page.encode(), HTML, ((b"content-security-policy", _policy(style)),))
+    policy = _policy(f"style-src {_source(style)}")
+    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
+
+
+@cache
+def demo_page() -> Answer:
+    """Return the page to try images on; it asks for all it shows of the model, token in hand."""
+    style, script = _template("demo.css"), _template("demo.js")
+    page = Template(_template("demo.html")).substitute(
+        style=style, script=script, examples="\n".join(map(_example, EXAMPLES))
+    )
+    policy = _policy(
+        f"style-src {_source(style)}",
+        f"script-src {_source(script)}",
+        "connect-src 'self'",
+        "img-src blob: data:",  # the caller's own picture, and the examples
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
+
+
+def _example(name: str) -> str:
+    """Return a button with an example picture; the script shows those the model can answer."""
+    picture = files("dverge_serve").joinpath("templates", "examples", f"{name}.png").read_bytes()
+    words = html.escape(EXAMPLES[name])
+    data = base64.b64encode(picture).decode()
+    return (
+        f'<li><button type="button" class="example" title="{words}">'
+        f'<img alt="{words}" src="data:image/png;base64,{data}"></button></li>'
+    )
 
 
 def _model(served: ServedModel) -> str:
@@ -74,12 +109,14 @@ def _figure(figure: dict[str, Any]) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%}, n={figure.get('n', '?')})"
 
 
-def _policy(style: str) -> bytes:
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ).encode()
+def _policy(*sources: str) -> bytes:
+    closed = ("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")
+    return "; ".join(("default-src 'none'", *sources, *closed)).encode()
+
+
+def _source(text: str) -> str:
+    """Return the policy's name for an inline style or script: these bytes and no others."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @cache

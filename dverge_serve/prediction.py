@@ -87,6 +87,11 @@ def predictions(part: Part[Rows], served: ServedModel, expose: Exposure) -> list
         if expose == "full":
             answer["agreement"] = rows.agreement[row]
             answer["disagreement"] = rows.disagreement[row]
+            votes = zip(rows.votes[row], rows.vote_probabilities[row], strict=True)
+            answer["votes"] = [
+                {"label": labels[index], "index": index, "probability": probability}
+                for index, probability in votes
+            ]
             if served.threshold is not None:
                 answer["suspicious"] = served.is_suspicious(rows.disagreement[row])
         found.append(answer)

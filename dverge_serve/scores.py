@@ -46,8 +46,17 @@ class Scores:
     @cached_property
     def agreement(self) -> npt.NDArray[np.float64]:
         """Share of members whose own answer is the ensemble's, `[batch]` in 0..1."""
-        votes = self.member_logits.argmax(axis=-1)
-        return np.asarray((votes == self.predictions[:, None]).mean(axis=1))
+        return np.asarray((self.votes == self.predictions[:, None]).mean(axis=1))
+
+    @cached_property
+    def votes(self) -> npt.NDArray[np.int64]:
+        """What each member answers on its own, class indices `[batch, members]`."""
+        return np.asarray(self.member_logits.argmax(axis=-1))
+
+    @cached_property
+    def member_probabilities(self) -> npt.NDArray[np.float64]:
+        """Softmax of each member's logits, `[batch, members, classes]`."""
+        return softmax(self.member_logits)
 
     @cached_property
     def disagreement(self) -> npt.NDArray[np.float64]:
@@ -55,7 +64,7 @@ class Scores:
 
         0 where all members give the same probabilities, log(members) at most.
         """
-        members = softmax(self.member_logits)
+        members = self.member_probabilities
         mean = members.mean(axis=1)
         return np.asarray(np.maximum(_entropy(mean) - _entropy(members).mean(axis=1), 0.0))
 

@@ -40,6 +40,8 @@ class Rows:
     top_probabilities: list[list[float]]
     agreement: list[float]
     disagreement: list[float]
+    votes: list[list[int]]  # each member's own answer
+    vote_probabilities: list[list[float]]  # and how likely that member thinks it
 
 
 class ServedModel:
@@ -154,6 +156,8 @@ class ServedModel:
             np.take_along_axis(scores.probabilities, order, axis=1).tolist(),
             scores.agreement.tolist(),
             scores.disagreement.tolist(),
+            scores.votes.tolist(),
+            scores.member_probabilities.max(axis=-1).tolist(),
         )
         self._count(rows, seconds)
         return rows

@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
+from dverge_serve import pages
 from dverge_serve.answer import CODES
 from dverge_serve.app import App
 from dverge_serve.engine import Engine
@@ -55,6 +57,14 @@ async def test_predict_answers_with_what_the_arithmetic_says(start: Start) -> No
     assert prediction.pop("probability") == pytest.approx(probability[0], abs=1e-6)
     assert prediction.pop("agreement") == pytest.approx(2 / 3)
     assert prediction.pop("disagreement") == pytest.approx(scores.disagreement[0], abs=1e-6)
+    votes = prediction.pop("votes")
+    assert [(row["label"], row["index"]) for row in votes] == [
+        ("bright", 0),
+        ("bright", 0),
+        ("dark", 1),
+    ]
+    sure = softmax(member_logits).max(axis=1)
+    assert [row["probability"] for row in votes] == pytest.approx(sure.tolist(), abs=1e-6)
     top = prediction.pop("top")
     assert [(row["label"], row["index"]) for row in top] == [("bright", 0), ("dark", 1)]
     assert [row["probability"] for row in top] == pytest.approx(probability.tolist(), abs=1e-6)
@@ -96,7 +106,16 @@ async def test_suspicious_is_disagreement_over_the_reports_threshold(
         ("scores", {"label", "index", "probability", "top"}),
         (
             "full",
-            {"label", "index", "probability", "top", "agreement", "disagreement", "suspicious"},
+            {
+                "label",
+                "index",
+                "probability",
+                "top",
+                "agreement",
+                "disagreement",
+                "votes",
+                "suspicious",
+            },
         ),
     ],
 )
@@ -343,7 +362,7 @@ async def test_every_answer_names_the_model_file(start: Start, gray_model: Path)
 
 async def test_the_token_guards_all_but_probes_and_static_pages(start: Start) -> None:
     client = await start(token="s3cret")
-    for path in ("/livez", "/readyz", "/", "/openapi.json", "/docs.json"):
+    for path in ("/livez", "/readyz", "/", "/demo", "/openapi.json", "/docs.json"):
         assert (await client.get(path)).status_code == 200, path
     bad = ["", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3cret2", "Basic s3cret", "s3cret"]
     for path in ("/model", "/report", "/metrics", "/predict", "/nothing"):
@@ -409,6 +428,44 @@ async def test_pages_escape_everything_and_carry_a_strict_policy(
     assert f"style-src 'sha256-{digest}'" in policy
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", answer.text)
     assert "style=" not in answer.text
+
+
+async def test_the_demo_page_holds_nothing_but_what_was_shipped(
+    start: Start, tmp_path: Path
+) -> None:
+    model, evil = tmp_path / "model.onnx", "<script>alert(1)</script>"
+    tiny.save_gray_model(model, labels=(evil, "'\"&"), name=evil, dataset=evil)
+    for settings in ({}, {"token": "s3cret"}):
+        answer = await (await start(model=model, **settings)).get("/demo")
+        assert answer.status_code == 200
+        assert "alert(1)" not in answer.text  # the page asks for names, and makes text of them
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "connect-src 'self'" in policy
+        assert "unsafe" not in policy
+        for tag in ("style", "script"):
+            blocks = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+            assert len(blocks) == 1
+            digest = base64.b64encode(hashlib.sha256(blocks[0].encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert "://" not in answer.text
+        assert not re.search(r"\s(?:style|on[a-z]+)=", answer.text)
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "document.write"):
+            assert sink not in answer.text
+
+
+def test_the_examples_look_like_the_digits_they_are_called() -> None:
+    from sklearn.datasets import load_digits
+
+    known, digits = load_digits(return_X_y=True)
+    folder = Path(pages.__file__).parent / "templates" / "examples"
+    assert {path.stem for path in folder.iterdir()} == set(pages.EXAMPLES)
+    for digit in range(10):
+        with Image.open(folder / f"{digit}.png") as image:
+            assert (image.mode, image.size) == ("L", (8, 8))
+            pixels = np.asarray(image, dtype=np.float64).ravel() * 16 / 255
+        nearest = digits[np.argsort(((known - pixels) ** 2).sum(axis=1))[:9]]
+        assert (nearest == digit).sum() >= 6, digit
 
 
 async def test_unknown_paths_and_methods_make_no_new_series(start: Start) -> None:
