@@ -1,0 +1,38 @@
+// Classify image files with a DVERGE service, all in one request: node predict.mjs IMAGE...
+// DVERGE_URL names the service (http://localhost:3000), DVERGE_TOKEN its token.
+// Needs nothing but Node 18 or newer; predict() works in browsers as it is.
+import { readFile } from "node:fs/promises";
+
+const ATTEMPTS = 5;
+
+/** Return the predictions for some Blobs or Files, in their order; waits while the service is full. */
+export async function predict(url, images, token) {
+  const body = new FormData();
+  for (const image of images) body.append("images", image);
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  for (let attempt = 1; ; attempt++) {
+    const signal = AbortSignal.timeout(60_000);
+    const response = await fetch(`${url}/predict`, { method: "POST", headers, body, signal });
+    const answer = await response.json();
+    if (response.ok) return answer.predictions;
+    if (response.status !== 503 || attempt === ATTEMPTS) {
+      throw new Error(`${answer.error.code}: ${answer.error.message}`);
+    }
+    const seconds = Number(response.headers.get("retry-after") ?? 1);
+    await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+  }
+}
+
+const { DVERGE_URL = "http://localhost:3000", DVERGE_TOKEN } = process.env;
+const paths = process.argv.slice(2);
+try {
+  const images = await Promise.all(paths.map(async (path) => new Blob([await readFile(path)])));
+  const found = await predict(DVERGE_URL, images, DVERGE_TOKEN);
+  found.forEach(({ label, probability, suspicious }, at) => {
+    const notes = [probability?.toFixed(3), suspicious && "suspicious"].filter(Boolean);
+    console.log([paths[at], label, ...notes].join("\t"));
+  });
+} catch (error) {
+  console.error(error.cause?.message ?? error.message);
+  process.exitCode = 1;
+}

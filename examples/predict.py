@@ -1,0 +1,60 @@
+"""Classify image files with a DVERGE service: python predict.py IMAGE...
+
+DVERGE_URL names the service (http://localhost:3000), DVERGE_TOKEN its token. Needs Python alone.
+"""
+
+import http.client
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ATTEMPTS = 5
+URL = urlsplit(os.environ.get("DVERGE_URL", "http://localhost:3000"))
+# The content decides what an image is; nobody need know its type.
+HEADERS = {"Content-Type": "application/octet-stream"}
+if token := os.environ.get("DVERGE_TOKEN"):
+    HEADERS["Authorization"] = f"Bearer {token}"
+
+
+def predict(connection: http.client.HTTPConnection, image: bytes) -> dict:
+    """Return the prediction for one image file's bytes; waits while the service is full."""
+    for attempt in range(1, ATTEMPTS + 1):
+        connection.request("POST", f"{URL.path.rstrip('/')}/predict", image, HEADERS)
+        response = connection.getresponse()
+        answer = json.load(response)
+        if response.status == 200:
+            return answer["predictions"][0]
+        if response.status != 503 or attempt == ATTEMPTS:
+            break
+        time.sleep(float(response.headers["Retry-After"] or 1))
+    raise ValueError(f"{answer['error']['code']}: {answer['error']['message']}")
+
+
+def main(paths: list[str]) -> int:
+    """Print one line for each image; 1 if any was refused or nobody answered."""
+    secure = URL.scheme == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = kind(URL.hostname, URL.port, timeout=60)  # kept open for all of them
+    failed = False
+    for path in paths:
+        try:
+            found = predict(connection, Path(path).read_bytes())
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed = True
+        except (OSError, http.client.HTTPException) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            connection.close()  # the next request opens it again
+            failed = True
+        else:
+            notes = [f"{found['probability']:.3f}"] if "probability" in found else []
+            notes += ["suspicious"] if found.get("suspicious") else []
+            print("\t".join([path, found["label"], *notes]))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
