@@ -11,18 +11,16 @@ import onnxruntime as ort
 
 from dverge_serve.buckets import Buckets
 from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card
-from dverge_serve.device import CUDA, TENSORRT, Device, check_device, check_provider, providers
+from dverge_serve.device import CPU, CUDA, TENSORRT, Device, check_device, check_provider, providers
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
+from dverge_serve.lanes import Lanes, cores
 from dverge_serve.scores import Scores
 
 __all__ = ["Device", "Engine", "check_device"]
 
 MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
-# A grouped network on a CPU is fastest while a layer's features fit into the cache: about so many
-# pixels, all members' counted, go through it at once (32 images of 32x32 for three members).
-SLICE = 131072
 
 
 class Engine:
@@ -62,9 +60,12 @@ class Engine:
                 f"{expected_sha256} as pinned",
                 "put the pinned file in place or change DVERGE_MODEL_SHA256",
             )
-        self._session: ort.InferenceSession | None = _load(
-            data, self.path, providers(device, device_id), threads=threads, spinning=spinning
-        )
+        on = providers(device, device_id)
+
+        def load(count: int) -> ort.InferenceSession:
+            return _load(data, self.path, on, threads=count, spinning=spinning)
+
+        self._session: ort.InferenceSession | None = load(threads)
         self.provider: str = self._session.get_providers()[0]
         check_provider(device, self.provider)
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -73,7 +74,9 @@ class Engine:
         self._buckets: Buckets | None = None
         if self.provider in (CUDA, TENSORRT):
             self._buckets = Buckets(self._session, self.card, "cuda", device_id)
-        self._slice = _slice(self.card) if self.card.form == "grouped" else MAX_BYTES
+        self._lanes: Lanes | None = None
+        if self.provider == CPU and (threads or cores()) > 1:
+            self._lanes = Lanes(load, self.card, threads)
 
     def run(self, images: npt.NDArray[np.float32]) -> Scores:
         """Run the model on one batch.
@@ -99,11 +102,9 @@ class Engine:
             raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
         if (buckets := self._buckets) is not None:
             return buckets.run(images)
-        parts = [
-            Scores(*session.run([LOGITS, MEMBER_LOGITS], {INPUT: images[at : at + self._slice]}))
-            for at in range(0, len(images), self._slice)
-        ]
-        return parts[0] if len(parts) == 1 else Scores.concatenate(parts)
+        if (lanes := self._lanes) is not None and lanes.worth(len(images)):
+            return lanes.run(images)
+        return Scores(*session.run([LOGITS, MEMBER_LOGITS], {INPUT: images}))
 
     def run_all(self, images: npt.NDArray[np.float32], batch: int = BATCH) -> Scores:
         """Run any number of images in batches of at most `batch`."""
@@ -133,7 +134,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the model; calls that are running end well, later ones are refused."""
-        self._session = self._buckets = None
+        self._session = self._buckets = self._lanes = None
 
     def __enter__(self) -> Engine:
         return self
@@ -172,13 +173,6 @@ def _read(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})", "a readable file") from error
-
-
-def _slice(card: Card) -> int:
-    """Return how many images go through a grouped network at once: a power of two."""
-    _, height, width = card.input_shape
-    fits = SLICE // (card.members * height * width)
-    return 1 << max(0, fits.bit_length() - 1)
 
 
 def _load(

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 from torch import nn
 
-from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card, Form
+from dverge_serve.contract import Card, Form
 from dverge_serve.device import Device, providers
+from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from export.fusing import can_group
 from export.graph import build_graph
@@ -92,39 +94,41 @@ def build_best(
         form: build_graph(members, replace(card, form=form, target=where))
         for form in get_args(Form)
     }
-    found = speedups(forms["branches"], forms["grouped"], card.input_shape, on)
+    found = speedups(forms["branches"], forms["grouped"], target)
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
     return Choice(chosen, where, found), forms[chosen]
 
 
-def speedups(
-    slow: bytes, fast: bytes, shape: tuple[int, int, int], on: list[Any]
-) -> dict[int, float]:
-    """Return batch size to how many times faster `fast` runs than `slow`.
+def speedups(slow: bytes, fast: bytes, target: Device) -> dict[int, float]:
+    """Return batch size to how many times faster the engine runs `fast` than `slow`.
 
     The two take turns, and each turn gives one ratio, so that what else the machine does falls on
     both; the median counts.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    pair = [ort.InferenceSession(data, options, providers=on) for data in (slow, fast)]
     found: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pair = []
+        for name, data in (("slow.onnx", slow), ("fast.onnx", fast)):
+            Path(folder, name).write_bytes(data)
+            pair.append(Engine(Path(folder, name), device=target))
     for batch in BATCHES:
-        images = np.zeros((batch, *shape), np.float32)
-        first = [_seconds(session, images) for session in pair]  # also warms up
+        images = np.zeros((batch, *pair[0].card.input_shape), np.float32)
+        first = [_seconds(engine, images) for engine in pair]  # also warms up
         ratios: list[float] = []
         end = time.perf_counter() + SECONDS
         while len(ratios) < LEAST_ROUNDS or time.perf_counter() < end:
-            before, after = (_seconds(session, images) for session in pair)
+            before, after = (_seconds(engine, images) for engine in pair)
             ratios.append(before / after)
         found[batch] = statistics.median(ratios)
         if min(first) > SLOW_S * batch:
             break
+    for engine in pair:
+        engine.close()
     return found
 
 
-def _seconds(session: ort.InferenceSession, images: npt.NDArray[np.float32]) -> float:
+def _seconds(engine: Engine, images: npt.NDArray[np.float32]) -> float:
     begun = time.perf_counter()
-    session.run([LOGITS, MEMBER_LOGITS], {INPUT: images})
+    engine.run(images)
     return time.perf_counter() - begun

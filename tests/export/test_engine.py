@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import onnxruntime as ort
 import pytest
 
 from dverge_serve import device as devices
-from dverge_serve import engine as engine_module
 from dverge_serve.buckets import Buckets
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.lanes import part
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_many_threads_get_their_own_answers(engine: Engine) -> None:
 
 
 def test_a_closed_engine_refuses_and_running_calls_end_well(tiny_model: Path) -> None:
-    with Engine(tiny_model, device="cpu", threads=1) as engine:
+    with Engine(tiny_model, device="cpu", threads=2) as engine:
         expected = engine.run(noise(64)).logits
         answers, errors, begun = [], [], threading.Event()
 
@@ -109,20 +110,23 @@ def test_a_closed_engine_refuses_and_running_calls_end_well(tiny_model: Path) ->
     engine.close()  # twice is once
 
 
-def test_slices_of_a_batch_are_the_whole(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
-) -> None:
-    whole = engine.run(noise(23))
-    monkeypatch.setattr(engine, "_slice", 4)
-    sliced = engine.run(noise(23))
-    np.testing.assert_allclose(sliced.logits, whole.logits, atol=1e-5)
-    np.testing.assert_allclose(sliced.member_logits, whole.member_logits, atol=1e-5)
-    for size in (32, 224, 8):
-        card = engine.card
-        object.__setattr__(card.preprocess, "crop", (size, size))
-        found = engine_module._slice(card)
-        assert found * card.members * size * size <= engine_module.SLICE or found == 1
-        assert found & (found - 1) == 0
+def test_lanes_answer_as_one_call_does(tiny_model: Path) -> None:
+    alone = Engine(tiny_model, device="cpu", threads=1)
+    shared = Engine(tiny_model, device="cpu", threads=3)
+    lanes = shared._lanes
+    assert lanes is not None
+    assert alone._lanes is None
+    assert [lanes.worth(count) for count in (1, 11, 12, 200)] == [False, False, True, True]
+    for count in (1, 12, 13, 100):
+        expected, found = alone.run(noise(count)), shared.run(noise(count))
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        np.testing.assert_allclose(found.member_logits, expected.member_logits, atol=1e-5)
+
+
+def test_the_part_of_a_lane_fits_the_cache(engine: Engine) -> None:
+    for size, images in ((8, 256), (32, 16), (224, 1)):
+        shape = replace(engine.card.preprocess, crop=(size, size), resize=(size, size))
+        assert part(replace(engine.card, preprocess=shape)) == images
 
 
 def test_buckets_pad_and_split_and_answer_the_same(engine: Engine) -> None:
