@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= demo/model.onnx
 
-.PHONY: install demo test check lint types imports long serve lock clean
+.PHONY: install demo test check lint types imports docs reference long serve lock clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,14 @@ imports: install
 test: install
 	$(BIN)/python -m pytest -m 'not long'
 
-check: lint types imports test
+# The help of every command, the keys of recipes, the routes: made from the code.
+reference: install
+	$(BIN)/python -m tests.docs.reference
+
+docs: install
+	$(BIN)/zensical build --strict --clean
+
+check: lint types imports docs test
 
 long: install
 	$(BIN)/python -m pytest -m long --timeout=7200

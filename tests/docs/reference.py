@@ -1,0 +1,221 @@
+"""The reference pages of the documentation, made from the code: `python -m tests.docs.reference`.
+
+Each page is what the program itself says: the help of every command, the fields and comments of the
+configuration, the OpenAPI document.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import io
+import tokenize
+import typing
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import training.config
+from dverge_serve.answer import CODES
+from dverge_serve.cli import app, run
+from dverge_serve.openapi import openapi
+from dverge_serve.settings import Settings
+
+FOLDER = Path(__file__).parents[2] / "docs" / "reference"
+WIDTH = 100
+NOTE = "<!-- Made by `make reference` from the code; change it there. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Return every reference page by its file's name."""
+    made = {"cli.md": cli(), "recipes.md": recipes(), "http.md": http(), "settings.md": settings()}
+    return {name: NOTE + text for name, text in made.items()}
+
+
+def cli() -> str:
+    """Return the help of every command."""
+    run(["--version"])  # registers the commands
+    group = typer.main.get_command(app)
+    parts = ["# Command line\n"]
+    parts.append(f"```\n{_help(group, 'dverge')}\n```\n")
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        parts.append(f"## dverge {name}\n\n```\n{_help(command, f'dverge {name}')}\n```\n")
+    parts.append(
+        "## Exit codes\n\n0 done (verification: VALID); 1 a gate or a parity check not met; 2 a "
+        "mistake of the user or\nthe environment, told in one line; 3 verification INCONCLUSIVE or "
+        "INVALID; 70 a bug of ours; 130\ninterrupted.\n\n"
+        "## Shell completion\n\n`dverge --install-completion` installs it for the shell it is "
+        "called from;\n`dverge --show-completion` prints it.\n"
+    )
+    return "\n".join(parts)
+
+
+def _help(command: Any, name: str) -> str:
+    with command.make_context(name, ["--help"], resilient_parsing=True, terminal_width=WIDTH) as at:
+        return str(command.get_help(at)).rstrip()
+
+
+def recipes() -> str:
+    """Return every key of a recipe with its default and its comment, and the recipes shipped."""
+    parts = [
+        "# Recipes\n\nA recipe is a TOML file: `dverge train --recipe mine.toml`. Any key can be "
+        "changed for one run:\n`--set dverge.epochs=10`. `dverge train --dry-run` prints the "
+        "values a run would have.\n"
+    ]
+    for prefix, cls in _tables(training.config.Config, ""):
+        text = (inspect.getdoc(cls) or "").strip()
+        parts.append(f"## {f'`[{prefix}]`' if prefix else 'Top level'}\n\n{text}\n")
+        parts.append("| key | kind | default | |\n|---|---|---|---|")
+        comments = _comments(cls)
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[field.name]):
+                continue
+            key = f"{prefix}.{field.name}" if prefix else field.name
+            default = "-" if field.default is dataclasses.MISSING else _toml(field.default)
+            words = comments.get(field.name, "")
+            kind = _kind(hints[field.name])
+            parts.append(f"| `{key}` | {kind} | {default} | {_text(words)} |")
+        parts.append("")
+    parts.append("## The recipes that ship\n")
+    for name in training.config.recipe_names():
+        found = resources.files("training") / "recipes" / f"{name}.toml"
+        parts.append(f"### {name}\n\n```toml\n{found.read_text(encoding='utf-8')}```\n")
+    return "\n".join(parts)
+
+
+def _tables(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    yield prefix, cls
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _tables(hint, f"{prefix}.{name}" if prefix else name)
+
+
+def _comments(cls: Any) -> dict[str, str]:
+    """Return the comment of each field: the lines above it, then the rest of its own line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        source = inspect.getsource(base)
+        notes = {
+            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        (node,) = ast.parse(source).body
+        assert isinstance(node, ast.ClassDef)
+        for line in node.body:
+            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+                continue
+            above = line.lineno - 1
+            while notes.get(above, ("", False))[1]:
+                above -= 1
+            own = range(above + 1, (line.end_lineno or line.lineno) + 1)
+            words = " ".join(notes[number][0] for number in own if number in notes)
+            if words:
+                found[line.target.id] = words
+    return found
+
+
+def _kind(hint: Any) -> str:
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return ", ".join(f"`{option}`" for option in options)
+    if origin is tuple:
+        inner = "numbers" if float in options or int in options else "names"
+        return f"list of {inner}" if options[-1] is Ellipsis else f"list of {len(options)} {inner}"
+    if options:
+        return " or ".join(_kind(option) for option in options if option is not type(None))
+    return {int: "whole number", float: "number", bool: "true, false", str: "text"}[hint]
+
+
+def _text(words: str) -> str:
+    return words.replace("<", "&lt;").replace("|", "&#124;")
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(_plain(part) for part in value)}]`"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else f"{value:.6g}"
+
+
+def settings() -> str:
+    """Return the service's settings with their documentation."""
+    (node,) = ast.parse(inspect.getsource(Settings)).body
+    assert isinstance(node, ast.ClassDef)
+    rows = []
+    for line, text in zip(node.body, node.body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(line.target, ast.Name)
+            assert isinstance(text.value, ast.Constant)
+            default = getattr(Settings(), line.target.id)
+            shown = f"`{default}`" if default not in ("", None) else "none"
+            words = _text(" ".join(str(text.value.value).split()))
+            rows.append(f"| `DVERGE_{line.target.id.upper()}` | {shown} | {words} |")
+    return (
+        "# Settings of the service\n\nRead from the environment as the service starts; a value "
+        "that cannot be used is refused by name.\n\n| variable | default | |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def http() -> str:
+    """Return the routes, the answer of `/predict` and the error codes."""
+    document = openapi(Settings(token="-"), "full")
+    parts = [
+        "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs: schemas, "
+        "limits and examples as\nit is configured. Where a token is set, all but the probes, the "
+        "pages and the description ask for it.\n\n## Routes\n",
+        "| route | does | answers |\n|---|---|---|",
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            statuses = ", ".join(sorted(operation["responses"]))
+            lock = "" if operation.get("security") else " (no token)"
+            parts.append(
+                f"| `{method.upper()} {path}` | {operation['summary']}{lock} | {statuses} |"
+            )
+    parts.append("\n## One prediction\n\nOf `POST /predict`, in the order of the images.\n")
+    parts.append("| field | shown under `DVERGE_EXPOSE` | kind |\n|---|---|---|")
+    shown = {level: _prediction(level) for level in ("label", "scores", "full")}
+    for name, schema in shown["full"].items():
+        levels = ", ".join(f"`{level}`" for level, fields in shown.items() if name in fields)
+        words = schema.get("description", "")
+        kind = schema["type"] + (f": {words}" if words else "")
+        parts.append(f"| `{name}` | {levels} | {kind} |")
+    parts.append(
+        "\n`suspicious` is there only where a report about this very file lies beside it.\n"
+        '\n## Errors\n\n`{"error": {"code": "...", "message": "..."}}`; under `/v2` the '
+        "protocol's "
+        'own `{"error": "..."}` with\nthe code in `X-Error-Code`.\n\n| status | codes |\n|---|---|'
+    )
+    for status in sorted(set(CODES.values())):
+        codes = ", ".join(f"`{code}`" for code, found in CODES.items() if found == status)
+        parts.append(f"| {status} | {codes} |")
+    return "\n".join(parts) + "\n"
+
+
+def _prediction(expose: Any) -> dict[str, Any]:
+    schemas = openapi(Settings(), expose)["components"]["schemas"]
+    items = schemas["Predictions"]["properties"]["predictions"]["items"]
+    found: dict[str, Any] = items["properties"]
+    return found
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
