@@ -18,8 +18,9 @@ from dverge_serve.files import sha256
 from export.published import read_published
 from training import attacks as core
 from training.data import Split, to_float
-from training.members import folded
+from training.members import Member, folded
 from training.run import Run
+from training.train import arithmetic
 from verification.attack import Attack, loss_of
 from verification.statistics import Mask
 
@@ -43,6 +44,21 @@ class Gradients:
     run: Run | None = None
 
 
+def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Member:
+    """Return a copy to take gradients from: BatchNorm folded, channels last, no parameter's.
+
+    Args:
+        member: a network.
+        device: where to.
+        lowered: compute in bf16 where the hardware has it. For surrogates, which only resemble
+            the model anyway; gradients of the model itself stay in fp32.
+    """
+    copy = folded(member).to(device)
+    copy.to(memory_format=torch.channels_last)
+    copy.compute = arithmetic("auto" if lowered else "fp32", device)
+    return copy
+
+
 def find_gradients(
     card: Card,
     model: Path,
@@ -62,7 +78,7 @@ def find_gradients(
     """
     found = find_run(card, run) if checkpoint is None or run is not None else None
     if found is not None:
-        members = [folded(member).to(device) for member in found.members()]
+        members = [ready(member, device) for member in found.members()]
         return Gradients(members, found.weights_sha256, "run", found)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint, card, device)
@@ -99,7 +115,7 @@ def _from_checkpoint(path: Path, card: Card, device: torch.device) -> Gradients:
             f"{card.weights_sha256[:12]}",
             "the checkpoint this model was exported from",
         )
-    members = [folded(member).to(device) for member in found.members]
+    members = [ready(member, device) for member in found.members]
     return Gradients(members, found.sha256, "published checkpoint")
 
 

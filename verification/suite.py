@@ -241,6 +241,7 @@ def _crafted(
         list(seed),
         split.sha256,
         weights,
+        [str(getattr(member, "compute", None)) for member in members[:1]],
         str(split.images.device.type),
         sha256(np.packbits(standing).tobytes()) if attack.standing_only else "all",
     ]

@@ -15,9 +15,10 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import MAX_SEED, Config, Dverge, Verification
 from training.data import TrainingData
-from training.members import Member, folded
+from training.members import Member
 from training.run import Run
 from training.train import train
+from verification.gradients import ready
 from verification.vault import cache_folder
 
 VERSION = 1  # raise when training changes what the same settings give
@@ -140,4 +141,4 @@ def given_surrogates(folder: Path, labels: Sequence[str], device: torch.device) 
 
 
 def _opened(name: str, run: Run, device: torch.device) -> Surrogate:
-    return Surrogate(name, run, [folded(member).to(device) for member in run.members()])
+    return Surrogate(name, run, [ready(member, device, lowered=True) for member in run.members()])

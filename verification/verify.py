@@ -27,14 +27,14 @@ from training.attacks import Norm, residual_ends
 from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
 from training.data import Split, TrainingData, load_test, load_training
 from training.diversity import diversity
-from training.members import Member, folded
+from training.members import Member
 from verification import alarm, gates, matrices, presets, reference
 from verification.attack import Attack
 from verification.evidence import Gathering, evidence_folder
 from verification.figures import clean_scores, combinations, comparison, figures, to_float_numpy
 from verification.foreign import ForeignEngine
 from verification.gates import Gate
-from verification.gradients import Gradients, find_gradients, find_run, flow
+from verification.gradients import Gradients, find_gradients, find_run, flow, ready
 from verification.illustrations import illustrate
 from verification.live import Service, attack_service
 from verification.outcomes import Outcomes, Target
@@ -243,7 +243,7 @@ def _targets(here: Setting) -> tuple[dict[str, Target], str]:
         if control is not None:
             path = Path(folder) / "control.onnx"
             export(control, path, which="standard" if what == "standard" else "members")
-            members = [folded(member).to(device) for member in control.members(what)]
+            members = [ready(member, device) for member in control.members(what)]
             weights = str(control.checkpoint[f"{what}_sha256"])
             targets["control"] = Target(Engine(path, device="cpu"), members, weights)
     if here.asked.against is not None:
@@ -264,7 +264,7 @@ def _against(here: Setting) -> Target:
             "a model of the same images and labels",
         )
     run = find_run(engine.card, None)
-    members = [folded(member).to(here.asked.device) for member in run.members()] if run else None
+    members = [ready(member, here.asked.device) for member in run.members()] if run else None
     return Target(engine, members, engine.card.weights_sha256)
 
 

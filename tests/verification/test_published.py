@@ -1,0 +1,77 @@
+"""The published checkpoint under white-box attack, set beside what is known of it.
+
+Surrogates for CIFAR-10 take hours to train well, and badly trained ones flatter the model: the
+transfer figures of the published checkpoint are not measured here.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.published import read_published
+from training.config import Data
+from training.data import Split, load_test
+from training.members import Member, folded
+from verification.attack import Attack
+from verification.outcomes import Target
+from verification.planted import TorchScorer
+from verification.suite import run_suite
+
+SOFTMAX = Attack(
+    name="pgd-ce on mean-softmax",
+    threat="white_box",
+    source="target",
+    loss="ce",
+    output="mean-softmax",
+    steps=50,
+)
+LOGITS = replace(SOFTMAX, name="pgd-cw on mean-logits", loss="cw", output="mean-logits")
+
+
+@pytest.fixture(scope="module")
+def published(
+    test_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Member], Split, str]:
+    archive = test_data / "cifar10-jpeg.tar.xz"
+    checkpoint = test_data / "official_dverge_3xresnet20_eps0.07.pth"
+    if not archive.is_file() or not checkpoint.is_file():
+        pytest.skip("no CIFAR-10 copy or no published checkpoint in DVERGE_TEST_DATA")
+    folder = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (train,) = folder.rglob("train")
+    found = read_published(checkpoint)
+    _, split = load_test(Data(name="imagefolder", path=str(train.parent), test_limit=300))
+    return [folded(member) for member in found.members], split, found.sha256
+
+
+def test_white_box_at_03_is_near_nothing_once_mean_logits_is_attacked(
+    published: tuple[list[Member], Split, str],
+) -> None:
+    members, split, weights = published
+    few = split.take(slice(0, 300, 6))
+    target = Target(TorchScorer(members), members, weights)
+    attack = replace(LOGITS, steps=20)
+    outcome = run_suite([attack], {}, {"m": target}, few, [0.03], seed=0)["m"]
+    assert outcome.clean.mean() > 0.8
+    assert outcome.robust([attack], 0.03, ["float"]).mean() <= 0.04
+
+
+@pytest.mark.long
+def test_the_softmax_figure_is_flattered_by_its_saturated_loss(
+    published: tuple[list[Member], Split, str],
+) -> None:
+    members, split, weights = published
+    target = Target(TorchScorer(members), members, weights)
+    suite = [SOFTMAX, LOGITS]
+    outcome = run_suite(suite, {}, {"m": target}, split, [0.01, 0.03], seed=0)["m"]
+    assert outcome.clean.mean() > 0.87
+    softmax = outcome.robust([SOFTMAX], 0.03, ["float"]).mean()
+    logits = outcome.robust([LOGITS], 0.03, ["float"]).mean()
+    assert logits <= 0.02
+    assert softmax > logits
+    assert outcome.robust(suite, 0.01, ["float"]).mean() > logits
