@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from tests.service import tiny
 from tests.service.server import Server, serving
 
 expect = playwright.expect
+FULL: dict[str, Any] = {
+    "label": "7",
+    "index": 7,
+    "probability": 1.0,
+    "top": [{"label": "7", "index": 7, "probability": 1.0}],
+    "agreement": 1.0,
+    "disagreement": 0.0,
+}
 
 
 def picture(data: bytes, name: str = "image.png") -> dict[str, Any]:
@@ -144,6 +153,53 @@ def test_a_server_that_goes_away_is_told(look: Open, tmp_path: Path) -> None:
     page.get_by_role("button", name="a 4", exact=True).click()
     expect(page.locator("#status .error")).to_contain_text("The service does not answer")
     expect(page.locator("#examples")).to_be_visible()  # one click asks again
+
+
+def test_what_is_not_told_is_not_shown(look: Open, digits: Server) -> None:
+    page = look(f"{digits.url}/demo")
+    model = {"name": "digits", "sha256": "0" * 64}
+    answers: list[tuple[int, Any]] = [
+        (200, {"model": model, "predictions": [{"label": "7", "index": 7}]}),
+        (200, {"model": model, "predictions": [{**FULL, "votes": [FULL["top"][0]] * 2}]}),
+        (502, "<h1>a proxy's own page</h1>"),
+    ]
+
+    def answer(route: Any) -> None:
+        status, body = answers.pop(0)
+        route.fulfill(status=status, body=body if isinstance(body, str) else json.dumps(body))
+
+    page.route("**/predict", answer)
+    example = page.get_by_role("button", name="a 1", exact=True)
+    example.click()
+    expect(page.locator("#label")).to_have_text("7")
+    expect(page.locator("#probability")).to_have_text("")
+    for part in ("#top-block", "#votes-block", "#alarm"):
+        expect(page.locator(part)).to_be_hidden()
+    expect(page.locator("#withheld")).to_have_text("This service tells the label alone.")
+    example.click()  # a model without a report
+    expect(page.locator("#alarm")).to_contain_text("has not been verified")
+    expect(page.locator("#agreement")).to_have_text(
+        "All 2 members give this answer (agreement 100%)."
+    )
+    example.click()
+    expect(page.locator("#status .error")).to_contain_text("answered 502 in a form")
+
+
+def test_a_model_that_is_still_loading_is_waited_for(look: Open, digits: Server) -> None:
+    page = look(f"{digits.url}/livez")
+    loading = [503, 503]
+    refusal = {"error": {"code": "starting", "message": "the model is still loading"}}
+
+    def answer(route: Any) -> None:
+        if loading:
+            route.fulfill(status=loading.pop(), json=refusal)
+        else:
+            route.continue_()
+
+    page.route("**/model", answer)
+    page.goto(f"{digits.url}/demo")
+    expect(page.locator("#card")).to_be_visible()
+    assert not loading
 
 
 def test_the_keyboard_is_enough(look: Open, digits: Server) -> None:

@@ -95,7 +95,13 @@ def test_the_walk_through_of_your_own_images(
     verbs = [command[0] for command in commands]
     assert verbs == ["train", "export", "verify-robustness", "inspect", "predict", "serve"]
     smaller = ["architecture=resnet8", "width=4", "standard.epochs=1", "dverge.epochs=1"]
-    smaller += ["data.crop=[8,8]", "data.pad=1", "batch_size=64", "dverge.steps=1"]
+    smaller += [
+        "data.crop=[8,8]",
+        "data.pad=1",
+        "batch_size=64",
+        "members=2",
+        "verification.eps=[0.03]",
+    ]
     for command in commands[:-1]:  # tests of its own serve
         if command[0] == "train":
             command += [word for pair in smaller for word in ("--set", pair)]
