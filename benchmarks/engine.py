@@ -135,7 +135,9 @@ def main() -> None:
             name = "engine's own share at batch 1, against a bare session"
             bars.append(bar(name, row["overhead"], "times", OVERHEAD, at_most=True))
     show(
-        {"machine": here, "rows": rows, "bars": bars, "skipped": []}, COLUMNS, as_json=options.json
+        {"machine": here, "rows": rows, "bars": bars, "skipped": skipped},
+        COLUMNS,
+        as_json=options.json,
     )
 
 

@@ -27,10 +27,10 @@ from dverge_serve.errors import UserError
 from export.fusing import can_group
 from export.graph import build_graph
 
-MARGIN = 1.10  # branches must be this much faster to be chosen
+MARGIN = 1.25  # branches must be this much faster to be chosen
 BATCHES = (1, 32)
 SECONDS = 0.5  # for each batch size, two forms together
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 9
 SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
 
 Ask = Literal["auto", "branches", "grouped"]

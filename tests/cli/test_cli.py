@@ -91,7 +91,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     assert run(["--help"]) == 0
     listed = capsys.readouterr().out
     for command in (
-        *("train", "export", "verify-robustness", "serve", "predict", "inspect", "demo"),
+        *("train", "export", "verify-robustness", "serve", "predict", "inspect", "bench", "bento", "demo"),
     ):
         assert command in listed
         assert run([command, "--help"]) == 0

@@ -180,6 +180,9 @@ def test_the_engine_refuses_wrong_input(tiny_model: Path) -> None:
     engine = Engine(tiny_model, device="cpu")
     good = np.zeros((2, 1, 8, 8), np.float32)
     assert len(engine.run(good)) == 2
+    assert len(engine.run(-good)) == 2  # -0.0 is 0
+    assert len(engine.run(good + np.float32(1))) == 2
+    assert len(engine.run(good[:, :, ::-1, ::-1])) == 2  # not contiguous
     wrong: list[Any] = [
         good.astype(np.float64),
         good[:, 0],
@@ -187,6 +190,9 @@ def test_the_engine_refuses_wrong_input(tiny_model: Path) -> None:
         good[:0],
         good + np.float32(1.5),
         good - np.float32(0.1),
+        good + np.nextafter(np.float32(1), np.float32(2)),
+        good - np.finfo(np.float32).tiny,
+        good + np.float32(np.inf),
         np.full_like(good, np.nan),
     ]
     for bad in wrong:

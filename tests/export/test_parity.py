@@ -143,7 +143,7 @@ def test_members_that_differ_fall_back_to_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "form"), [(1.3, "grouped"), (0.95, "grouped"), (0.8, "branches")]
+    ("ratio", "form"), [(1.3, "grouped"), (0.85, "grouped"), (0.7, "branches")]
 )
 def test_the_choice_follows_the_measurement_with_a_margin(
     ratio: float, form: str, monkeypatch: pytest.MonkeyPatch
