@@ -124,6 +124,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             batches = [int(batch) for batch in options.batches.split(",")]
             rows += measure(count, batches, options.seconds, Path(folder))
+    skipped: list[dict[str, str]] = []
     bars = [
         bar("slowest line against branches", min(r["speedup"] for r in rows), "times", NEVER_BELOW)
     ]
