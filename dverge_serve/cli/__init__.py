@@ -18,7 +18,7 @@ TRAIN = (
     *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
     "matplotlib",
 )
-EXTRAS = dict.fromkeys(TRAIN, "train")
+EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(("onnx2torch", "pyautoattack"), "audit")
 
 app = typer.Typer(
     name="dverge",

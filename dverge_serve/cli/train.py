@@ -14,8 +14,6 @@ from dverge_serve.cli.options import Data, Device
 from dverge_serve.errors import Exit, UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from training.config import Config
 
 DEMO_EPS = 0.1
@@ -61,12 +59,11 @@ def train(
         raise UserError(
             f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
         )
-    from training.train import pick_device
-
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
-        _say_cost(config, pick_device(device))
+        _say_cost(config, device)
         return
+    from training.train import pick_device
     from training.train import train as train_run
 
     chosen = pick_device(device)
@@ -124,18 +121,20 @@ def _config(
     return load_recipe(recipe or default, overrides | parse_settings(settings or []))
 
 
-def _say_cost(config: Config, device: torch.device) -> None:
+def _say_cost(config: Config, device: str) -> None:
     from dverge_serve.progress import duration
     from training.estimate import estimate
+    from training.train import pick_device
 
+    chosen = pick_device(device)
     try:
-        cost = estimate(config, device)
+        cost = estimate(config, chosen)
     except UserError as error:  # the settings are still worth printing
         typer.echo(f"no estimate: {error}", err=True)
         return
     for stage, seconds in cost["seconds"].items():
         gradients = cost["gradient_evaluations"][stage]
-        told = f"{gradients:,} gradient evaluations, about {duration(seconds)} on {device}"
+        told = f"{gradients:,} gradient evaluations, about {duration(seconds)} on {chosen}"
         typer.echo(f"{stage}: {told}", err=True)
     images, parameters = cost["training_images"], cost["parameters"]
     typer.echo(f"{images:,} training images, {parameters:,} parameters in all", err=True)

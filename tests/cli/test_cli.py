@@ -91,7 +91,8 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     assert run(["--help"]) == 0
     listed = capsys.readouterr().out
     for command in (
-        *("train", "export", "verify-robustness", "serve", "predict", "inspect", "bench", "bento", "demo"),
+        *("train", "demo", "export", "verify-robustness", "replay"),
+        *("serve", "predict", "inspect", "bench", "bento"),
     ):
         assert command in listed
         assert run([command, "--help"]) == 0

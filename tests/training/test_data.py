@@ -389,7 +389,12 @@ def test_a_limit_decodes_no_more_images_than_it_asks_for(
         Image.new("L", (8, 8), at).save(folder / f"{at}.png")
     decoded: list[int] = []
     load = images.load
-    monkeypatch.setattr(images, "load", lambda *a, **k: decoded.append(1) or load(*a, **k))
+
+    def counted(*given: Any, **named: Any) -> Any:
+        decoded.append(1)
+        return load(*given, **named)
+
+    monkeypatch.setattr(images, "load", counted)
     data = Data(path=str(tmp_path), mode="L", crop=(8, 8), train_limit=12, test_limit=5)
     training = load_training(data)
     assert len(training.train) + len(training.holdout) == len(decoded) == 12
