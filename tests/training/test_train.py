@@ -140,8 +140,8 @@ def test_training_learns(tmp_path: Path) -> None:
     config = tiny_config(
         width=4,
         data__train_limit=400,
-        standard__epochs=6,
-        dverge__epochs=3,
+        standard__epochs=12,
+        dverge__epochs=6,
         standard__schedule="one-cycle",
         dverge__schedule="one-cycle",
     )
