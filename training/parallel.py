@@ -1,8 +1,8 @@
 """Members side by side: one thread each on the CPU's cores, in turn on a GPU.
 
 Small networks give a thread pool inside each operation too little to do: its threads mostly wait
-for one another. Members are independent between exchanges of images, so they are the better unit;
-on two shared cores this measured several times faster (`benchmarks/train_step.py`).
+for one another, all the more on cores that other processes share. Members are independent between
+exchanges of images, so they are the better unit.
 """
 
 from __future__ import annotations
