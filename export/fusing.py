@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dverge_serve.contract import Form
-from training.members import Member, folded
+from training.folding import folded
+from training.members import Member
 
 # What may stand in a member that is to be grouped: layers that treat channels independently, and
 # the two whose weights `_grouped` and `_last` know how to join. Anything else stays in branches.

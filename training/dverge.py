@@ -17,6 +17,8 @@ from training.config import Dverge
 from training.members import Member
 from training.parallel import side_by_side
 
+PART = 64  # images that one thread distils at a time
+
 Adversary = Callable[[int, Member], Tensor]  # index, member -> its own adversarial images
 
 
@@ -31,14 +33,52 @@ def distill(
     statistics move just as if the target had passed through it at every step.
 
     Args:
-        member: the network; its mode is changed, its parameters are not.
+        member: the network; its mode may change, its parameters do not.
         source, target: float `[B, C, H, W]` in `[0,1]`.
         layer: 1..depth, features before ReLU.
 
     Returns:
         distilled images, shaped like `source`.
     """
-    member.train(settings.batchnorm == "batch")
+    (distilled,) = distill_all([member], source, target, layer=layer, settings=settings)
+    return distilled
+
+
+def distill_all(
+    members: Sequence[Member], source: Tensor, target: Tensor, *, layer: int, settings: Dverge
+) -> list[Tensor]:
+    """Return what each member distils (see `distill`), computed side by side.
+
+    With running statistics an image's distillation depends on no other image, so members work
+    through the batch in parts, which fill the cores evenly; the parts' size depends on nothing
+    else, so neither do the images.
+
+    Args:
+        layer: 1..the deepest member's depth; a shallower member takes the layer at the same share
+            of its own depth.
+    """
+    deepest = max(member.depth for member in members)
+    layers = [member.layer_at(layer, deepest) for member in members]
+    if settings.batchnorm == "batch":
+        seers, rows = [member.train() for member in members], [slice(None)]
+    else:
+        seers = [member.frozen(own) for member, own in zip(members, layers, strict=True)]
+        size = PART if source.device.type == "cpu" else max(len(source), 1)
+        rows = [slice(start, start + size) for start in range(0, len(source), size)]
+
+    def distilled_by(part: tuple[int, slice]) -> Tensor:
+        index, own = part
+        return _distill(seers[index], source[own], target[own], layers[index], settings)
+
+    parts = [(index, own) for index in range(len(members)) for own in rows]
+    made = side_by_side(distilled_by, parts, source.device)
+    return [torch.cat(made[start : start + len(rows)]) for start in range(0, len(made), len(rows))]
+
+
+def _distill(
+    member: Member, source: Tensor, target: Tensor, layer: int, settings: Dverge
+) -> Tensor:
+    """Distil with a member that is in the mode its statistics ask for."""
     with torch.no_grad():
         if settings.batchnorm == "batch":
             features, pass_target_again = _features_and_statistics(member, target, layer)
@@ -112,13 +152,7 @@ def step(
     Returns:
         each member's loss, detached, `[members]`.
     """
-    deepest = max(member.depth for member in members)
-
-    def distilled_by(member: Member) -> Tensor:
-        own = member.layer_at(layer, deepest)
-        return distill(member, source, target, layer=own, settings=settings)
-
-    distilled = side_by_side(distilled_by, members, source.device)
+    distilled = distill_all(members, source, target, layer=layer, settings=settings)
 
     def update(index: int) -> Tensor:
         member = members[index].train()

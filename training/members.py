@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from copy import deepcopy
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dverge_serve.errors import UserError
 from training.config import Config
+from training.folding import Folded
 from training.seeds import derive
 
 
@@ -39,6 +37,7 @@ class Member(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self._folded: Folded[Member] | None = None
 
     @property
     def depth(self) -> int:
@@ -52,6 +51,23 @@ class Member(nn.Module):
     def modules_upto(self, layer: int) -> list[nn.Module]:
         """Return the modules that computing `layer` passes through."""
         return list(self.stages[:layer].modules())
+
+    def frozen(self, layer: int) -> Member:
+        """Return this member as it is now in evaluation mode, for threads to share: a look at
+        `layer` changes nothing in it.
+
+        Every call brings the one copy with BatchNorm folded up to date.
+        """
+        kept = self._folded
+        if kept is None or (kept.copy.mean.device, kept.copy.mean.dtype) != (
+            self.mean.device,
+            self.mean.dtype,
+        ):
+            self._folded = None  # not to be copied along
+            self._folded = kept = Folded(self)
+        copy = kept.refresh()
+        copy.compute = self.compute
+        return copy
 
     def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Return the features at `layer`, computing nothing past it; by default the logits.
@@ -247,18 +263,3 @@ def build_members(
 def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
     """Return the ensemble's answer: the mean of its members' logits, `[batch, classes]`."""
     return torch.stack([member(images) for member in members]).mean(0)
-
-
-def folded(member: Member) -> Member:
-    """Return a copy in evaluation mode with every BatchNorm folded into the convolution before it.
-
-    It computes the same function with fewer operations: for attacks and distillation, where
-    nothing is learnt.
-    """
-    copy = deepcopy(member).eval()
-    for parent in list(copy.modules()):
-        for (name, module), (next_name, following) in pairwise(list(parent.named_children())):
-            if isinstance(module, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(module, following))
-                setattr(parent, next_name, nn.Identity())
-    return copy.requires_grad_(False)

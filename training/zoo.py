@@ -61,9 +61,18 @@ class TorchvisionMember(Member):
         whole = layer == self.depth
         return list((self.network if whole else self._network_upto(layer)).modules())
 
+    def frozen(self, layer: int) -> TorchvisionMember:
+        """Return this member in evaluation mode, cut at `layer` before any thread asks for it.
+
+        Not a folded copy: cutting one into layers would cost more than it saves.
+        """
+        self.modules_upto(layer)
+        return self.eval()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchvisionMember:
         copy = TorchvisionMember(deepcopy(self.network, memo), self._layers, [0.0], [1.0])
         copy.mean, copy.std = self.mean.clone(), self.std.clone()
+        copy.compute = self.compute
         return copy.train(self.training)
 
     def _network_upto(self, layer: int) -> nn.Module:

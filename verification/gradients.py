@@ -18,7 +18,8 @@ from dverge_serve.files import sha256
 from export.published import read_published
 from training import attacks as core
 from training.data import Split, to_float
-from training.members import Member, folded
+from training.folding import folded
+from training.members import Member
 from training.run import Run
 from training.train import arithmetic
 from verification.attack import Attack, loss_of

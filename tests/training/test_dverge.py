@@ -145,6 +145,7 @@ def distance(member: Member, images: Tensor, layer: int) -> Tensor:
 @pytest.mark.parametrize("layer", range(1, DEPTH + 1))
 def test_distilled_images_come_nearer_to_the_target_inside_the_ball(layer: int) -> None:
     (member,) = tiny_members(1)
+    member.eval()
     chosen = settings("running")
     before = {name: tensor.clone() for name, tensor in member.state_dict().items()}
     found = dverge.distill(member, SOURCE, TARGET, layer=layer, settings=chosen)

@@ -12,7 +12,8 @@ from dverge_serve.errors import UserError
 from tests.training import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.config import Config, Data
-from training.members import build_members, folded, mean_logits
+from training.folding import folded
+from training.members import build_members, mean_logits
 
 
 def config(architecture: str = "resnet8", **overrides: Any) -> Config:

@@ -15,7 +15,8 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
 from training import baselines, dverge
 from training.config import Adp, Adversarial, Dverge, Gal
-from training.members import Member, build_members, folded
+from training.folding import folded
+from training.members import Member, build_members
 from training.parallel import side_by_side
 from training.run import Run
 from training.train import train
@@ -216,11 +217,13 @@ def test_the_layer_is_drawn_as_a_share_of_each_members_depth(
     members = build_members(config, 4, [0.5], [0.2])
     seen: list[tuple[int, int]] = []
 
-    def distill(member: Member, source: Tensor, target: Tensor, *, layer: int, settings: Dverge):  # type: ignore[no-untyped-def]
+    def distill(
+        member: Member, source: Tensor, target: Tensor, layer: int, settings: Dverge
+    ) -> Tensor:
         seen.append((member.depth, layer))
         return source
 
-    monkeypatch.setattr(dverge, "distill", distill)
+    monkeypatch.setattr(dverge, "_distill", distill)
     images = SOURCE.float()
     for layer in (1, 10, 20):
         dverge.step(members, sgd(members), images, LABELS, images, layer=layer, settings=Dverge())

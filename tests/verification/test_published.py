@@ -15,7 +15,8 @@ import pytest
 from export.published import read_published
 from training.config import Data
 from training.data import Split, load_test
-from training.members import Member, folded
+from training.folding import folded
+from training.members import Member
 from verification.attack import Attack
 from verification.outcomes import Target
 from verification.planted import TorchScorer

@@ -22,7 +22,7 @@ from export.export import export
 from training.attacks import cw_margin, gradient, mean_logits_output, member_logits
 from training.config import load_recipe
 from training.data import Split, load_training
-from training.members import folded
+from training.folding import folded
 from training.run import Run
 from verification import presets
 from verification.attack import Attack
