@@ -156,9 +156,10 @@ def step(
 
     def update(index: int) -> Tensor:
         member = members[index].train()
+        # Made before the member learns anything: learning moves its BatchNorm statistics.
+        own = None if adversary is None else adversary(index, member)
         loss = member_loss(member, index, distilled, labels)
-        if adversary is not None:
-            own = adversary(index, member)
+        if own is not None:
             loss = settings.weight * loss + F.cross_entropy(member(own), labels)
         return descend(optimizers[index], loss)
 

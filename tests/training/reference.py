@@ -1,14 +1,15 @@
 """The published procedure, slowly and literally: the oracle for `training.members` and `.dverge`.
 
 Written from the paper's equations and the recipe's description alone. Nothing is shared with the
-product but the names of the tensors: convolution comes from torch, BatchNorm, SGD and the ten
-distillation steps are spelt out.
+product but the names of the tensors: convolution comes from torch, BatchNorm, SGD, the distillation
+steps and PGD's are spelt out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 
 EPSILON = 1e-5
 BN_MOMENTUM = 0.1
+DEPTH = 8
 
 
 class Network:
@@ -127,6 +129,12 @@ def distill(
     return z
 
 
+def cross_entropies(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image's logits with its label."""
+    logits = network.features(images, DEPTH)
+    return logits.exp().sum(1).log() - logits[torch.arange(len(labels)), labels]
+
+
 class Descent:
     """SGD with momentum and weight decay for one network."""
 
@@ -135,19 +143,17 @@ class Descent:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.velocity: dict[str, Tensor] = {}
 
-    def step(self, images: Sequence[Tensor], labels: Tensor) -> float:
-        """Take one step on the sum of the cross-entropies of several batches with `labels`."""
+    def step(self, batches: Sequence[tuple[Tensor, float]], labels: Tensor) -> float:
+        """Take one step on the weighted sum of several batches' mean cross-entropies."""
         self.network.training = True
         leaves = {
             name: tensor.clone().requires_grad_()
             for name, tensor in self.network.parameters.items()
         }
         self.network.tensors |= leaves
-        loss = torch.zeros((), dtype=images[0].dtype)
-        for batch in images:
-            logits = self.network.features(batch, 8)
-            right = logits[torch.arange(len(labels)), labels]
-            loss = loss + (logits.exp().sum(1).log() - right).mean()
+        loss = torch.zeros((), dtype=batches[0][0].dtype)
+        for images, weight in batches:
+            loss = loss + weight * cross_entropies(self.network, images, labels).mean()
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             decayed = gradient + self.weight_decay * leaf.detach()
@@ -157,6 +163,43 @@ class Descent:
                 self.velocity[name] = decayed
             self.network.tensors[name] = leaf.detach() - self.lr * self.velocity[name]
         return float(loss.detach())
+
+
+def adversarial(
+    network: Network,
+    source: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Return PGD examples (Madry et al., 2018) made on `network` with running statistics.
+
+    `noise` is uniform in `[0,1]`, shaped like `source`: the random start within the ball.
+    """
+    network.training = False
+    x = source + (2 * noise - 1) * eps
+    x = torch.where(x > 1, torch.ones_like(x), x)
+    x = torch.where(x < 0, torch.zeros_like(x), x)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropies(network, x, labels).sum(), x)
+        x = x.detach() + step_size * gradient.sign()
+        x = torch.where(x > source + eps, source + eps, x)
+        x = torch.where(x < source - eps, source - eps, x)
+        x = torch.where(x > 1, torch.ones_like(x), x)
+        x = torch.where(x < 0, torch.zeros_like(x), x)
+    return x
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the members of one step made, in their order."""
+
+    distilled: list[Tensor]
+    adversarial: list[Tensor]  # empty without +AdvT
 
 
 def dverge_step(
@@ -171,8 +214,15 @@ def dverge_step(
     steps: int,
     decay: float,
     batchnorm: Literal["batch", "running"],
-) -> list[float]:
-    """Distil from every member, then let each learn from the others' images (eq. 3)."""
+    weight: float = 1.0,
+    pgd: dict[str, Any] | None = None,
+    noises: Sequence[Tensor] = (),
+) -> tuple[list[float], Images]:
+    """Make all images, then let each member learn from the others' (eq. 3).
+
+    With `pgd` (eps, step size and steps), and the noise each member's PGD starts from, it learns
+    from its own adversarial images too: `weight * the sum + CE(f_i(x_adv), y)` (section 4.4).
+    """
     distilled = [
         distill(
             descent.network,
@@ -187,7 +237,13 @@ def dverge_step(
         )
         for descent in descents
     ]
-    return [
-        descent.step([images for j, images in enumerate(distilled) if j != i], labels)
-        for i, descent in enumerate(descents)
+    attacked = [
+        adversarial(descent.network, source, labels, noise, **pgd or {})
+        for descent, noise in zip(descents, noises, strict=bool(pgd))
     ]
+    losses = []
+    for i, descent in enumerate(descents):
+        others = [(images, weight) for j, images in enumerate(distilled) if j != i]
+        own = [(attacked[i], 1.0)] if pgd else []
+        losses.append(descent.step([*others, *own], labels))
+    return losses, Images(distilled, attacked)
