@@ -1,14 +1,15 @@
 """Adversarial images a second: the attack core beside the loops that people write.
 
-python -m benchmarks.attacks [--images 64] [--steps 10] [--seconds 120] [--json]
+python -m benchmarks.attacks [--images 128] [--steps 10] [--seconds 120] [--json]
 
 The same ensemble (three ResNet-20, mean of logits, CIFAR-10 shapes), images, eps and gradient
 steps for all, in turns. `plain loop` is PGD as popular libraries write it: the model as it was
 trained, in evaluation mode, and `loss.backward()`; `plain loop, input gradient only` asks for the
 images' gradient alone. The product folds BatchNorm into the convolutions, keeps no gradient of a
-parameter and works channels last: in fp32 for the model's own gradients (white-box), in bf16 for
-surrogates' (transfer) where the hardware has it. pyautoattack's APGD does more at each step (a
-best point, a falling step size): it is shown, without a bar.
+parameter, works channels last and gives whole batches of images to threads: in fp32 for the
+model's own gradients (white-box), in bf16 for surrogates' (transfer) where the hardware has it.
+pyautoattack's APGD does more at each step (a best point, a falling step size): it is shown,
+without a bar.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +28,10 @@ from torch import Tensor, nn
 from benchmarks.bench import bar, machine, ratio, say, show, turns
 from training import attacks as core
 from training.config import load_recipe
+from training.data import Split, to_float
 from training.members import Member, build_members
 from training.train import arithmetic
-from verification.attack import Attack, loss_of
+from verification.attack import Attack, craft
 from verification.gradients import ready
 
 EPS, BAR = 0.03, 2.0
@@ -79,17 +82,9 @@ class Ensemble(nn.Module):
         return torch.stack([member(images) for member in self.members]).mean(0)
 
 
-def product(members: Sequence[nn.Module], images: Tensor, labels: Tensor, steps: int) -> Tensor:
-    """The same attack by the product's core."""
-    return core.ascend(
-        loss_of(ATTACK, members, labels),
-        images,
-        eps=EPS,
-        step_size=EPS / 5,
-        steps=steps,
-        rule=core.sign_rule(),
-        start=core.random_start(images, EPS, torch.Generator().manual_seed(0)),
-    )
+def product(members: Sequence[nn.Module], split: Split, steps: int) -> Tensor:
+    """The same attack as verification makes it."""
+    return craft(replace(ATTACK, steps=steps), members, split, EPS, 0)
 
 
 def prepared(members: Sequence[Member], *, lowered: bool) -> list[Member]:
@@ -101,21 +96,22 @@ def measure(images: int, steps: int, seconds: float) -> dict[str, Any]:
     """Return the report."""
     members = trained(3)
     model = Ensemble(members).eval()
-    x, labels = torch.rand(images, 3, 32, 32), torch.randint(0, 10, (images,))
-    last = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (images,))
+    split = Split(torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8), labels)
+    x = to_float(split.images)
     ours = prepared(members, lowered=False)
     with torch.no_grad():
-        apart = (model(x) - core.mean_logits_output(ours)(last)).abs().max()
+        apart = (model(x) - core.mean_logits_output(ours)(x)).abs().max()
     assert float(apart) < 1e-2, f"not the same model: {float(apart)}"
     cases: dict[str, Callable[[], Any]] = {
         "plain loop": lambda: plain(model, x, labels, steps, whole=True),
         "plain loop, input gradient only": lambda: plain(model, x, labels, steps, whole=False),
-        "product, white-box (fp32)": lambda: product(ours, last, labels, steps),
+        "product, white-box (fp32)": lambda: product(ours, split, steps),
     }
     skipped = []
     if arithmetic("auto", torch.device("cpu")) is not None:
         low = prepared(members, lowered=True)
-        cases[LOWERED] = lambda: product(low, last, labels, steps)
+        cases[LOWERED] = lambda: product(low, split, steps)
     else:
         skipped.append({"name": LOWERED, "why": "this hardware has no bf16"})
     if importlib.util.find_spec("pyautoattack") is not None:
@@ -149,7 +145,7 @@ def measure(images: int, steps: int, seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Adversarial images a second.")
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")

@@ -14,7 +14,8 @@ from dverge_serve.scores import Scores, softmax
 from training import attacks as core
 from training.data import Split, to_float
 from training.seeds import generator
-from verification.attack import BATCH, apply_halves, deliver, half_deltas
+from verification.attack import apply_halves, deliver, half_deltas
+from verification.batches import in_batches
 from verification.outcomes import Pixels, Scorer
 from verification.statistics import Mask, auroc, quantile_above, rate
 
@@ -120,38 +121,43 @@ def aware(
         steps: gradient steps.
         seed: of the random starts.
     """
-    made = []
-    for start in range(0, len(split), BATCH):
-        part = split.take(slice(start, start + BATCH))
-        x0 = to_float(part.images)
-        draw = generator(seed, "aware", str(eps), start, device=x0.device)
-        x = core.random_start(x0, eps, draw)
-        best, least = x, torch.full_like(part.labels, torch.inf, dtype=torch.float32)
 
-        def loss(x: Tensor, labels: Tensor = part.labels) -> Tensor:
-            stack = core.member_logits(members, x)
-            return core.margins(stack.mean(0), labels).clamp(max=SURE) - 5 * _divergence(stack)
+    def batch(part: Split, start: int) -> Tensor:
+        draw = generator(seed, "aware", str(eps), start, device=part.images.device)
+        return _aware_batch(members, part, eps, steps, draw)
 
-        for step in range(steps):
-            size = eps * (0.2 if step < steps // 2 else 0.05)
-            x = core.ascend(
-                loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x
-            )
-            with torch.no_grad():
-                stack = core.member_logits(members, x)
-                told = torch.where(
-                    core.margins(stack.mean(0), part.labels) > 0,
-                    _divergence(stack),
-                    torch.full_like(least, torch.inf),
-                )
-            better = told < least
-            best = torch.where(better[:, None, None, None], x, best)
-            least = torch.minimum(told, least)
-        best = torch.where(least.isfinite()[:, None, None, None], best, x)
-        made.append(best)
+    made = torch.cat(in_batches(batch, split))
     pixels = split.images.cpu().numpy()
-    halves = half_deltas(torch.cat(made), split.images, eps, "linf")
+    halves = half_deltas(made, split.images, eps, "linf")
     return deliver(apply_halves(pixels, halves), pixels, eps)
+
+
+def _aware_batch(
+    members: Sequence[nn.Module], part: Split, eps: float, steps: int, draw: torch.Generator
+) -> Tensor:
+    """Return the best float images `[N, C, H, W]` of one batch."""
+    x0 = to_float(part.images)
+    x = core.random_start(x0, eps, draw)
+    best, least = x, torch.full_like(part.labels, torch.inf, dtype=torch.float32)
+
+    def loss(x: Tensor) -> Tensor:
+        stack = core.member_logits(members, x)
+        return core.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
+
+    for step in range(steps):
+        size = eps * (0.2 if step < steps // 2 else 0.05)
+        x = core.ascend(loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x)
+        with torch.no_grad():
+            stack = core.member_logits(members, x)
+            told = torch.where(
+                core.margins(stack.mean(0), part.labels) > 0,
+                _divergence(stack),
+                torch.full_like(least, torch.inf),
+            )
+        better = told < least
+        best = torch.where(better[:, None, None, None], x, best)
+        least = torch.minimum(told, least)
+    return torch.where(least.isfinite()[:, None, None, None], best, x)
 
 
 def _divergence(stack: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from training import attacks as core
 from training.data import Split, to_float
 from training.seeds import generator
+from verification.batches import in_batches
 
 Threat = Literal["transfer", "white_box"]
 Kind = Literal["noise", "gradient", "square", "autoattack"]
 Loss = Literal["ce", "cw", "dlr", "reweighted", "none"]
 Output = Literal["mean-logits", "mean-softmax", "logsumexp"]
-BATCH = 256
 LARGEST_HALF_DELTA = 127  # 8-bit steps that fit into int8
 
 
@@ -99,14 +99,13 @@ def craft(
         eps: radius, pixels in `[0,1]`.
         seed: names of the random draws; each image's draws depend on its batch alone.
     """
-    made = []
-    shaped = skipping(attack, members) if attack.skip_gamma != 1 else contextlib.nullcontext()
-    with shaped:
-        for start in range(0, len(split), BATCH):
-            part = split.take(slice(start, start + BATCH))
-            draw = generator(*seed, start, device=part.images.device)
-            made.append(_craft_batch(attack, members, part, eps, draw))
-    return torch.cat(made)
+
+    def batch(part: Split, start: int) -> Tensor:
+        draw = generator(*seed, start, device=part.images.device)
+        return _craft_batch(attack, members, part, eps, draw)
+
+    with skipping(attack, members) if attack.skip_gamma != 1 else contextlib.nullcontext():
+        return torch.cat(in_batches(batch, split))
 
 
 def _craft_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from training.members import Member
 from training.run import Run
 from training.train import arithmetic
 from verification.attack import Attack, loss_of
+from verification.batches import in_batches
 from verification.statistics import Mask
 
 READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
@@ -143,8 +145,11 @@ def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | Non
     return Gradients(members, sha256(model.read_bytes()), "the file itself, by onnx2torch")
 
 
-class _Shared:
-    """One graph behind several members: asked about the same images, it is run once."""
+class _Shared(threading.local):
+    """One graph behind several members: asked about the same images, it is run once.
+
+    What was asked last is each thread's own.
+    """
 
     def __init__(self, graph: nn.Module) -> None:
         self.graph = graph
@@ -153,14 +158,11 @@ class _Shared:
 
     def __call__(self, images: Tensor) -> Tensor:
         graded = torch.is_grad_enabled()
-        if (
-            self._told is None
-            or self._asked is None
-            or self._asked[0] is not images
-            or (self._asked[1] is not graded)
-        ):
-            self._asked, self._told = (images, graded), self.graph(images)[1]
-        return self._told
+        asked, told = self._asked, self._told
+        if told is None or asked is None or asked[0] is not images or asked[1] is not graded:
+            told = self.graph(images)[1]
+            self._asked, self._told = (images, graded), told
+        return told
 
 
 class _View(nn.Module):
@@ -176,7 +178,7 @@ class _View(nn.Module):
 
 
 def flow(
-    members: Sequence[nn.Module], split: Split, suite: Sequence[Attack], batch: int = 256
+    members: Sequence[nn.Module], split: Split, suite: Sequence[Attack]
 ) -> tuple[Mask, Mask, list[float]]:
     """Measure the gradients that white-box attacks begin with.
 
@@ -184,7 +186,6 @@ def flow(
         members: the attacked model.
         split: clean images.
         suite: its white-box attacks name the losses.
-        batch: images at once.
 
     Returns:
         images without a gradient on any loss, images with one that is not finite on some loss,
@@ -195,15 +196,15 @@ def flow(
         for each in suite
         if each.threat == "white_box" and each.kind == "gradient"
     }
-    zero, broken, norms = [], [], []
-    for start in range(0, len(split), batch):
-        part = split.take(slice(start, start + batch))
+
+    def batch(part: Split, start: int) -> tuple[Tensor, Tensor, Tensor]:
         x = to_float(part.images)
         found = [core.gradient(loss_of(each, members, part.labels), x) for each in forms.values()]
         sizes = torch.stack([each.abs().amax((1, 2, 3)) for each in found])
-        broken.append((~sizes.isfinite()).any(0))
-        zero.append((sizes == 0).all(0))
-        norms.append(torch.stack([_norm(member, x, part.labels) for member in members]))
+        norms = torch.stack([_norm(member, x, part.labels) for member in members])
+        return (sizes == 0).all(0), (~sizes.isfinite()).any(0), norms
+
+    zero, broken, norms = zip(*in_batches(batch, split), strict=True)
     return (
         torch.cat(zero).cpu().numpy(),
         torch.cat(broken).cpu().numpy(),

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training import attacks as core
 from training.data import Split, to_float
 from training.members import Member
 from training.seeds import generator
-from verification.attack import BATCH
+from verification.batches import in_batches
 
 STEPS = 10
 
@@ -30,19 +31,19 @@ def transferability(members: Sequence[Member], split: Split, eps: float, seed: i
     Returns:
         rows are sources, columns targets with the ensemble last; success rates in 0..1.
     """
-    right = torch.cat(
-        [
-            torch.stack([m(to_float(p.images)).argmax(1) == p.labels for m in members]).all(0)
-            for p in _parts(split)
-        ]
-    )
-    chosen = split.take(right.nonzero()[:, 0])
+
+    def right(part: Split, start: int) -> Tensor:
+        with torch.no_grad():
+            answers = core.member_logits(members, to_float(part.images)).argmax(-1)
+        return (answers == part.labels).all(0)
+
+    chosen = split.take(torch.cat(in_batches(right, split)).nonzero()[:, 0])
     rows = []
     for index, source in enumerate(members):
-        fooled = []
-        for part in _parts(chosen):
+
+        def fooled(part: Split, start: int, index: int = index, source: Member = source) -> Tensor:
             x0 = to_float(part.images)
-            draw = generator(seed, "transferability", index, device=x0.device)
+            draw = generator(seed, "transferability", index, start, device=x0.device)
             adversarial = core.ascend(
                 core.cross_entropy(source, part.labels),
                 x0,
@@ -55,10 +56,8 @@ def transferability(members: Sequence[Member], split: Split, eps: float, seed: i
             with torch.no_grad():
                 stack = core.member_logits(members, adversarial)
             answers = torch.cat([stack, stack.mean(0, keepdim=True)]).argmax(-1)
-            fooled.append(answers != part.labels)
-        rows.append(torch.cat(fooled, 1).double().mean(1).tolist() if fooled else [])
+            return answers != part.labels
+
+        found = in_batches(fooled, chosen)
+        rows.append(torch.cat(found, 1).double().mean(1).tolist() if found else [])
     return {"eps": eps, "steps": STEPS, "images": len(chosen), "success": rows}
-
-
-def _parts(split: Split) -> list[Split]:
-    return [split.take(slice(at, at + BATCH)) for at in range(0, len(split), BATCH)]
