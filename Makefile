@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= demo/model.onnx
 
-.PHONY: install demo test check lint types imports docs reference long serve lock clean
+.PHONY: install demo test check lint types imports docs reference evidence long serve lock clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test: install
 # The help of every command, the keys of recipes, the routes: made from the code.
 reference: install
 	$(BIN)/python -m tests.docs.reference
+
+# docs/results.md: every training run that is not there yet, then the page. Can be stopped at will.
+evidence: install
+	$(BIN)/python -m benchmarks.evidence
 
 docs: install
 	$(BIN)/zensical build --strict --clean

@@ -1,0 +1,76 @@
+"""Run the cells that are not there yet, then write the page: `python -m benchmarks.evidence`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.bench import say
+from benchmarks.evidence import cells, record
+from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.page import write_page
+from dverge_serve.errors import UserError
+from dverge_serve.files import pretty_json, write_atomic
+from dverge_serve.progress import duration
+
+GUESS_S = 120.0  # a cell's seconds before the first one was timed
+
+
+def run_cells(wanted: list[Cell], folder: Path) -> dict[str, str]:
+    """Run the cells in order, each leaving its record; return why some could not be.
+
+    Args:
+        wanted: those already there as they are now defined are not run again.
+        folder: of the records.
+    """
+    import torch
+
+    from benchmarks.evidence.measure import measure
+
+    left = [cell for cell in wanted if not record.current(cell, folder)]
+    say(f"{len(wanted) - len(left)} of {len(wanted)} cells are there")
+    skipped: dict[str, str] = {}
+    spent, units = 0.0, 0
+    for position, cell in enumerate(left):
+        each = spent / units if units else GUESS_S / cell.members
+        rest = each * sum(other.members for other in left[position:])
+        told = f"{position + 1} of {len(left)}"
+        say(f"cell {told}, {cell.slug}: about {duration(rest)} left in all")
+        begun = time.monotonic()
+        try:
+            found = measure(cell, torch.device("cpu"))
+        except UserError as error:
+            skipped[cell.slug] = str(error)
+            say(f"cell {told}, {cell.slug}: skipped, {error}")
+            continue
+        write_atomic(record.path_of(cell, folder), pretty_json(found))
+        spent, units = spent + time.monotonic() - begun, units + cell.members
+        figures = found["figures"]
+        say(f"cell {told}, {cell.slug}: clean {figures['clean']:.3f}, {figures['transfer']}")
+    return skipped
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="cells with this in their name")
+    parser.add_argument("--list", action="store_true", help="say which cells are there, and stop")
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument("--results", type=Path, default=record.FOLDER, help="the folder of records")
+    options = parser.parse_args()
+    wanted = [cell for cell in cells.every() if options.only in cell.slug]
+    if options.list:
+        for cell in wanted:
+            print("there  " if record.current(cell, options.results) else "missing", cell.slug)
+        return
+    skipped = {} if options.page else run_cells(wanted, options.results)
+    if options.results == record.FOLDER:
+        for path in write_page():
+            say(f"wrote {path}")
+    for name, why in skipped.items():
+        say(f"skipped {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The cells: every training run the evidence rests on, in order of importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.evidence import images
+from benchmarks.evidence.protocol import CIFAR10, DIGITS, Protocol
+from export.source import config_json
+from training.config import Config, load_recipe
+
+SEEDS = (0, 1, 2)
+# The paper's procedure to the letter, at the schedule and the radius that digits call for: ten
+# steps of a tenth of the radius, BatchNorm in training mode.
+EXACT = {"dverge.steps": 10, "dverge.step_size": 0.02, "dverge.batchnorm": "batch"}
+ONE_STEP = {"dverge.steps": 1, "dverge.step_size": 0.2}
+ONE_CYCLE = {"standard.schedule": "one-cycle", "dverge.schedule": "one-cycle"}
+METHODS = ("adp", "gal", "adversarial", "dverge+adversarial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run and how it is measured.
+
+    Args:
+        protocol: the data's common measurement.
+        name: of the variant; cells of one name differ by their seed alone.
+        method: as in recipes; `published` is a checkpoint that is not trained here.
+        members: how many.
+        seed: of the training.
+        overrides: what else differs from the recipe.
+    """
+
+    protocol: Protocol
+    name: str
+    method: str
+    members: int
+    seed: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """Its file's name, without the ending."""
+        return slug(self.protocol.recipe, self.name, self.seed)
+
+    @property
+    def published(self) -> bool:
+        """Whether this is the paper's own checkpoint."""
+        return self.method == "published"
+
+    def settings(self, *, here: bool) -> Config:
+        """Return the run's settings; with `here` also where the images are on this machine.
+
+        Raises:
+            UserError: the images are asked for and are not here.
+        """
+        recipe = self.protocol.recipe
+        own: dict[str, Any] = {"members": self.members, "seed": self.seed}
+        own |= {} if self.published else {"method": self.method}
+        where = images.overrides(recipe) if here else {}
+        return load_recipe(
+            recipe, where | dict(self.protocol.overrides) | own | dict(self.overrides)
+        )
+
+    def definition(self) -> dict[str, Any]:
+        """Return everything that shapes the cell's figures, but for the code."""
+        trained = images.CHECKPOINT if self.published else config_json(self.settings(here=False))
+        return {"training": trained, "protocol": self.protocol.to_json()}
+
+
+def slug(recipe: str, name: str, seed: int) -> str:
+    """Return the name of a cell's file, without the ending."""
+    return f"{recipe}-{name}-seed{seed}".replace("+", "-and-")
+
+
+def every() -> list[Cell]:
+    """Return all cells, the most important first."""
+    return [*_digits(DIGITS), *_cifar10(CIFAR10)]
+
+
+def _digits(protocol: Protocol) -> Iterator[Cell]:
+    variants: dict[str, Mapping[str, Any]] = {
+        "dverge-3": {},
+        "dverge-3-exact": EXACT,
+        "dverge-3-fast-a": ONE_STEP | {"dverge.epochs": 32},
+        "dverge-3-fast-b": ONE_STEP | ONE_CYCLE | {"standard.epochs": 15, "dverge.epochs": 25},
+        "dverge-3-batch": {"dverge.batchnorm": "batch"},
+        "dverge-3-bf16": {"precision": "bf16"},
+    }
+    for seed in SEEDS:
+        yield _cell(protocol, "dverge-3", "dverge", 3, seed)
+        yield _cell(protocol, "standard-3", "standard", 3, seed)
+    for name, overrides in list(variants.items())[1:]:
+        for seed in SEEDS:
+            yield _cell(protocol, name, "dverge", 3, seed, overrides)
+    for method in METHODS:
+        for seed in SEEDS:
+            yield _cell(protocol, f"{method}-3", method, 3, seed)
+    for members in (2, 5, 8):
+        for method in ("dverge", "standard"):
+            for seed in SEEDS:
+                yield _cell(protocol, f"{method}-{members}", method, members, seed)
+
+
+def _cifar10(protocol: Protocol) -> Iterator[Cell]:
+    yield _cell(protocol, "dverge-3", "dverge", 3, 0)
+    yield _cell(protocol, "standard-3", "standard", 3, 0)
+    yield _cell(protocol, "published-3", "published", 3, 0)
+
+
+def _cell(
+    protocol: Protocol,
+    name: str,
+    method: str,
+    members: int,
+    seed: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> Cell:
+    return Cell(
+        protocol=protocol,
+        name=name,
+        method=method,
+        members=members,
+        seed=seed,
+        overrides=overrides or {},
+    )

@@ -1,0 +1,117 @@
+"""What the figures say of each claim: it holds, it does not, or it cannot be told yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.evidence.paired import MARGIN, Difference, share, stack
+from benchmarks.evidence.tables import METHODS, Variants, gradients, paired, points
+
+MISSING = "**Not told yet**: cells are missing."
+EARLIER = ("standard-3", "adp-3", "gal-3")  # the ensemble methods the paper compares with
+QUARTER = 0.25
+
+
+def more_robust_than_earlier_methods(variants: Variants) -> str:
+    """Judge: higher transfer robustness than every earlier method, at a small clean cost."""
+    if not all(name in variants for name in (*EARLIER, "dverge-3")):
+        return MISSING
+    eps = variants["dverge-3"][0]["eps"]
+    lost = [
+        (METHODS[name], each, found)
+        for name in EARLIER
+        for each in eps
+        if (found := paired(variants, "dverge-3", name, "transfer", each)).low <= 0
+    ]
+    clean = paired(variants, "dverge-3", "standard-3", "clean")
+    cost = f"The cost in clean accuracy against the standard ensemble is {points(clean)} points."
+    if not lost:
+        return (
+            "**Holds**: at every eps DVERGE keeps more under transfer attacks than the standard "
+            f"ensemble, ADP and GAL, every interval above zero. {cost}"
+        )
+    told = "; ".join(f"{name} at eps {each:g}: {points(found)}" for name, each, found in lost)
+    return f"**Does not hold everywhere**: not clearly above {told} points. {cost}"
+
+
+def grows_with_members(variants: Variants) -> str:
+    """Judge: DVERGE's robustness rises with members, the standard ensemble's does not."""
+    sizes = (2, 3, 5, 8)
+    names = [f"{method}-{size}" for method in ("dverge", "standard") for size in sizes]
+    if not all(name in variants for name in names):
+        return MISSING
+    middle = sorted(variants["dverge-3"][0]["eps"])[1]
+    parts, held = [], {}
+    for threat, told in (("transfer", "transfer"), ("white_box", "white-box")):
+        for method in ("dverge", "standard"):
+            found = paired(variants, f"{method}-8", f"{method}-2", threat, middle)
+            held[threat, method] = found
+            name = {"dverge": "DVERGE", "standard": "standard"}[method]
+            parts.append(f"{name}, {told}: {points(found)}")
+    listed = f"From 2 to 8 members at eps {middle:g}, in points: {'; '.join(parts)}."
+    rises = all(held[threat, "dverge"].low > 0 for threat in ("transfer", "white_box"))
+    flat = all(
+        held[threat, "standard"].value < held[threat, "dverge"].value / 2
+        for threat in ("transfer", "white_box")
+    )
+    if rises and flat:
+        return f"**Holds.** {listed}"
+    first = "DVERGE rises" if rises else "DVERGE does not clearly rise under both threats"
+    second = "the standard ensemble hardly does" if flat else "the standard ensemble rises too"
+    return f"**Does not hold as stated**: {first}, {second}. {listed}"
+
+
+def rules_are_alike(variants: Variants) -> str:
+    """Judge: whether any rule of combination is better than the mean of logits."""
+    records = variants.get("dverge-3")
+    if not records:
+        return MISSING
+    rows = []
+    for threat in ("transfer", "white_box"):
+        for eps in records[0]["eps"]:
+            values = {
+                rule: share(stack(records, threat, eps, rule)).value
+                for rule in ("mean-logits", "mean-softmax", "vote")
+            }
+            rows.append(max(values.values()) - min(values.values()))
+    return (
+        f"For DVERGE the three rules are at most {100 * max(rows):.1f} points apart at any eps "
+        "under either threat. No attack here aims at the vote, so its white-box column is "
+        "an upper bound."
+    )
+
+
+def fast_is_not_inferior(variants: Variants, exact: str, fast: Sequence[str]) -> list[str]:
+    """Judge each fast variant against the exact recipe: cost, and what it may have lost."""
+    if exact not in variants:
+        return [MISSING]
+    told = []
+    for name in fast:
+        if name not in variants:
+            told.append(f"`{name}`: not run yet.")
+            continue
+        spent = gradients(variants[name]) / gradients(variants[exact])
+        checks = judged(variants, name, exact)
+        failed = [f"{what} {points(found)}" for what, found in checks if not found.not_inferior]
+        seeds = len({each["seed"] for each in variants[name]})
+        head = f"`{name}`, {spent:.0%} of the gradient evaluations, {seeds} seeds: "
+        if spent > QUARTER:
+            told.append(f"{head}more than a quarter.")
+        elif failed:
+            told.append(f"{head}**not shown to be non-inferior** in {'; '.join(failed)}.")
+        else:
+            worst = min(found.low for _, found in checks)
+            told.append(
+                f"{head}**non-inferior** in clean and in transfer accuracy at every eps (the "
+                f"lowest interval ends at {100 * worst:+.1f}, allowed {100 * MARGIN:.0f})."
+            )
+    return told
+
+
+def judged(variants: Variants, ours: str, other: str) -> list[tuple[str, Difference]]:
+    """Return the differences that non-inferiority is judged by."""
+    eps = variants[ours][0]["eps"]
+    return [("clean", paired(variants, ours, other, "clean"))] + [
+        (f"transfer at eps {each:g}", paired(variants, ours, other, "transfer", each))
+        for each in eps
+    ]

@@ -1,0 +1,135 @@
+"""`docs/results.md` and its plots, from the records alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from benchmarks.evidence import cells, claims, record, tables
+from benchmarks.evidence.drawing import panels, plot
+from benchmarks.evidence.paired import RESAMPLES
+from benchmarks.evidence.record import Record
+from benchmarks.evidence.tables import COSTS, METHODS
+from dverge_serve.files import write_atomic
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEMPLATE = Path(__file__).with_name("results.template.md")
+SEARCH = record.FOLDER.parent / "fast-digits.json"
+EXACT = "dverge-3-exact"
+FAST = ("dverge-3-fast-a", "dverge-3-fast-b")
+SIZES = {
+    f"{method}-{size}": f"{told}, {size} members"
+    for method, told in (("dverge", "DVERGE"), ("standard", "standard"))
+    for size in (2, 3, 5, 8)
+}
+RULED = {"dverge-3": "DVERGE", "standard-3": "standard", "dverge-8": "DVERGE, 8 members"}
+ALARMED = {**METHODS, "dverge-8": "DVERGE, 8 members"}
+AGAINST = {told: ("dverge-3", name) for name, told in METHODS.items() if name != "dverge-3"}
+VARIANTS = {
+    told: (name, EXACT)
+    for name, told in COSTS.items()
+    if name.startswith("dverge-3") and name != EXACT
+}
+CIFAR10 = {
+    "standard-3": "standard",
+    "dverge-3": "**DVERGE**",
+    "published-3": "published checkpoint",
+}
+
+
+def write_page(docs: Path = DOCS, folder: Path = record.FOLDER) -> list[Path]:
+    """Write the page and its plots, and return where they are."""
+    records = record.read(folder)
+    written = [docs / "results.md"]
+    write_atomic(written[0], page(records).encode())
+    for name, (drawn, across) in panels(tables.by_name(records, "digits")).items():
+        written.append(docs / "results" / f"{name}.svg")
+        write_atomic(written[-1], plot(drawn, across))
+    return written
+
+
+def page(records: Sequence[Record]) -> str:
+    """Return the page."""
+    digits = tables.by_name(records, "digits")
+    cifar10 = tables.by_name(records, "cifar10-cpu")
+    plots = panels(digits)
+    search = json.loads(SEARCH.read_text()) if SEARCH.is_file() else None
+    fast = claims.fast_is_not_inferior(digits, EXACT, FAST)
+    return Template(TEMPLATE.read_text()).substitute(
+        progress=_progress(records),
+        resamples=f"{RESAMPLES:,}",
+        methods_claim=claims.more_robust_than_earlier_methods(digits),
+        methods=tables.accuracies(digits, METHODS),
+        methods_plot=_plot("methods", "Accuracy against eps") if "methods" in plots else "",
+        methods_differences=tables.differences(digits, AGAINST, "against"),
+        sizes_claim=claims.grows_with_members(digits),
+        sizes=tables.accuracies(digits, SIZES),
+        sizes_plot=_plot("members", "Accuracy against members") if "members" in plots else "",
+        rules_claim=claims.rules_are_alike(digits),
+        rules=tables.combination_rules(digits, RULED),
+        alarm=tables.alarm(digits, ALARMED),
+        costs=tables.costs(digits, EXACT),
+        costs_differences=tables.differences(digits, VARIANTS, "variant"),
+        fast_claims="\n".join(f"- {line}" for line in fast),
+        searched=tables.searched(search) if search else "Not run yet.\n",
+        cifar10=tables.accuracies(cifar10, CIFAR10),
+        cifar10_differences=tables.differences(
+            cifar10, {"standard": ("dverge-3", "standard-3")}, "against"
+        ),
+        hardware=_hardware(records),
+    )
+
+
+def _progress(records: Sequence[Record]) -> str:
+    made = {_slug(each): each for each in records}
+    wanted = {cell.slug: cell for cell in cells.every()}
+    missing = [slug for slug in wanted if slug not in made]
+    older = [
+        slug
+        for slug, cell in wanted.items()
+        if slug in made and not record.matches(cell, made[slug])
+    ]
+    told = f"{len(wanted) - len(missing)} of {len(wanted)} cells have been run."
+    if missing:
+        told += f" Still missing: {_named(missing)}."
+    if older:
+        told += f" Run with other settings than today's: {_named(older)}."
+    return told
+
+
+def _named(slugs: Sequence[str]) -> str:
+    count = Counter(slug.rsplit("-seed", 1)[0] for slug in slugs)
+    return ", ".join(f"{name} ({seeds})" for name, seeds in count.items())
+
+
+def _plot(name: str, told: str) -> str:
+    return f"![{told}](results/{name}.svg)\n"
+
+
+def _hardware(records: Sequence[Record]) -> str:
+    machines: dict[str, list[float]] = {}
+    for each in records:
+        here = each["machine"]
+        told = (
+            f"{here['cpu']}, {here['cores']} cores, Python {here['python']}, torch "
+            f"{here['torch']}, ONNX Runtime {here['onnxruntime']}"
+        )
+        machines.setdefault(told, []).append(here["load_average_before"])
+    lines = [
+        f"- {len(loads)} cells: {told}; load average before each {min(loads):g} to {max(loads):g}"
+        for told, loads in machines.items()
+    ]
+    odd = [
+        f"- {_slug(each)}: {each['verdict']}, not passed: {', '.join(each['gates_not_passed'])}"
+        for each in records
+        if each["verdict"] != "VALID"
+    ]
+    verdicts = "All cells' reports are VALID." if not odd else "Reports that are not VALID:"
+    return "\n".join([*lines, "", verdicts, "", *odd]).rstrip()
+
+
+def _slug(each: Record) -> str:
+    return cells.slug(each["recipe"], each["name"], each["seed"])

@@ -1,0 +1,114 @@
+"""Look for a fast recipe on held-out images: `python -m benchmarks.evidence.search [--json FILE]`.
+
+Seeds from 100 on, never those of the cells; the test images are not touched. What looks good here
+becomes a cell, and is confirmed or refuted there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench import machine, say
+from benchmarks.evidence.images import evidence_cache
+from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
+from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
+from training.config import load_recipe
+from training.data import TrainingData
+from training.estimate import gradient_evaluations
+from training.train import train
+from verification.gradients import ready
+from verification.outcomes import Target
+from verification.planted import TorchScorer
+from verification.presets import suite
+from verification.suite import run_suite
+from verification.surrogates import given_surrogates
+
+SEEDS = (100, 101)
+ONE_STEP = {"dverge.steps": 1, "dverge.step_size": 0.2}
+ONE_CYCLE = {"standard.schedule": "one-cycle", "dverge.schedule": "one-cycle"}
+LONG = {"standard.epochs": 15, "dverge.epochs": 25}
+SHORT = {"standard.epochs": 12, "dverge.epochs": 15}
+EXACT = {"dverge.steps": 10, "dverge.step_size": 0.02, "dverge.batchnorm": "batch"}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "one step, 32 epochs": ONE_STEP | {"dverge.epochs": 32},
+    "one step, one-cycle 15 + 25": ONE_STEP | ONE_CYCLE | LONG,
+    "one step, one-cycle 12 + 15": ONE_STEP | ONE_CYCLE | SHORT,
+    "one step of 0.25, one-cycle 15 + 25": {"dverge.eps": 0.25}
+    | ONE_STEP
+    | ONE_CYCLE
+    | LONG
+    | {"dverge.step_size": 0.25},
+    "two steps, one-cycle 15 + 25": ONE_STEP
+    | ONE_CYCLE
+    | LONG
+    | {"dverge.steps": 2, "dverge.step_size": 0.12},
+    "one step, a layer every batch, one-cycle 15 + 25": ONE_STEP
+    | ONE_CYCLE
+    | LONG
+    | {"dverge.layer_every": "batch"},
+    "exact": EXACT,
+}
+
+
+def measure(
+    protocol: Protocol, name: str, seed: int, data: TrainingData, surrogates: Path
+) -> dict[str, Any]:
+    """Train one candidate and attack the held-out images from the surrogates."""
+    config = load_recipe(
+        protocol.recipe, dict(protocol.overrides) | CANDIDATES[name] | {"seed": seed}
+    )
+    device = torch.device("cpu")
+    key = sha256(canonical_json(config.to_json()))[:16]
+    run = train(config, evidence_cache() / "search" / key, device=device, resume=True, data=data)
+    members = [ready(member, device) for member in run.members()]
+    found = given_surrogates(surrogates, data.labels, device)
+    attacks = suite("quick", [each.name for each in found], protocol.eps, classes=len(data.labels))
+    attacks = [each for each in attacks if each.source not in ("target", "none")]
+    outcome = run_suite(
+        attacks,
+        {each.name: (each.members, each.run.weights_sha256) for each in found},
+        {"candidate": Target(TorchScorer(members), None)},
+        data.holdout,
+        protocol.eps,
+        seed=protocol.seed,
+    )["candidate"]
+    return {
+        "candidate": name,
+        "seed": seed,
+        "gradients": sum(gradient_evaluations(config, len(data.train)).values()),
+        "clean": float(outcome.clean.mean()),
+        **{f"{eps:g}": float(outcome.robust(attacks, eps).mean()) for eps in protocol.eps},
+    }
+
+
+def main() -> None:
+    """Run the search and print a table, the candidates' means over the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--only", default="", help="candidates with this in their name")
+    options = parser.parse_args()
+    data, surrogates = training_data(DIGITS), trained_surrogates(DIGITS, torch.device("cpu"))
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        for name in CANDIDATES:
+            if options.only in name:
+                rows.append(measure(DIGITS, name, seed, data, surrogates))
+                say(str(rows[-1]))
+                if options.json:
+                    found = {"machine": machine(), "holdout": len(data.holdout), "rows": rows}
+                    write_atomic(options.json, pretty_json(found))
+    columns = ["gradients", "clean", *(f"{eps:g}" for eps in DIGITS.eps)]
+    print("| candidate |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        means = [np.mean([r[c] for r in rows if r["candidate"] == name]) for c in columns]
+        print(f"| {name} | {means[0]:,.0f} |", " | ".join(f"{m:.3f}" for m in means[1:]), "|")
+
+
+if __name__ == "__main__":
+    main()

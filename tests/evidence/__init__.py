@@ -1,0 +1,1 @@
+"""Tests of the evidence: benchmarks/evidence and the page it writes."""
