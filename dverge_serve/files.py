@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,14 @@ def pretty_json(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
 
     A reader sees the old file or the new one, never a part; so does whoever looks after a kill.
+
+    Args:
+        path: of the file.
+        size: how many bytes it will have, where that is known: a full disk's error says so.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file still stands.
@@ -54,7 +59,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~mask)  # mkstemp makes files for the owner alone
         temporary.replace(path)
     except OSError as error:
-        raise write_error(path, error) from error
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)  # before the free space is looked at
+        raise write_error(path, error, size) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -62,20 +69,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically, making the folder if need be."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    """Return the one-line error for a write to `path` that failed with `error`."""
+def write_error(path: Path, error: OSError, size: int = 0) -> UserError:
+    """Return the one-line error for a write of `size` bytes to `path` that failed with `error`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"no space left on the disk while writing {path}",
+            f"no space left on the disk while writing {path}{_missing(path, size)}",
             next_step="free some space and run the same command again; what was saved stands",
         )
     return UserError(
         f"cannot write {path} ({error.strerror or error})", "a folder that can be written"
     )
+
+
+def _missing(path: Path, size: int) -> str:
+    """Return what of `size` bytes finds no room beside `path`, as far as that is known."""
+    if not size:
+        return ""
+    free = size
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+    if free >= size:  # a quota is full, not the disk
+        return f" ({size:,} bytes)"
+    return f" ({size:,} bytes, {free:,} free: {size - free:,} missing)"
 
 
 def read_json(path: Path, what: str) -> Any:

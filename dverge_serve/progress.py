@@ -22,12 +22,14 @@ class Progress:
         start: units already done (a resumed run).
     """
 
+    shown = True  # False in all processes but one, where several do one task
+
     def __init__(self, label: str, total: int, *, start: int = 0) -> None:
         self._label, self._total, self._done = label, max(total, 1), start
         self._begun, self._begun_done = time.monotonic(), start
         self._said, self._note = self._begun, ""
         self._rich: RichProgress | None = None
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             self._rich = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -73,7 +75,14 @@ class Progress:
             self._line(f"{percent:3d}%, {left} left{', ' + self._note if self._note else ''}")
 
     def _line(self, text: str) -> None:
-        print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        if self.shown:
+            print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def say(line: str) -> None:
+    """Print a line about the work on standard error, where its progress is shown."""
+    if Progress.shown:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ from export.published import read_labels
 from export.source import Source, config_json, without_images
 from training.config import Config
 from training.members import Member, build_members
-from training.run import load_members, parse
+from training.weights import load_members, parse
 
 KEYS = ("name", "labels", "mean", "std", "image", "member")
 MEMBER_KEYS = ("file", "architecture", "width")

@@ -1,7 +1,9 @@
 """The methods DVERGE is compared with: adversarial training, ADP and GAL, one step each.
 
 All take `source` float `[B, C, H, W]` in `[0,1]` and `labels` `[B]`, update the members in place
-and return each member's loss, detached, `[members]`.
+and return the loss of each of this process's members, detached, `[members]`. Where processes share
+the members (`team`), what the others' contribute is a constant: each takes its own part of the
+gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from training.dverge import descend
 from training.members import Member
 from training.parallel import side_by_side
 from training.seeds import generator
+from training.team import ALONE, Team
 
 
 def adversarial_images(
@@ -60,15 +63,16 @@ def adversarial_step(
     *,
     settings: Adversarial,
     names: Sequence[int | str],
+    team: Team = ALONE,
 ) -> Tensor:
     """Train each member alone on PGD examples of its own (Madry et al., 2018, eq. 2.1)."""
 
     def update(index: int) -> Tensor:
         member = members[index]
         made = adversarial_images(member, source, labels, settings, *names, index)
-        return descend(optimizers[index], F.cross_entropy(member(made), labels))
+        return descend(optimizers[index], F.cross_entropy(member(made), labels), team)
 
-    return torch.stack(side_by_side(update, range(len(members)), source.device))
+    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
 
 
 def adp_step(
@@ -78,17 +82,20 @@ def adp_step(
     labels: Tensor,
     *,
     settings: Adp,
+    team: Team = ALONE,
 ) -> Tensor:
     """Train the members together with adaptive diversity promoting (Pang et al., 2019, eq. 5).
 
     `sum_k CE(F_k) - alpha * H(mean F) - beta * log det(M^T M)`, where M's columns are the members'
     non-maximal predictions: softmax without the true class, scaled to length 1.
     """
-    logits = torch.stack([member.train()(source) for member in members], 1)
-    losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in range(len(members))])
+    mine = team.mine(len(members))
+    own = [members[k].train()(source) for k in mine]
+    logits = torch.stack(team.exchange(own, len(members)), 1)
+    losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in mine])
     entropy, diversity = adp_terms(logits, labels)
     total = losses.sum() - settings.alpha * entropy - settings.beta * diversity
-    _descend_together(optimizers, total)
+    _descend_together([optimizers[k] for k in mine], total, team)
     return losses.detach()
 
 
@@ -121,16 +128,19 @@ def gal_step(
     labels: Tensor,
     *,
     settings: Gal,
+    team: Team = ALONE,
 ) -> Tensor:
     """Train the members together with gradient alignment loss (Kariyappa & Qureshi, 2019, eq. 8).
 
     `mean_k CE(F_k) + lambda * GAL`, see `gal_term`.
     """
     x = source.detach().requires_grad_()
-    losses = torch.stack([F.cross_entropy(member.train()(x), labels) for member in members])
-    gradients = [torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1) for loss in losses]
-    total = losses.mean() + settings.weight * gal_term(gradients)
-    _descend_together(optimizers, total)
+    mine = team.mine(len(members))
+    losses = torch.stack([F.cross_entropy(members[k].train()(x), labels) for k in mine])
+    own = [torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1) for loss in losses]
+    gradients = team.exchange(own, len(members))
+    total = losses.sum() / len(members) + settings.weight * gal_term(gradients)
+    _descend_together([optimizers[k] for k in mine], total, team)
     return losses.detach()
 
 
@@ -148,9 +158,10 @@ def gal_term(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(cosines).logsumexp(0).mean()
 
 
-def _descend_together(optimizers: Sequence[Optimizer], loss: Tensor) -> None:
+def _descend_together(optimizers: Sequence[Optimizer], loss: Tensor, team: Team) -> None:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for optimizer in optimizers:
+        team.average(optimizer)
         optimizer.step()

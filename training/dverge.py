@@ -16,6 +16,7 @@ from training.attacks import ascend, momentum_rule
 from training.config import Dverge
 from training.members import Member
 from training.parallel import side_by_side
+from training.team import ALONE, Team
 
 PART = 64  # images that one thread distils at a time
 
@@ -45,7 +46,13 @@ def distill(
 
 
 def distill_all(
-    members: Sequence[Member], source: Tensor, target: Tensor, *, layer: int, settings: Dverge
+    members: Sequence[Member],
+    source: Tensor,
+    target: Tensor,
+    *,
+    layer: int,
+    settings: Dverge,
+    deepest: int = 0,
 ) -> list[Tensor]:
     """Return what each member distils (see `distill`), computed side by side.
 
@@ -56,8 +63,9 @@ def distill_all(
     Args:
         layer: 1..the deepest member's depth; a shallower member takes the layer at the same share
             of its own depth.
+        deepest: that depth, where the deepest member is not among these.
     """
-    deepest = max(member.depth for member in members)
+    deepest = deepest or max(member.depth for member in members)
     layers = [member.layer_at(layer, deepest) for member in members]
     if settings.batchnorm == "batch":
         seers, rows = [member.train() for member in members], [slice(None)]
@@ -118,10 +126,11 @@ def member_loss(member: Member, index: int, distilled: Sequence[Tensor], labels:
     return torch.stack(losses).sum()
 
 
-def descend(optimizer: Optimizer, loss: Tensor) -> Tensor:
+def descend(optimizer: Optimizer, loss: Tensor, team: Team = ALONE) -> Tensor:
     """Take one optimiser step down `loss` and return it, detached."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    team.average(optimizer)
     optimizer.step()
     return loss.detach()
 
@@ -136,6 +145,7 @@ def step(
     layer: int,
     settings: Dverge,
     adversary: Adversary | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Make one DVERGE step: all distil, then each member learns from the others' images.
 
@@ -148,11 +158,21 @@ def step(
             layer at the same share of its own depth.
         adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
             too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
+        team: of the processes that train the members; each trains its own.
 
     Returns:
-        each member's loss, detached, `[members]`.
+        the loss of each of this process's members, detached, `[members]`.
     """
-    distilled = distill_all(members, source, target, layer=layer, settings=settings)
+    mine = team.mine(len(members))
+    made = distill_all(
+        [members[index] for index in mine],
+        source,
+        target,
+        layer=layer,
+        settings=settings,
+        deepest=max(member.depth for member in members),
+    )
+    distilled = team.exchange(made, len(members))
 
     def update(index: int) -> Tensor:
         member = members[index].train()
@@ -161,25 +181,30 @@ def step(
         loss = member_loss(member, index, distilled, labels)
         if own is not None:
             loss = settings.weight * loss + F.cross_entropy(member(own), labels)
-        return descend(optimizers[index], loss)
+        return descend(optimizers[index], loss, team)
 
-    return torch.stack(side_by_side(update, range(len(members)), source.device))
+    return torch.stack(side_by_side(update, mine, source.device))
 
 
 def standard_step(
-    members: Sequence[Member], optimizers: Sequence[Optimizer], source: Tensor, labels: Tensor
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    source: Tensor,
+    labels: Tensor,
+    *,
+    team: Team = ALONE,
 ) -> Tensor:
     """Make one step of ordinary training: each member alone, cross-entropy on clean images.
 
     Returns:
-        each member's loss, detached, `[members]`.
+        the loss of each of this process's members, detached, `[members]`.
     """
 
     def update(index: int) -> Tensor:
         member = members[index].train()
-        return descend(optimizers[index], F.cross_entropy(member(source), labels))
+        return descend(optimizers[index], F.cross_entropy(member(source), labels), team)
 
-    return torch.stack(side_by_side(update, range(len(members)), source.device))
+    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
 
 
 def _features_and_statistics(

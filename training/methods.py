@@ -12,9 +12,9 @@ from torch.optim import SGD
 from training import baselines, config, dverge
 from training.members import Member
 from training.seeds import generator
+from training.team import ALONE, Batch, Team
 
-Batch = tuple[Tensor, Tensor, Tensor]  # source images, their labels, independent target images
-Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> losses [members]
+Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> own losses [members]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Stage:
 
 
 def stages(
-    chosen: config.Config, members: Sequence[Member], optimizers: Sequence[SGD]
+    chosen: config.Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    team: Team = ALONE,
 ) -> list[Stage]:
     """Return the stages of `chosen.method`.
 
@@ -47,7 +50,7 @@ def stages(
 
     def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
-        return dverge.standard_step(members, optimizers, source, labels)
+        return dverge.standard_step(members, optimizers, source, labels, team=team)
 
     def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, target = batch
@@ -55,7 +58,14 @@ def stages(
         layer = draw_layer(chosen, max(member.depth for member in members), *when)
 
         def adversary(index: int, member: Member) -> Tensor:
-            names = (chosen.seed, "dverge", epoch, number, index)
+            names: tuple[int | str, ...] = (
+                chosen.seed,
+                "dverge",
+                epoch,
+                number,
+                index,
+                *team.names,
+            )
             return baselines.adversarial_images(member, source, labels, chosen.adversarial, *names)
 
         return dverge.step(
@@ -67,22 +77,32 @@ def stages(
             layer=layer,
             settings=chosen.dverge,
             adversary=adversary if chosen.method == "dverge+adversarial" else None,
+            team=team,
         )
 
     def adversarial_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
-        names = (chosen.seed, "adversarial", epoch, number)
         return baselines.adversarial_step(
-            members, optimizers, source, labels, settings=chosen.adversarial, names=names
+            members,
+            optimizers,
+            source,
+            labels,
+            settings=chosen.adversarial,
+            names=(chosen.seed, "adversarial", epoch, number, *team.names),
+            team=team,
         )
 
     def adp_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
-        return baselines.adp_step(members, optimizers, source, labels, settings=chosen.adp)
+        return baselines.adp_step(
+            members, optimizers, source, labels, settings=chosen.adp, team=team
+        )
 
     def gal_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
-        return baselines.gal_step(members, optimizers, source, labels, settings=chosen.gal)
+        return baselines.gal_step(
+            members, optimizers, source, labels, settings=chosen.gal, team=team
+        )
 
     diversify = Stage("dverge", chosen.dverge, dverge_step, pairs=True)
     second = {

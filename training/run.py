@@ -13,8 +13,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -31,7 +29,10 @@ from dverge_serve.files import (
 )
 from dverge_serve.images import Preprocess
 from training.config import Config, differences
+from training.lock import NAME as LOCK
+from training.lock import locked
 from training.members import Member, build_members
+from training.weights import load_members, members_tensors, parse
 
 SCHEMA_VERSION = 1
 PROBES = 16
@@ -47,14 +48,29 @@ class Run:
     is finished; `probe.npz` held-out images for parity checks; `metrics.jsonl` one line an epoch;
     `state.safetensors` what resuming needs, in one file so that it is never half of two states;
     `images.json` the hash of the images, so that a run never goes on with others.
+
+    Args:
+        path: the directory.
+        writes: False where another process writes what this one would.
     """
 
     path: Path
+    writes: bool = True
 
     @property
     def finished(self) -> bool:
         """Whether training ended and its result is complete."""
         return (self.path / "checkpoint.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether training was begun here."""
+        return (self.path / "config.json").is_file()
+
+    @property
+    def in_use_or_killed(self) -> bool:
+        """Whether a process trains here, or was killed while it did."""
+        return (self.path / LOCK).exists()
 
     @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Run:
@@ -67,7 +83,7 @@ class Run:
         run = cls(follow(path))
         for part in run.path.glob(UNFINISHED):
             part.unlink(missing_ok=True)
-        if not (run.path / "config.json").is_file():
+        if not run.begun:
             write_atomic(run.path / "config.json", pretty_json(config.to_json()))
         run._name_latest()
         return run
@@ -83,13 +99,14 @@ class Run:
         run = cls(follow(path))
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"{path} is a file", "a folder for the run")
-        if not run.path.is_dir() or set(run.path.iterdir()) <= set(run.path.glob(UNFINISHED)):
+        remains = {run.path / LOCK, *run.path.glob(UNFINISHED)}
+        if not run.path.is_dir() or set(run.path.iterdir()) <= remains:
             return
         if not resume:
             raise UserError(
                 f"{path} is not empty", "a new folder", "use --resume to go on, or another --out"
             )
-        if not (run.path / "config.json").is_file():
+        if not run.begun:
             raise UserError(f"{path} holds no run", "a folder that `dverge train` made")
         if odd := differences(run.config, config):
             raise UserError(
@@ -97,6 +114,10 @@ class Run:
                 "the settings it was begun with",
                 "give those, or another --out",
             )
+
+    def locked(self, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from training here, see `training.lock`."""
+        return locked(self.path, wait=wait)
 
     def keep_to(self, images_sha256: str) -> None:
         """Note which images the run learns from when it starts; refuse others when it goes on.
@@ -124,7 +145,7 @@ class Run:
         """
         path = follow(path)
         run = cls(path)
-        if not (path / "config.json").is_file():
+        if not run.begun:
             raise UserError(
                 f"no run at {path}",
                 "a folder that `dverge train` made",
@@ -205,7 +226,7 @@ class Run:
         """Write the members' tensors and return the file's sha256."""
         # No metadata: safetensors writes it in random order, and equal runs are equal bytes.
         data = save_tensors(members_tensors(members))
-        write_atomic(self.path / f"{which}.safetensors", data)
+        self._write(f"{which}.safetensors", data)
         return sha256(data)
 
     def save_probe(self, images: Tensor) -> None:
@@ -216,9 +237,7 @@ class Run:
     def save_state(self, stage: int, epoch: int, tensors: dict[str, Tensor]) -> None:
         """Write what resuming needs: `epoch` epochs of `stage` are done."""
         position = torch.tensor([SCHEMA_VERSION, stage, epoch])
-        write_atomic(
-            self.path / "state.safetensors", save_tensors({**tensors, "position": position})
-        )
+        self._write("state.safetensors", save_tensors({**tensors, "position": position}))
 
     def load_state(self) -> tuple[int, int, dict[str, Tensor]] | None:
         """Return stage, epochs done in it and tensors of the last saved state, if there is one."""
@@ -235,6 +254,8 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         try:
             with path.open("ab") as file:
@@ -245,7 +266,7 @@ class Run:
     def drop_metrics_after(self, stage: str, epochs: int, earlier: Sequence[str]) -> None:
         """Forget lines of epochs that a resumed run is going to run again."""
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
+        if not self.writes or not path.is_file():
             return
         kept = []
         for line in path.read_bytes().splitlines():
@@ -258,10 +279,16 @@ class Run:
 
     def finish(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint.json`, after which the run counts as finished."""
+        if not self.writes:
+            return
         record = {"schema_version": SCHEMA_VERSION, "tool_version": __version__, **checkpoint}
         write_atomic(self.path / "checkpoint.json", pretty_json(record))
         for name in ("state.safetensors", "images.json"):
             (self.path / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.writes:
+            write_atomic(self.path / name, data)
 
     def _name_latest(self) -> None:
         """Let `runs/latest` name this run: a link, or a text file where links fail."""
@@ -287,47 +314,3 @@ def follow(path: Path) -> Path:
     if path.name == "latest" and path.is_file():
         return path.parent / path.read_text(encoding="utf-8").strip()
     return path
-
-
-def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
-    """Return every member's tensors under `member<i>.`, contiguous and on the CPU."""
-    return {
-        f"member{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, member in enumerate(members)
-        for name, tensor in member.state_dict().items()
-    }
-
-
-def load_members(members: Sequence[Member], tensors: dict[str, Tensor]) -> None:
-    """Put `members_tensors`' form back; other keys are left alone.
-
-    Raises:
-        UserError: tensors are missing, or shaped for other members.
-    """
-    for index, member in enumerate(members):
-        prefix = f"member{index}."
-        found = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        try:
-            member.load_state_dict(found)
-        except RuntimeError as error:
-            raise UserError(
-                f"the saved weights do not fit member {index} ({str(error).splitlines()[-1]})",
-                "the weights of a run with these settings",
-                "train into another --out",
-            ) from error
-
-
-def parse(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Read safetensors bytes.
-
-    Raises:
-        UserError: they are something else; `path` is named.
-    """
-    try:
-        return load_tensors(data)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error})", "a whole safetensors file") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +16,17 @@ from torch.optim import SGD
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress
-from training import config as configuration
 from training import data as datasets
 from training.config import Config
 from training.data import Split, TrainingData
 from training.diversity import diversity
+from training.losses import Losses
 from training.members import Member, build_members, mean_logits
-from training.methods import Batch, Stage, stages
-from training.run import Run, load_members, members_tensors
+from training.methods import Stage, stages
+from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
+from training.run import Run, follow
+from training.team import ALONE, Batch, Team
+from training.weights import load_members, members_tensors
 
 SAVE_EVERY_S = 10.0
 EVALUATION_BATCH = 512
@@ -55,6 +61,24 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if able and precision != "fp32" else None
 
 
+@dataclass(frozen=True)
+class Training:
+    """What every stage of one run works with.
+
+    Args:
+        train, holdout: on the device where training happens.
+        members, optimizers: all of them, of which this process of the `team` trains its own.
+    """
+
+    config: Config
+    run: Run
+    team: Team
+    members: list[Member]
+    optimizers: list[SGD]
+    train: Split
+    holdout: Split
+
+
 def train(
     config: Config,
     out: Path,
@@ -62,6 +86,8 @@ def train(
     device: torch.device,
     resume: bool = False,
     data: TrainingData | None = None,
+    team: Team = ALONE,
+    wait: bool = False,
 ) -> Run:
     """Train an ensemble into the run directory `out`, or go on where it stopped.
 
@@ -71,48 +97,60 @@ def train(
         device: where to train.
         resume: go on in a directory that was begun before.
         data: the images, where the caller has loaded them already.
+        team: of the processes that train together, see `training.distributed.join`.
+        wait: for another process that is training there, rather than refuse.
 
     Raises:
-        UserError: bad data, a directory that cannot be used, or a loss that is not a number.
+        UserError: bad data, a directory that cannot be used or that another process is using, or
+            a loss that is not a number.
     """
-    Run.check(out, config, resume=resume)
-    if resume and Run(out).finished:
-        return Run.begin(out, config, resume=True)
+    run = Run(follow(out), writes=team.first)
+    if team.tell(lambda: _finished(run, out, config, resume=resume, wait=wait)):
+        return run
     # Whatever can be wrong is found before anything is written.
-    data = data or datasets.load_training(config.data)
-    members, optimizers = prepare(config, data, device)
-    run = Run.begin(out, config, resume=resume)
+    data = data or team.in_turn(lambda: datasets.load_training(config.data))
+    members, optimizers = prepare(config, data, device, team=team)
     begun = time.time()
-    train_split, holdout = data.train.to(device), data.holdout.to(device)
-    run.keep_to(sha256(canonical_json([data.labels, data.train.sha256, data.holdout.sha256])))
-    run.save_probe(data.holdout.images)
-    plan = stages(config, members, optimizers)
+    with contextlib.ExitStack() as held:
 
-    first, done = 0, 0
-    if state := run.load_state():
+        def begin() -> tuple[int, int, dict[str, Tensor]] | None:
+            held.enter_context(run.locked(wait=wait))
+            if run.finished:  # by the process that this one waited for
+                return None
+            Run.begin(out, config, resume=resume)
+            images = [data.labels, data.train.sha256, data.holdout.sha256]
+            run.keep_to(sha256(canonical_json(images)))
+            run.save_probe(data.holdout.images)
+            return run.load_state() or (0, 0, members_tensors(members))
+
+        state = team.tell(begin)
+        if state is None:
+            return run
         first, done, tensors = state
         load_members(members, tensors)
-        _load_momentum(optimizers, tensors)
-    run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
-    for position in range(first, len(plan)):
-        stage = plan[position]
-        _run_stage(run, config, stage, position, done, members, optimizers, train_split, holdout)
-        if position == 0:
-            run.save_members(members, "standard")
-        done = 0
-        for optimizer in optimizers:
-            optimizer.state.clear()  # a new stage begins with no momentum
-        if position + 1 < len(plan):
-            if plan[position + 1].fresh:
-                new, _ = prepare(config, data, device, "fresh")
-                load_members(members, members_tensors(new))
-            run.save_state(position + 1, 0, members_tensors(members))
-    _finish(run, config, data, members, begun)
+        load_momentum(optimizers, tensors)
+        parts = data.train.to(device), data.holdout.to(device)
+        training = Training(config, run, team, members, optimizers, *parts)
+        _run_stages(training, data, first, done)
+        _finish(training, data, begun)
     return run
 
 
+def _finished(run: Run, out: Path, config: Config, *, resume: bool, wait: bool) -> bool:
+    """Return whether there is nothing left to do; refuse a directory that cannot be used."""
+    Run.check(out, config, resume=resume)
+    if run.in_use_or_killed:
+        with run.locked(wait=wait):  # told now, before the images are read
+            return run.finished
+    return run.finished
+
+
 def prepare(
-    config: Config, data: TrainingData, device: torch.device, draw: str = "weights"
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    draw: str = "weights",
+    team: Team = ALONE,
 ) -> tuple[list[Member], list[SGD]]:
     """Return new members on the device, and an optimiser for each.
 
@@ -122,10 +160,11 @@ def prepare(
     mean, std = _normalisation(config, data.train)
     members = build_members(config, len(data.labels), mean, std, draw)
     compute = arithmetic(config.precision, device)
+    team.adapt(members)
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
-    return members, _optimizers(members, config.standard)
+    return members, build_optimizers(members, config.standard)
 
 
 def accuracy(members: Sequence[Member], split: Split) -> float:
@@ -143,56 +182,64 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
     return right / len(split)
 
 
-def _run_stage(
-    run: Run,
-    config: Config,
-    stage: Stage,
-    position: int,
-    done: int,
-    members: Sequence[Member],
-    optimizers: Sequence[SGD],
-    train_split: Split,
-    holdout: Split,
-) -> None:
-    settings = stage.settings
+def _run_stages(training: Training, data: TrainingData, first: int, done: int) -> None:
+    """Go through the stages from `first` on, of which `done` epochs are done."""
+    config, run, members = training.config, training.run, training.members
+    plan = stages(config, members, training.optimizers, training.team)
+    run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
+    for position in range(first, len(plan)):
+        _run_stage(training, plan[position], position, done)
+        if position == 0:
+            run.save_members(members, "standard")
+        done = 0
+        for optimizer in training.optimizers:
+            optimizer.state.clear()  # a new stage begins with no momentum
+        if position + 1 < len(plan):
+            if plan[position + 1].fresh:
+                new, _ = prepare(config, data, members[0].mean.device, "fresh")
+                load_members(members, members_tensors(new))
+            run.save_state(position + 1, 0, members_tensors(members))
+
+
+def _run_stage(training: Training, stage: Stage, position: int, done: int) -> None:
+    config, run, team = training.config, training.run, training.team
+    settings, images = stage.settings, len(training.train)
     saved = time.monotonic()
-    label = f"{stage.name} training, {len(members)} members"
-    count = -(-len(train_split) // config.batch_size)
+    label = f"{stage.name} training, {config.members} members"
+    count = -(-images // config.batch_size)
     with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
-            total, seen = torch.zeros(len(members), device=train_split.images.device), 0
-            for number, batch in enumerate(epoch_batches(train_split, config, stage, epoch)):
-                rate = settings.lr_at(epoch, number / count)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group.update(
-                            lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-                        )
-                total += stage.step(epoch, number, batch)
-                seen += 1
+            losses = Losses(stage.name, epoch, config.members, team)
+            batches = epoch_batches(training.train, config, stage, epoch)
+            for number, batch in enumerate(team.parts(batches)):
+                set_rate(training.optimizers, settings, epoch, number / count)
+                losses.add(stage.step(epoch, number, batch))
                 progress.advance()
-            losses = (total / max(seen, 1)).tolist()
-            _refuse_nan(stage.name, epoch, losses)
-            held = accuracy(members, holdout)
-            speed = len(train_split) / (time.monotonic() - begun)
+            team.collect(training.members, training.optimizers)
             record = {
                 "stage": stage.name,
                 "epoch": epoch + 1,
-                "losses": losses,
-                "holdout_accuracy": held,
-                "images_per_s": round(speed, 1),
+                "losses": losses.means(training.members),
+                "holdout_accuracy": accuracy(training.members, training.holdout),
+                "images_per_s": round(images / (time.monotonic() - begun), 1),
             }
-            if len(members) > 1 and _measures_diversity(epoch, settings.epochs):
-                few = holdout.take(slice(DIVERSITY_IMAGES))
-                record["diversity"] = diversity(members, few, config.dverge, config.seed)["nats"]
+            if config.members > 1 and _measures_diversity(epoch, settings.epochs):
+                few = training.holdout.take(slice(DIVERSITY_IMAGES))
+                measured = diversity(training.members, few, config.dverge, config.seed)
+                record["diversity"] = measured["nats"]
             run.log(record)
-            note = f"loss {sum(losses) / len(losses):.3f}, held-out {held:.3f}, {speed:.0f} img/s"
-            progress.advance(0, note)
+            progress.advance(0, _note(record))
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
-                tensors = {**members_tensors(members), **_momentum(optimizers)}
-                run.save_state(position, epoch + 1, tensors)
+                momentum = momentum_tensors(training.optimizers)
+                run.save_state(position, epoch + 1, members_tensors(training.members) | momentum)
                 saved = time.monotonic()
+
+
+def _note(record: dict[str, Any]) -> str:
+    loss = sum(record["losses"]) / len(record["losses"])
+    held, speed = record["holdout_accuracy"], record["images_per_s"]
+    return f"loss {loss:.3f}, held-out {held:.3f}, {speed:.0f} img/s"
 
 
 def epoch_batches(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[Batch]:
@@ -213,16 +260,6 @@ def _measures_diversity(epoch: int, epochs: int) -> bool:
     return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
 
 
-def _refuse_nan(stage: str, epoch: int, losses: list[float]) -> None:
-    for index, loss in enumerate(losses):
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise UserError(
-                f"the loss of member {index} became {loss} in {stage} epoch {epoch + 1}",
-                "a finite loss",
-                f"lower {stage}.lr and train into another --out",
-            )
-
-
 def _normalisation(config: Config, train: Split) -> tuple[list[float], list[float]]:
     if config.data.mean and config.data.std:
         return list(config.data.mean), list(config.data.std)
@@ -238,38 +275,8 @@ def _normalisation(config: Config, train: Split) -> tuple[list[float], list[floa
     return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
 
 
-def _optimizers(members: Sequence[Member], settings: configuration.Stage) -> list[SGD]:
-    return [
-        SGD(
-            member.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
-        for member in members
-    ]
-
-
-def _momentum(optimizers: Sequence[SGD]) -> dict[str, Tensor]:
-    return {
-        f"momentum{index}.{number}": buffer.cpu().contiguous()
-        for index, optimizer in enumerate(optimizers)
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"])
-        if (buffer := optimizer.state[parameter].get("momentum_buffer")) is not None
-    }
-
-
-def _load_momentum(optimizers: Sequence[SGD], tensors: dict[str, Tensor]) -> None:
-    for index, optimizer in enumerate(optimizers):
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            if (stored := tensors.get(f"momentum{index}.{number}")) is not None:
-                optimizer.state[parameter]["momentum_buffer"] = stored.to(parameter.device)
-
-
-def _finish(
-    run: Run, config: Config, data: TrainingData, members: Sequence[Member], begun: float
-) -> None:
-    holdout = data.holdout.to(members[0].mean.device)
+def _finish(training: Training, data: TrainingData, begun: float) -> None:
+    config, run, members = training.config, training.run, training.members
     run.finish(
         {
             "labels": list(data.labels),
@@ -280,12 +287,13 @@ def _finish(
             "train_sha256": data.train.sha256,
             "train_images": len(data.train),
             "holdout_images": len(data.holdout),
-            "holdout_accuracy": accuracy(members, holdout),
+            "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
             "provenance": {
                 "torch": torch.__version__,
                 "device": str(members[0].mean.device),
                 "threads": torch.get_num_threads(),
+                "processes": training.team.size,
                 "precision": "fp32" if members[0].compute is None else "bf16",
                 "seconds_since_start_or_resume": round(time.time() - begun, 1),
             },

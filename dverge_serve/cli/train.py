@@ -27,7 +27,12 @@ Settings = Annotated[
 ]
 
 
-@app.command(epilog="Example: dverge train --data photos/ --set dverge.epochs=20")
+EXAMPLES = """Example: dverge train --data photos/ --set dverge.epochs=20
+
+On several devices: torchrun --nproc-per-node 3 -m dverge_serve train --data photos/"""
+
+
+@app.command(epilog=EXAMPLES)
 def train(
     recipe: Recipe = None,
     data: Data = None,
@@ -63,15 +68,19 @@ def train(
         typer.echo(json.dumps(config.to_json(), indent=2))
         _say_cost(config, device)
         return
+    from training.distributed import join
     from training.train import pick_device
     from training.train import train as train_run
 
-    chosen = pick_device(device)
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    typer.echo(f"training '{config.name}' on {chosen} into {out}", err=True)
-    run = train_run(config, out, device=chosen, resume=resume)
-    accuracy = run.checkpoint["holdout_accuracy"]
-    typer.echo(f"finished {out}: held-out accuracy {accuracy:.3f}")
+    with join(config, pick_device(device)) as (team, chosen):
+        if team.first:
+            together = f", {team.size} processes" if team.size > 1 else ""
+            typer.echo(f"training '{config.name}' on {chosen}{together} into {out}", err=True)
+        run = train_run(config, out, device=chosen, resume=resume, team=team)
+        if team.first:
+            accuracy = run.checkpoint["holdout_accuracy"]
+            typer.echo(f"finished {out}: held-out accuracy {accuracy:.3f}")
 
 
 @app.command(epilog="Example: dverge demo")

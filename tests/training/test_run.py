@@ -17,8 +17,9 @@ from tests.training.networks import tiny_config, tiny_images, tiny_members
 from training import data as datasets
 from training.config import Config
 from training.data import load_training, to_float
-from training.run import Run, follow, load_members, members_tensors
+from training.run import Run, follow
 from training.train import accuracy, train
+from training.weights import load_members, members_tensors
 
 CPU = torch.device("cpu")
 

@@ -32,7 +32,9 @@ class Steps:
         self.standard: list[dict[str, Any]] = []
         self.dverge: list[dict[str, Any]] = []
 
-        def standard_step(members: Any, optimizers: Any, source: Tensor, labels: Tensor) -> Tensor:
+        def standard_step(
+            members: Any, optimizers: Any, source: Tensor, labels: Tensor, **more: Any
+        ) -> Tensor:
             self.standard.append({"source": source, "lr": optimizers[0].param_groups[0]["lr"]})
             return torch.ones(len(members))
 
