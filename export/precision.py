@@ -80,9 +80,9 @@ def images_for(config: Config) -> tuple[Pixels, Pixels]:
     """
     data = load_training(config.data)
     order = torch.randperm(len(data.train), generator=generator("calibration"))
-    calibration = data.train.images[order[:CALIBRATION]]
-    others = [data.holdout.images, data.train.images[order[CALIBRATION:]]]
-    return calibration.numpy(), torch.cat(others)[:COMPARED].numpy()
+    chosen, rest = order[:CALIBRATION], order[CALIBRATION : CALIBRATION + COMPARED]
+    (calibration, _), (others, _) = data.train.fetch([chosen, rest])
+    return calibration.numpy(), torch.cat([data.holdout.images, others])[:COMPARED].numpy()
 
 
 def convert(data: bytes, card: Card, precision: Precision, calibration: Pixels | None) -> bytes:

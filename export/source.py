@@ -74,5 +74,8 @@ def noise(shape: tuple[int, int, int], count: int) -> npt.NDArray[np.uint8]:
 def config_json(config: Config) -> dict[str, Any]:
     """Return the settings as a model file carries them: without the folder they were read from."""
     table = config.to_json()
-    table["data"].pop("path")  # says nothing about the model, and names a folder of this machine
+    for key in ("path", "memory_gb", "workers"):  # of this machine, they say nothing of the model
+        table["data"].pop(key)
+    table.pop("start")  # a path, too
+    table.pop("tensorboard")
     return table

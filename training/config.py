@@ -18,6 +18,11 @@ from dverge_serve.images import Preprocess
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
 EMBEDDED = ("digits",)
 DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
+FREE = {
+    "data.memory_gb",
+    "data.workers",
+    "tensorboard",
+}  # may change from one half of a run to the other
 DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 
@@ -40,12 +45,16 @@ class Data:
     holdout: float = 0.1  # share of the training images kept for choosing anything
     train_limit: int = 0  # use only this many training images; 0: all
     test_limit: int = 0
+    # imagefolder: the most memory that decoded training images take; more of them are read from
+    # disk as training goes on, which changes no batch. 0: always so; none: half of what is free
+    memory_gb: float | None = None
+    workers: int | None = None  # processes reading from disk; none: one a core, at most 8
 
     def __post_init__(self) -> None:
         _check("data.holdout", self.holdout, 0.0 < self.holdout <= 0.5, "a share in (0, 0.5]")
-        for key in ("pad", "train_limit", "test_limit"):
+        for key in ("pad", "train_limit", "test_limit", "memory_gb", "workers"):
             value = getattr(self, key)
-            _check(f"data.{key}", value, value >= 0, "0 or more")
+            _check(f"data.{key}", value, value is None or value >= 0, "0 or more")
         _check("data.crop", self.crop, min(self.crop) >= 8, "at least 8 by 8 pixels")
         channels = self.preprocess.shape[0]
         for key in ("mean", "std"):
@@ -185,10 +194,14 @@ class Config:
     )
     # resnet<6n+2> or torchvision:<name>; or a list with one for each member
     architecture: str | tuple[str, ...] = "resnet20"
+    # safetensors files with starting weights: one of a run, whose members replace ordinary
+    # training; one of a single model, from which all begin it; or a list of such. Empty: random
+    start: str | tuple[str, ...] = ""
     width: int = 16  # channels of the first third
     members: int = 3
     batch_size: int = 128
     seed: int = 0
+    tensorboard: bool = False  # TensorBoard events beside metrics.jsonl (extra `tensorboard`)
     # Of the members' arithmetic; their weights stay fp32. auto: bf16 where the hardware has it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     data: Data = field(default_factory=Data)
@@ -298,7 +311,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def differences(one: Config, other: Config) -> list[str]:
-    """Return the dotted keys at which two configurations differ."""
+    """Return the dotted keys at which two configurations differ, where a result depends on them."""
 
     def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -310,7 +323,8 @@ def differences(one: Config, other: Config) -> list[str]:
         return flat
 
     left, right = flatten(one.to_json()), flatten(other.to_json())
-    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+    keys = (left.keys() | right.keys()) - FREE
+    return sorted(key for key in keys if left.get(key) != right.get(key))
 
 
 def _check(key: str, value: Any, holds: bool, expected: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from dverge_serve.errors import UserError
 from training import sources
 from training.config import Data
 from training.seeds import generator
+from training.streaming import Streamed, streamed, streams
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,42 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
     def to(self, device: torch.device) -> Split:
-        """Return the split on `device`."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Return the split on `device`.
+
+        Raises:
+            UserError: they do not fit there.
+        """
+        try:
+            return Split(self.images.to(device), self.labels.to(device))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(self)} images of shape {list(self.images.shape[1:])} do not fit on {device}",
+                next_step="--set data.memory_gb=0 reads a folder of images as training goes on",
+            ) from error
 
     def take(self, index: Tensor | slice) -> Split:
         """Return the chosen rows."""
         return Split(self.images[index], self.labels[index])
+
+    def fetch(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is rows, `[n]`."""
+        for rows in parts:
+            yield self.images[rows], self.labels[rows]
+
+    @property
+    def levels(self) -> Tensor:
+        """How often each of the 256 levels occurs in each channel, float64 `[C, 256]`."""
+        counted = [
+            torch.bincount(channel.flatten(), minlength=256)
+            for channel in self.images.cpu().unbind(1)
+        ]
+        return torch.stack(counted).double()
 
     @property
     def sha256(self) -> str:
@@ -54,17 +84,42 @@ class TrainingData:
     """What training may look at. The held-out part is for choosing; the test set is not here."""
 
     labels: tuple[str, ...]
-    train: Split
+    train: Split | Streamed
     holdout: Split
 
 
 def load_training(data: Data) -> TrainingData:
     """Load the training images and set the held-out part aside, the same part for every seed.
 
+    Where they are a folder of more images than memory is given for, they stay on disk.
+
     Raises:
         UserError: missing or empty folders, unreadable images, a failed download, too few images.
     """
-    labels, (pixels, targets) = sources.read(data, "train")
+    if data.name != "imagefolder":
+        labels, (pixels, targets) = sources.read(data, "train")
+        kept, out = _parts(targets, labels, data)
+        return TrainingData(
+            labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
+        )
+    labels, files = sources.image_files(data, "train")
+    kept, out = _parts(files.targets, labels, data)
+    if streams(files, data):
+        return TrainingData(
+            labels, streamed(files.take(kept), data), _split(*files.take(out).read())
+        )
+    # Read in an order that makes both parts views: no second copy of the images.
+    pixels, targets = files.take(np.concatenate([kept, out])).read()
+    count = len(kept)
+    return TrainingData(
+        labels, _split(pixels[:count], targets[:count]), _split(pixels[count:], targets[count:])
+    )
+
+
+def _parts(
+    targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows for training and the rows held out."""
     order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
     held = max(1, round(data.holdout * len(order)))
     if len(order) - held < 2:
@@ -80,9 +135,7 @@ def load_training(data: Data) -> TrainingData:
             "every class in the training part",
             "raise data.train_limit or lower data.holdout",
         )
-    return TrainingData(
-        labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
-    )
+    return kept, out
 
 
 def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
@@ -97,24 +150,22 @@ def to_float(batch: Tensor) -> Tensor:
 
 
 def batches(
-    split: Split, batch_size: int, data: Data, *names: int | str
+    split: Split | Streamed, batch_size: int, data: Data, *names: int | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one shuffled, augmented epoch: float32 images `[B,C,H,W]` in `[0,1]` and labels `[B]`.
 
     Args:
-        split: the images, on the device where the batches are made.
+        split: the images, on or bound for the device where the batches are made.
         batch_size: images a batch; the last may be smaller, but never a single image, which
             BatchNorm cannot normalise.
         data: the augmentation.
         names: what this epoch is, for the random generator (see `training.seeds`).
     """
-    device = split.images.device
-    draw = generator(*names, device=device)
-    order = torch.randperm(len(split), generator=draw, device=device)
-    for index in torch.split(order, batch_size):
-        if len(index) > 1:
-            chosen = split.take(index)
-            yield to_float(augment(chosen.images, data, draw)), chosen.labels
+    draw = generator(*names, device=split.device)
+    order = torch.randperm(len(split), generator=draw, device=split.device)
+    parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
+    for images, labels in split.fetch(parts):
+        yield to_float(augment(images, data, draw)), labels
 
 
 def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
 
 from training import data as datasets
+from training.balance import balance
 from training.config import Config
-from training.methods import stages
+from training.members import Member
+from training.methods import Stage, draw_layer, stages
+from training.start import Start, skipped
 from training.train import epoch_batches, prepare
 
 TIMED_STEPS = 3
@@ -45,28 +51,51 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
 
     Returns:
         parameters (of all members), training images, gradient evaluations and seconds of each
-        stage.
+        stage that will be run, and notes: lines about the classes and the starting weights.
     """
+    start = Start.read(config)
     data = datasets.load_training(config.data)
-    members, optimizers = prepare(config, data, device)
+    members, optimizers = prepare(config, data, device, start=start)
+    notes = [*balance(data), *([start.told(config, members)] if start else [])]
     split = data.train.to(device)
-    count = -(-len(split) // config.batch_size)
+    steps = -(-len(split) // config.batch_size)
+    evaluations = gradient_evaluations(config, len(split))
+    plan = stages(config, members, optimizers)
+    if skipped(config, members, start):
+        evaluations.pop(plan.pop(0).name)
     seconds: dict[str, float] = {}
-    for stage in stages(config, members, optimizers):
-        batches = epoch_batches(split, config, stage, 0)
-        stage.step(0, 0, next(batches))  # warms up
+    for stage in plan:
+        batches = list(islice(epoch_batches(split, config, stage, 0), TIMED_STEPS))
+        epochs = _epochs_to_time(config, stage, members)
         times = []
-        for number, batch in enumerate(batches):
-            if number == TIMED_STEPS:
-                break
+        for number, epoch in enumerate(epochs):
+            batch = batches[number % len(batches)]
+            if number == 0 or device.type == "cuda":  # where each layer is made ready by itself
+                stage.step(epoch, 0, batch)
             begun = time.monotonic()
-            # An epoch draws one layer, and what a step costs depends on it: take several.
-            stage.step(number + 1, 0, batch).sum().item()
+            float(stage.step(epoch, 0, batch).sum())
             times.append(time.monotonic() - begun)
-        seconds[stage.name] = stage.settings.epochs * count * sum(times) / max(len(times), 1)
+        seconds[stage.name] = stage.settings.epochs * steps * sum(times) / len(times)
     return {
         "parameters": sum(p.numel() for member in members for p in member.parameters()),
         "training_images": len(split),
-        "gradient_evaluations": gradient_evaluations(config, len(split)),
+        "gradient_evaluations": evaluations,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "notes": notes,
     }
+
+
+def _epochs_to_time(config: Config, stage: Stage, members: Sequence[Member]) -> list[int]:
+    """Return epochs whose steps stand for all: of DVERGE's, those that draw layers evenly spread.
+
+    What a step costs grows with the layer it draws; a few at random would say little.
+    """
+    if not stage.pairs:
+        return list(range(TIMED_STEPS))
+    deepest = max(member.depth for member in members)
+    later = () if config.dverge.layer_every == "epoch" else (0,)  # the batch's number, if need be
+    layers = [math.ceil((part + 0.5) / TIMED_STEPS * deepest) for part in range(TIMED_STEPS)]
+    return [
+        next(epoch for epoch in count() if draw_layer(config, deepest, epoch, *later) == layer)
+        for layer in layers
+    ]

@@ -47,7 +47,8 @@ class Run:
     `members.safetensors` the result; `checkpoint.json` written last, so that a directory with it
     is finished; `probe.npz` held-out images for parity checks; `metrics.jsonl` one line an epoch;
     `state.safetensors` what resuming needs, in one file so that it is never half of two states;
-    `images.json` the hash of the images, so that a run never goes on with others.
+    `images.json` the hash of the images, and of starting weights from files, so that a run never
+    goes on with others.
 
     Args:
         path: the directory.
@@ -119,20 +120,25 @@ class Run:
         """Keep other processes from training here, see `training.lock`."""
         return locked(self.path, wait=wait)
 
-    def keep_to(self, images_sha256: str) -> None:
-        """Note which images the run learns from when it starts; refuse others when it goes on.
+    def keep_to(self, images_sha256: str, start_sha256: str = "") -> None:
+        """Note what the run learns and begins from when it starts; refuse other when it goes on.
 
         Raises:
-            UserError: the images changed in between.
+            UserError: the images or the starting weights changed in between.
         """
         path = self.path / "images.json"
         note = {"images_sha256": images_sha256}
+        note |= {"start_sha256": start_sha256} if start_sha256 else {}
         if not path.is_file():
             write_atomic(path, pretty_json(note))
-        elif read_json(path, "the hash of the run's images") != note:
+            return
+        noted = read_json(path, "the hash of the run's images")
+        if noted != note:
+            same_images = noted.get("images_sha256") == images_sha256
+            what = "starting weights" if same_images else "training images"
             raise UserError(
-                f"the training images changed since {self.path} was begun",
-                "the images it was begun with",
+                f"the {what} changed since {self.path} was begun",
+                "those it was begun with",
                 "restore them, or train into another --out",
             )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def read(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
             than the recipe's.
     """
     if data.name == "imagefolder":
-        return _imagefolder(data, part)
+        names, files = image_files(data, part)
+        return names, files.read()
     labels, pixels, targets = _digits(part) if data.name == "digits" else _torchvision(data, part)
     shape = data.preprocess.shape
     if pixels.shape[1:] != shape:
@@ -129,7 +132,12 @@ def class_folders(root: Path, part: str) -> dict[str, list[Path]]:
     return classes
 
 
-def _imagefolder(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
+def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
+    """Return class names and files of `part` of a folder of images; nothing is decoded yet.
+
+    Raises:
+        UserError: missing or empty folders, or classes that differ between the parts.
+    """
     if not data.path:
         raise UserError("no data folder", "--data FOLDER with train/<class>/ and test/<class>/")
     root = Path(data.path)
@@ -142,27 +150,74 @@ def _imagefolder(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
             "the same class folders under train and test",
         )
     classes = train if part == "train" else test
-    files = [file for found in classes.values() for file in found]
+    paths = [file for found in classes.values() for file in found]
     targets = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
-    chosen = _chosen(len(files), data, part)
-    files, targets = [files[at] for at in chosen], targets[chosen]
-    pixels = np.empty((len(files), *data.preprocess.shape), dtype=np.uint8)
-    broken: list[str] = []
+    files = ImageFiles(root / part, paths, targets.astype(np.int64), data.preprocess)
+    return tuple(classes), files.take(_chosen(len(paths), data, part))
 
-    def decode(at: int) -> None:
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Labelled image files, not decoded yet.
+
+    Args:
+        folder: that they lie in, for messages.
+        paths: of `N` files.
+        targets: classes, int64 `[N]`.
+        preprocess: how they become the model's input.
+    """
+
+    folder: Path
+    paths: list[Path]
+    targets: npt.NDArray[np.int64]
+    preprocess: images.Preprocess
+
+    def take(self, rows: npt.NDArray[np.int64]) -> ImageFiles:
+        """Return the chosen rows."""
+        return replace(self, paths=[self.paths[at] for at in rows], targets=self.targets[rows])
+
+    def read(self) -> Arrays:
+        """Decode all: images uint8 `[N, C, H, W]` and classes.
+
+        Raises:
+            UserError: images that cannot be read.
+        """
+        count = len(self.paths)
+        pixels = np.empty((count, *self.preprocess.shape), dtype=np.uint8)
+        broken: list[str] = []
+
+        def one(at: int) -> None:
+            (pixels[at],), unread = decode(self.paths[at : at + 1], self.preprocess)
+            broken.extend(unread)
+
+        label = f"reading {self.folder.name} images"
+        with Progress(label, count) as progress, ThreadPoolExecutor() as pool:
+            for _ in pool.map(one, range(count)):
+                progress.advance()
+        refuse_broken(broken, count, self.folder)
+        return pixels, self.targets
+
+
+def decode(
+    paths: Sequence[Path], preprocess: images.Preprocess
+) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Return the images uint8 `[n, C, H, W]`, and a line about each file that holds none."""
+    pixels = np.zeros((len(paths), *preprocess.shape), dtype=np.uint8)
+    broken = []
+    for at, path in enumerate(paths):
         try:
-            pixels[at] = images.load(files[at].read_bytes(), data.preprocess)
+            pixels[at] = images.load(path.read_bytes(), preprocess)
         except (images.ImageError, OSError) as error:
-            broken.append(f"{files[at]} ({error})")
+            broken.append(f"{path} ({error})")
+    return pixels, broken
 
-    with Progress(f"reading {part} images", len(files)) as progress, ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode, range(len(files))):
-            progress.advance()
+
+def refuse_broken(broken: Sequence[str], count: int, folder: Path) -> None:
+    """Raise a UserError that names the first few of the files that cannot be read, if any."""
     if broken:
-        shown = ", ".join(sorted(broken)[:3])
         raise UserError(
-            f"{len(broken)} of {len(files)} images in {root / part} cannot be read: {shown}",
+            f"{len(broken)} of {count} images in {folder} cannot be read: "
+            + ", ".join(sorted(broken)[:3]),
             "whole PNG, JPEG or WebP files",
             "replace or remove them",
         )
-    return tuple(classes), (pixels, targets.astype(np.int64))

@@ -15,16 +15,20 @@ from torch.optim import SGD
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
-from dverge_serve.progress import Progress
+from dverge_serve.progress import Progress, say
 from training import data as datasets
+from training.balance import balance, class_counts
 from training.config import Config
 from training.data import Split, TrainingData
 from training.diversity import diversity
+from training.events import Log, logged, require_tensorboard
 from training.losses import Losses
 from training.members import Member, build_members, mean_logits
 from training.methods import Stage, stages
 from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
 from training.run import Run, follow
+from training.start import Start, skipped
+from training.streaming import Streamed
 from training.team import ALONE, Batch, Team
 from training.weights import load_members, members_tensors
 
@@ -67,6 +71,7 @@ class Training:
 
     Args:
         train, holdout: on the device where training happens.
+        start: weights from files.
         members, optimizers: all of them, of which this process of the `team` trains its own.
     """
 
@@ -75,8 +80,9 @@ class Training:
     team: Team
     members: list[Member]
     optimizers: list[SGD]
-    train: Split
+    train: Split | Streamed
     holdout: Split
+    start: Start | None = None
 
 
 def train(
@@ -108,8 +114,16 @@ def train(
     if team.tell(lambda: _finished(run, out, config, resume=resume, wait=wait)):
         return run
     # Whatever can be wrong is found before anything is written.
-    data = data or team.in_turn(lambda: datasets.load_training(config.data))
-    members, optimizers = prepare(config, data, device, team=team)
+    start = team.in_turn(lambda: Start.read(config))
+    if config.tensorboard:
+        require_tensorboard()
+    if data is None:
+        data = team.in_turn(lambda: datasets.load_training(config.data))
+        for line in balance(data):
+            say(line)
+    members, optimizers = prepare(config, data, device, team=team, start=start)
+    if start is not None:
+        say(start.told(config, members))
     begun = time.time()
     with contextlib.ExitStack() as held:
 
@@ -119,9 +133,13 @@ def train(
                 return None
             Run.begin(out, config, resume=resume)
             images = [data.labels, data.train.sha256, data.holdout.sha256]
-            run.keep_to(sha256(canonical_json(images)))
+            run.keep_to(sha256(canonical_json(images)), start.sha256 if start else "")
             run.save_probe(data.holdout.images)
-            return run.load_state() or (0, 0, members_tensors(members))
+            return run.load_state() or (
+                0,
+                skipped(config, members, start),
+                members_tensors(members),
+            )
 
         state = team.tell(begin)
         if state is None:
@@ -130,7 +148,7 @@ def train(
         load_members(members, tensors)
         load_momentum(optimizers, tensors)
         parts = data.train.to(device), data.holdout.to(device)
-        training = Training(config, run, team, members, optimizers, *parts)
+        training = Training(config, run, team, members, optimizers, *parts, start)
         _run_stages(training, data, first, done)
         _finish(training, data, begun)
     return run
@@ -151,14 +169,18 @@ def prepare(
     device: torch.device,
     draw: str = "weights",
     team: Team = ALONE,
+    start: Start | None = None,
 ) -> tuple[list[Member], list[SGD]]:
     """Return new members on the device, and an optimiser for each.
 
     Raises:
-        UserError: an unknown architecture, or arithmetic that the hardware lacks.
+        UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
+            the hardware lacks.
     """
     mean, std = _normalisation(config, data.train)
     members = build_members(config, len(data.labels), mean, std, draw)
+    if start is not None:
+        start.put_into(members)
     compute = arithmetic(config.precision, device)
     team.adapt(members)
     for member in members:
@@ -187,21 +209,23 @@ def _run_stages(training: Training, data: TrainingData, first: int, done: int) -
     config, run, members = training.config, training.run, training.members
     plan = stages(config, members, training.optimizers, training.team)
     run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
-    for position in range(first, len(plan)):
-        _run_stage(training, plan[position], position, done)
-        if position == 0:
-            run.save_members(members, "standard")
-        done = 0
-        for optimizer in training.optimizers:
-            optimizer.state.clear()  # a new stage begins with no momentum
-        if position + 1 < len(plan):
-            if plan[position + 1].fresh:
-                new, _ = prepare(config, data, members[0].mean.device, "fresh")
-                load_members(members, members_tensors(new))
-            run.save_state(position + 1, 0, members_tensors(members))
+    with logged(run, events=config.tensorboard) as log:
+        for position in range(first, len(plan)):
+            _run_stage(training, plan[position], position, done, log)
+            if position == 0:
+                run.save_members(members, "standard")
+            done = 0
+            for optimizer in training.optimizers:
+                optimizer.state.clear()  # a new stage begins with no momentum
+            if position + 1 < len(plan):
+                if plan[position + 1].fresh:
+                    device = members[0].mean.device
+                    new, _ = prepare(config, data, device, "fresh", start=training.start)
+                    load_members(members, members_tensors(new))
+                run.save_state(position + 1, 0, members_tensors(members))
 
 
-def _run_stage(training: Training, stage: Stage, position: int, done: int) -> None:
+def _run_stage(training: Training, stage: Stage, position: int, done: int, log: Log) -> None:
     config, run, team = training.config, training.run, training.team
     settings, images = stage.settings, len(training.train)
     saved = time.monotonic()
@@ -222,13 +246,14 @@ def _run_stage(training: Training, stage: Stage, position: int, done: int) -> No
                 "epoch": epoch + 1,
                 "losses": losses.means(training.members),
                 "holdout_accuracy": accuracy(training.members, training.holdout),
+                "lr": settings.lr_at(epoch, (count - 1) / count),  # its last step's
                 "images_per_s": round(images / (time.monotonic() - begun), 1),
             }
             if config.members > 1 and _measures_diversity(epoch, settings.epochs):
                 few = training.holdout.take(slice(DIVERSITY_IMAGES))
                 measured = diversity(training.members, few, config.dverge, config.seed)
                 record["diversity"] = measured["nats"]
-            run.log(record)
+            log(record)
             progress.advance(0, _note(record))
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
                 momentum = momentum_tensors(training.optimizers)
@@ -242,7 +267,9 @@ def _note(record: dict[str, Any]) -> str:
     return f"loss {loss:.3f}, held-out {held:.3f}, {speed:.0f} img/s"
 
 
-def epoch_batches(split: Split, config: Config, stage: Stage, epoch: int) -> Iterator[Batch]:
+def epoch_batches(
+    split: Split | Streamed, config: Config, stage: Stage, epoch: int
+) -> Iterator[Batch]:
     """Yield source batches, with independently shuffled and augmented targets where needed."""
     names = (config.seed, stage.name, epoch)
     sources = datasets.batches(split, config.batch_size, config.data, *names, "source")
@@ -260,16 +287,12 @@ def _measures_diversity(epoch: int, epochs: int) -> bool:
     return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
 
 
-def _normalisation(config: Config, train: Split) -> tuple[list[float], list[float]]:
+def _normalisation(config: Config, train: Split | Streamed) -> tuple[list[float], list[float]]:
     if config.data.mean and config.data.std:
         return list(config.data.mean), list(config.data.std)
     # Counting levels is exact, whatever the thread count, and needs no wider copy of the images.
     levels = torch.arange(256, dtype=torch.float64)
-    counts = [
-        torch.bincount(channel.flatten(), minlength=256).double()
-        for channel in train.images.cpu().unbind(1)
-    ]
-    shares = torch.stack([count / count.sum() for count in counts])
+    shares = train.levels / train.levels.sum(1, keepdim=True)
     mean = (shares * levels).sum(1)
     std = ((shares * levels**2).sum(1) - mean**2).clamp_min(1.0).sqrt()
     return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
@@ -286,9 +309,11 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
             "config_sha256": sha256(canonical_json(config.to_json())),
             "train_sha256": data.train.sha256,
             "train_images": len(data.train),
+            "class_counts": class_counts(data),
             "holdout_images": len(data.holdout),
             "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
+            "start": training.start.files if training.start else [],
             "provenance": {
                 "torch": torch.__version__,
                 "device": str(members[0].mean.device),

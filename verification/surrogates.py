@@ -80,7 +80,9 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
         architecture=named if isinstance(named, str) else tuple(islice(cycle(named), int(size))),
         members=int(size),
         seed=MAX_SEED + int(size),
-        data=replace(config.data, path="", test_limit=0),
+        data=replace(config.data, path="", test_limit=0, memory_gb=None, workers=None),
+        start="",
+        tensorboard=False,
         dverge=Dverge(),
         verification=Verification(),
     )

@@ -43,6 +43,12 @@ def train(
     members: Annotated[int | None, typer.Option(help="How many members.")] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Of all randomness. [default: 0]")] = None,
+    start: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="safetensors with weights to start from; a run's or one model's. Repeats."
+        ),
+    ] = None,
     set_: Settings = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the settings, what the run will cost, and stop.")
@@ -55,7 +61,7 @@ def train(
     """
     from training.config import MAX_SEED
 
-    config = _config(recipe, data, members, seed, set_)
+    config = _config(recipe, data, members, seed, set_, start)
     if resume and out is None:
         out = _latest()
     if resume and config == _config(None, None, None, None, None):
@@ -118,6 +124,7 @@ def _config(
     members: int | None,
     seed: int | None,
     settings: list[str] | None,
+    start: list[Path] | None = None,
 ) -> Config:
     from training.config import data_overrides, load_recipe, parse_settings
 
@@ -126,6 +133,9 @@ def _config(
         overrides["members"] = members
     if seed is not None:
         overrides["seed"] = seed
+    if start:
+        named = [str(path.resolve()) for path in start]
+        overrides["start"] = named if len(named) > 1 else named[0]
     default = "images" if overrides.get("data.name") == "imagefolder" else "digits"
     return load_recipe(recipe or default, overrides | parse_settings(settings or []))
 
@@ -141,6 +151,8 @@ def _say_cost(config: Config, device: str) -> None:
     except UserError as error:  # the settings are still worth printing
         typer.echo(f"no estimate: {error}", err=True)
         return
+    for line in cost["notes"]:
+        typer.echo(line, err=True)
     for stage, seconds in cost["seconds"].items():
         gradients = cost["gradient_evaluations"][stage]
         told = f"{gradients:,} gradient evaluations, about {duration(seconds)} on {chosen}"

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from training.config import Config, Data, load_recipe
+from training.data import Split
 from training.members import Member, build_members
+from training.streaming import Streamed
 
 DEPTH = 8
 
@@ -66,3 +68,9 @@ def tiny_config(**overrides: Any) -> Config:
     return load_recipe(
         "digits", settings | {key.replace("__", "."): value for key, value in overrides.items()}
     )
+
+
+def stored(split: Split | Streamed) -> Split:
+    """Return a split that is known to be in memory."""
+    assert isinstance(split, Split)
+    return split

@@ -36,11 +36,13 @@ PUBLISHED = {
     "name": "cifar10",
     "method": "dverge",
     "architecture": "resnet20",
+    "start": "",
     "width": 16,
     "members": 3,
     "batch_size": 128,
     "precision": "auto",
     "seed": 0,
+    "tensorboard": False,
     "data": {
         "name": "cifar10",
         "path": "",
@@ -55,6 +57,8 @@ PUBLISHED = {
         "holdout": 0.1,
         "train_limit": 0,
         "test_limit": 0,
+        "memory_gb": None,
+        "workers": None,
     },
     "standard": SCHEDULE,
     "dverge": {
@@ -138,7 +142,7 @@ def test_a_key_like_no_other_is_told_all_of_them() -> None:
 
 
 def test_an_unknown_recipe_is_told_its_nearest() -> None:
-    for name, suggestion in (("cifar", "did you mean 'cifar10'"), ("zzz", "cifar10, cifar10-fast")):
+    for name, suggestion in (("cifar", "did you mean 'cifar10'"), ("zzz", "known: cifar10, ")):
         with pytest.raises(UserError, match="unknown recipe") as caught:
             load_recipe(name)
         assert suggestion in str(caught.value)
@@ -298,6 +302,14 @@ def test_differences_name_dotted_keys() -> None:
     other = load_recipe("digits", {"dverge.eps": 0.1, "seed": 1, "data.pad": 2})
     assert differences(one, other) == ["data.pad", "dverge.eps", "seed"]
     assert differences(one, load_recipe("digits")) == []
+
+
+def test_what_changes_no_result_is_no_difference() -> None:
+    one = load_recipe("images")
+    free = {"data.memory_gb": 0.5, "data.workers": 3, "tensorboard": True}
+    other = load_recipe("images", free)
+    assert (other.data.memory_gb, other.data.workers, other.tensorboard) == (0.5, 3, True)
+    assert differences(one, other) == []
 
 
 def test_a_recipe_of_ones_own_is_named_after_its_file(tmp_path: Path) -> None:

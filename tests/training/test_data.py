@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dverge_serve import images
 from dverge_serve.errors import UserError
+from tests.training.networks import stored
 from training.config import Data
 from training.data import (
     Split,
@@ -30,12 +31,13 @@ from training.data import (
 )
 from training.seeds import derive, generator
 from training.sources import class_folders
+from training.streaming import Streamed
 
 DIGITS = Data(name="digits", mode="L", crop=(8, 8), pad=1, flip=False)
 
 
-def rows(split: Split) -> list[bytes]:
-    return [image.numpy().tobytes() for image in split.images]
+def rows(split: Split | Streamed) -> list[bytes]:
+    return [image.numpy().tobytes() for image in stored(split).images]
 
 
 def test_digits_keep_360_test_images_that_training_never_sees() -> None:
@@ -48,7 +50,7 @@ def test_digits_keep_360_test_images_that_training_never_sees() -> None:
     seen = Counter(rows(training.train) + rows(training.holdout) + rows(test))
     assert len(seen) == 1797
     assert set(seen.values()) == {1}
-    for split in (training.train, training.holdout, test):
+    for split in (stored(training.train), training.holdout, test):
         assert split.images.dtype == torch.uint8
         assert split.images.shape[1:] == (1, 8, 8)
         assert set(split.labels.tolist()) == set(range(10))
@@ -230,7 +232,7 @@ def test_a_folder_of_images_becomes_classes_and_pixels(folder: Path) -> None:
     data = load_training(from_folder(folder))
     assert data.labels == ("ant", "bee")
     assert len(data.train) + len(data.holdout) == 9
-    every = torch.cat([data.train.images, data.holdout.images])
+    every = torch.cat([stored(data.train).images, data.holdout.images])
     labels = torch.cat([data.train.labels, data.holdout.labels])
     assert Counter(labels.tolist()) == {0: 5, 1: 4}
     assert every.shape == (9, 3, 8, 8)

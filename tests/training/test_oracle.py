@@ -1,8 +1,8 @@
 """Whole steps of DVERGE, as a run takes them, against the literal procedure in `reference.py`.
 
-The product's side is `training.methods`: the layer it draws, BatchNorm folded where statistics stand
-still, members side by side. Float64 first, where both must agree to the last digits that matter;
-then float32.
+The product's side is `training.methods`: the layer it draws, BatchNorm folded where statistics
+stand still, members side by side. Float64 first, where both must agree to the last digits that
+matter; then float32.
 """
 
 from __future__ import annotations

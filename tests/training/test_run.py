@@ -13,7 +13,7 @@ import torch
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
-from tests.training.networks import tiny_config, tiny_images, tiny_members
+from tests.training.networks import stored, tiny_config, tiny_images, tiny_members
 from training import data as datasets
 from training.config import Config
 from training.data import load_training, to_float
@@ -197,7 +197,7 @@ def test_resuming_with_other_images_is_refused(
 ) -> None:
     stopped_run(tmp_path / "out", monkeypatch)
     data = load_training(tiny_config().data)
-    data.train.images[0, 0, 0, 0] ^= 1
+    stored(data.train).images[0, 0, 0, 0] ^= 1
     with pytest.raises(UserError, match="training images changed since") as caught:
         train(tiny_config(), tmp_path / "out", device=CPU, resume=True, data=data)
     one_line(caught)
