@@ -1,0 +1,101 @@
+"""What a run will cost: what is timed, what is counted, what is told before it is begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.networks import tiny_config
+from training import estimate as estimating
+from training.config import Config
+from training.estimate import estimate, gradient_evaluations
+from training.methods import Stage, draw_layer, stages
+from training.team import Batch
+from training.train import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "each"),
+    [
+        ("dverge", 3 + 2),
+        ("dverge+adversarial", 3 + 2 + 10 + 1),
+        ("adversarial", 10 + 1),
+        ("adp", 1),
+        ("gal", 2),
+    ],
+)
+def test_gradient_evaluations_of_each_method(method: str, each: int) -> None:
+    config = tiny_config(method=method, members=3, standard__epochs=5)
+    second = {"adp": "adp", "gal": "gal", "adversarial": "adversarial"}.get(method, "dverge")
+    epochs = getattr(config, second).epochs
+    assert gradient_evaluations(config, 100) == {
+        "standard": 5 * 100 * 3,
+        second: epochs * each * 100 * 3,
+    }
+
+
+@pytest.mark.parametrize("every", ["epoch", "batch"])
+def test_dverge_is_timed_at_layers_spread_over_the_depth(
+    every: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two are one step: the first time warms up."""
+    config = tiny_config(dverge__layer_every=every)
+    drawn: list[int] = []
+
+    def watched(chosen: Config, members: object, optimizers: object) -> list[Stage]:
+        def step(epoch: int, number: int, batch: Batch) -> Tensor:
+            when = (epoch,) if every == "epoch" else (epoch, number)
+            drawn.append(draw_layer(chosen, 8, *when))
+            return torch.zeros(2)
+
+        found = stages(chosen, [], [])
+        return [Stage(found[1].name, found[1].settings, step, pairs=True)]
+
+    monkeypatch.setattr(estimating, "stages", watched)
+    estimate(config, CPU)
+    assert drawn == [2, 2, 4, 7]
+
+
+def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one second for every step, and by nine while one warms up."""
+    config = tiny_config(standard__epochs=7, dverge__epochs=11)
+    now = [0.0]
+
+    def watched(chosen: Config, members: object, optimizers: object) -> list[Stage]:
+        seen = set()
+
+        def counted(stage: Stage) -> Stage:
+            def step(epoch: int, number: int, batch: Batch) -> Tensor:
+                now[0] += 1 if stage.name in seen else 9
+                seen.add(stage.name)
+                return torch.zeros(2)
+
+            return Stage(stage.name, stage.settings, step, stage.fresh, stage.pairs)
+
+        return [counted(stage) for stage in stages(chosen, [], [])]
+
+    monkeypatch.setattr(estimating, "stages", watched)
+    monkeypatch.setattr("training.estimate.time.monotonic", lambda: now[0])
+    # 90 images make 6 batches of 16.
+    assert estimate(config, CPU)["seconds"] == {"standard": 7 * 6, "dverge": 11 * 6}
+
+
+def test_everything_is_counted_of_the_runs_own_images_and_members() -> None:
+    found = estimate(tiny_config(), CPU)
+    assert found["training_images"] == 90
+    assert found["gradient_evaluations"] == {"standard": 2 * 90 * 2, "dverge": 2 * 90 * 2 * 4}
+    assert all(0 < seconds < 60 for seconds in found["seconds"].values())
+    assert any(line.startswith("90 training images of 10 classes") for line in found["notes"])
+
+
+def test_what_starting_weights_stand_for_costs_nothing(tmp_path: Path) -> None:
+    run = train(tiny_config(), tmp_path / "run", device=CPU)
+    assert estimate(tiny_config(), CPU)["parameters"] == run.checkpoint["parameters"]
+    found = estimate(tiny_config(start=str(run.path / "standard.safetensors")), CPU)
+    assert found["gradient_evaluations"].keys() == found["seconds"].keys() == {"dverge"}
+    assert any("standard training, which is skipped" in line for line in found["notes"])
