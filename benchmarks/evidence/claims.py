@@ -93,12 +93,14 @@ def fast_is_not_inferior(variants: Variants, exact: str, fast: Sequence[str]) ->
         spent = gradients(variants[name]) / gradients(variants[exact])
         checks = judged(variants, name, exact)
         failed = [f"{what} {points(found)}" for what, found in checks if not found.not_inferior]
+        passed = [what for what, found in checks if found.not_inferior]
         seeds = len({each["seed"] for each in variants[name]})
         head = f"`{name}`, {spent:.0%} of the gradient evaluations, {seeds} seeds: "
         if spent > QUARTER:
             told.append(f"{head}more than a quarter.")
         elif failed:
-            told.append(f"{head}**not shown to be non-inferior** in {'; '.join(failed)}.")
+            held = f"; non-inferior in {', '.join(passed)}" if passed else ""
+            told.append(f"{head}**not shown to be non-inferior** in {'; '.join(failed)}{held}.")
         else:
             worst = min(found.low for _, found in checks)
             told.append(
