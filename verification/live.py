@@ -65,6 +65,17 @@ class Service:
         self._path = parts.path.rstrip("/") + "/predict"
         self._next = 0.0
 
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    @property
+    def exposure(self) -> str:
+        """How much the service tells its callers, in the words of its setting `DVERGE_EXPOSE`."""
+        if "disagreement" in self.exposed:
+            return "full"
+        return "scores" if "top" in self.exposed else "label"
+
     @property
     def left(self) -> int:
         """Requests that may still be made."""
@@ -139,20 +150,19 @@ def attack_service(
         the report's section `live`.
     """
     labels = split.labels.cpu().numpy()
-    order = np.random.default_rng(derive(seed, "live")).permutation(len(labels))
-    chosen = np.sort(order[: max(1, service.requests // 4)])
-    clean = split.images.cpu().numpy()[chosen]
-    transfer = outcome.worst[eps, "transfer"][chosen]
-    with Progress("attacking the live service", 2 * len(chosen)) as progress:
-        right = _right(service, clean, labels[chosen], progress)
-        standing = right & _right(service, transfer, labels[chosen], progress)
+    asked = chosen(len(labels), service.requests, seed)
+    clean = split.images.cpu().numpy()[asked]
+    transfer = outcome.worst[eps, "transfer"][asked]
+    with Progress("attacking the live service", 2 * len(asked)) as progress:
+        right = _right(service, clean, labels[asked], progress)
+        standing = right & _right(service, transfer, labels[asked], progress)
     kept = np.flatnonzero(standing)[: max(1, service.left // SQUARE_QUERIES)]
     queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
     before = service.asked
     found = square(
         lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
         clean[kept].astype(np.float32) / np.float32(255),
-        labels[chosen][kept],
+        labels[asked][kept],
         eps=whole_steps(eps) / 255,
         queries=queries,
         seed=derive(seed, "live", "square"),
@@ -162,6 +172,7 @@ def attack_service(
         "eps": eps,
         "model_sha256": service.sha256,
         "same_model": service.sha256 == served_sha256,
+        "exposure": service.exposure,
         "exposed": sorted(service.exposed),
         "requests": service.asked,
         "clean_accuracy": rate(right),
@@ -173,6 +184,12 @@ def attack_service(
             "queries": int(found.queries.sum()),
         },
     }
+
+
+def chosen(count: int, requests: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return which of `count` images are sent, in order: a quarter of the requests' worth."""
+    order = np.random.default_rng(derive(seed, "live")).permutation(count)
+    return np.sort(order[: max(1, requests // 4)])
 
 
 def _right(

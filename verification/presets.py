@@ -10,6 +10,8 @@ from verification.attack import Attack, Loss, Output
 
 PRESETS = ("quick", "standard", "full")
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
+MPGD = Attack(name="mpgd", threat="transfer", source="none", decay=1.0)
+PGD = Attack(name="pgd", threat="white_box", source="target")
 SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
 
 
@@ -92,60 +94,22 @@ def _quick(surrogates: Sequence[str]) -> list[Attack]:
     """The honest core: momentum PGD from every surrogate with both losses; white-box PGD on both
     ways of combining the members, because a saturated softmax hides the gradient.
     """
-    losses: tuple[Loss, ...] = ("ce", "cw")
-    chosen = [
-        Attack(
-            name=f"mpgd-{loss} from {surrogate}",
-            threat="transfer",
-            source=surrogate,
-            loss=loss,
-            steps=20,
-            decay=1.0,
-            restarts=2,
-        )
-        for surrogate in surrogates
-        for loss in losses
-    ]
-    forms: tuple[tuple[Loss, Output, bool], ...] = (
-        ("ce", "mean-logits", True),
-        ("cw", "mean-logits", True),
-        ("ce", "mean-softmax", False),
-    )
-    return chosen + [
-        Attack(
-            name=f"pgd-{loss} on {output}",
-            threat="white_box",
-            source="target",
-            loss=loss,
-            output=output,
-            steps=20,
-            restarts=2,
-            control=control,
-        )
-        for loss, output, control in forms
+    white_box = replace(PGD, steps=20, restarts=2)
+    return [
+        *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
+        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], white_box),
+        *_on_each([("ce", "mean-softmax")], replace(white_box, control=False)),
     ]
 
 
 def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[Attack]:
     """The paper's black-box protocol (section 4.2): 5 versions an image, surrogate and loss."""
-    losses: tuple[Loss, ...] = ("ce", "cw")
-    chosen = []
-    for surrogate in surrogates:
-        for loss in losses:
-            base = Attack(
-                name=f"mpgd-{loss} from {surrogate}",
-                threat="transfer",
-                source=surrogate,
-                loss=loss,
-                steps=100,
-                decay=1.0,
-                restarts=3,
-            )
-            once = replace(base, restarts=1, random_start=False)
-            chosen += [base, replace(once, name=f"m-di2-{loss} from {surrogate}", diversity=0.5)]
-            if skips:
-                chosen.append(replace(once, name=f"sgm-{loss} from {surrogate}", skip_gamma=0.2))
-    return chosen
+    whole = replace(MPGD, steps=100, restarts=3)
+    once = replace(whole, restarts=1, random_start=False)
+    chosen = [whole, replace(once, name="m-di2", diversity=0.5)]
+    if skips:
+        chosen.append(replace(once, name="sgm", skip_gamma=0.2))
+    return [attack for each in chosen for attack in _from_each(surrogates, each)]
 
 
 def _white_box_protocol(classes: int) -> list[Attack]:
@@ -158,16 +122,23 @@ def _white_box_protocol(classes: int) -> list[Attack]:
     ]
     if classes >= 3:
         forms.append(("dlr", "mean-logits"))
+    return _on_each(forms, replace(PGD, steps=50, restarts=5))
+
+
+def _from_each(surrogates: Sequence[str], attack: Attack) -> list[Attack]:
+    """Return the attack from every surrogate, with both losses."""
+    losses: tuple[Loss, ...] = ("ce", "cw")
     return [
-        Attack(
-            name=f"pgd-{loss} on {output}",
-            threat="white_box",
-            source="target",
-            loss=loss,
-            output=output,
-            steps=50,
-            restarts=5,
-        )
+        replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
+        for surrogate in surrogates
+        for loss in losses
+    ]
+
+
+def _on_each(forms: Sequence[tuple[Loss, Output]], attack: Attack) -> list[Attack]:
+    """Return the attack with every loss on every way of combining the members named."""
+    return [
+        replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
         for loss, output in forms
     ]
 
@@ -188,22 +159,10 @@ def _doubled(chosen: Sequence[Attack], eps: float) -> Attack:
 
 
 def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
-    losses: tuple[Loss, ...] = ("ce", "cw")
-    chosen = [
-        Attack(
-            name=f"vmi-{loss} from {surrogate}",
-            threat="transfer",
-            source=surrogate,
-            loss=loss,
-            steps=10,
-            decay=1.0,
-            random_start=False,
-            variance_samples=20,
-            standing_only=True,
-        )
-        for surrogate in surrogates
-        for loss in losses
-    ]
+    vmi = replace(
+        MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, standing_only=True
+    )
+    chosen = _from_each(surrogates, vmi)
     chosen.append(
         Attack(
             name="reweighted members",

@@ -63,6 +63,18 @@ def report_table(report: dict[str, Any]) -> None:
     show(gates)
 
 
+def live_line(live: dict[str, Any]) -> str:
+    """Return what the attack on a running service found, as one line."""
+    square = live["square"]
+    same = "" if live["same_model"] else ", which serves ANOTHER model"
+    return (
+        f"live service{same}: {percent(live['clean_accuracy'])} clean, "
+        f"{percent(live['transfer'])} transferred at eps {live['eps']:g}; Square broke "
+        f"{square['broken']} of {square['images']} images in {square['queries']} queries; "
+        f"{live['requests']} requests; it exposes {live['exposure']}: {', '.join(live['exposed'])}"
+    )
+
+
 def demo_table(report: dict[str, Any], eps: float) -> None:
     """Print the DVERGE ensemble beside the standard one under the same attacks."""
     members = report["model"]["members"]

@@ -92,7 +92,8 @@ def verify_robustness(
     if at_eps is not None and radii and at_eps not in radii:
         raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
     from training.train import pick_device
-    from verification.verify import Evaluation, verify
+    from verification.evaluation import Evaluation
+    from verification.verify import verify
 
     report = verify(
         Evaluation(
@@ -115,10 +116,12 @@ def verify_robustness(
             at_eps=at_eps,
         )
     )
-    from dverge_serve.cli.tables import report_table
+    from dverge_serve.cli.tables import live_line, report_table
     from dverge_serve.report import report_path
 
     report_table(report)
+    if "live" in report:
+        typer.echo(live_line(report["live"]))
     typer.echo(f"verdict {report['verdict']}; report in {report_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None or bom is not None:

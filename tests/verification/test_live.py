@@ -75,10 +75,11 @@ def test_it_counts_what_it_asked_and_tells_what_was_exposed(url: str, full: bool
     service = Service(url, 2, requests=160, rate=1e6, token="secret")
     Handler.full = full
     told = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
-    service._connection.close()
+    service.close()
     assert told["requests"] == Handler.count <= 160
     assert told["same_model"] is True
     assert told["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
+    assert told["exposure"] == ("scores" if full else "label")
     assert told["clean_accuracy"]["value"] == 1.0
     assert told["transfer"]["value"] == 0.75
     square = told["square"]
@@ -97,7 +98,7 @@ def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch)
     assert slept == [0.0, 0.25, 0.25]
     with pytest.raises(UserError, match="3 requests is spent"):
         service.scores(images[:1])
-    service._connection.close()
+    service.close()
     assert Handler.count == 3
 
 
@@ -106,7 +107,7 @@ def test_a_service_that_refuses_or_is_not_there_is_told_in_one_line(url: str) ->
     service = Service(url, 2, token="wrong")
     with pytest.raises(UserError, match="DVERGE_TOKEN"):
         service.scores(images)
-    service._connection.close()
+    service.close()
     with pytest.raises(UserError, match="http://host:port"):
         Service("ftp://somewhere", 2)
     nobody = Service("http://127.0.0.1:9", 2)

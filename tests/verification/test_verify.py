@@ -26,11 +26,12 @@ from training.folding import folded
 from training.run import Run
 from verification import presets
 from verification.attack import Attack
+from verification.evaluation import Evaluation
 from verification.foreign import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogates
-from verification.verify import Evaluation, verify
+from verification.verify import verify
 
 EPS = (0.03, 0.3)
 
@@ -203,6 +204,7 @@ def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path)
     stamp = (first.run.path / "members.safetensors").stat().st_mtime_ns
     (second,) = surrogates(config, data, cpu, ["standard-3"])
     assert (second.run.path / "members.safetensors").stat().st_mtime_ns == stamp
+    assert isinstance(data.train, Split)
     other = Split(data.train.images, data.train.labels.flip(0))
     data = type(data)(data.labels, other, data.holdout)
     (third,) = surrogates(config, data, cpu, ["standard-3"])

@@ -1,0 +1,68 @@
+"""Attacking our own service as it really runs: `dverge serve` in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dverge_serve.engine import Engine
+from tests.service.server import Server, clean_environment, free_port
+from training.config import load_recipe
+from training.data import Split, load_test
+from verification.attack import Attack
+from verification.live import Service, attack_service, chosen
+from verification.outcomes import Outcomes, Target
+from verification.suite import run_suite
+
+EPS, REQUESTS = 0.1, 150
+NOISE = Attack(name="noise", threat="transfer", source="none", kind="noise")
+
+
+@contextmanager
+def served(model: Path, folder: Path, **settings: str) -> Iterator[Server]:
+    port = free_port()
+    command = [sys.executable, "-m", "dverge_serve", "serve", str(model), "--port", str(port)]
+    server = Server(folder, command, port, clean_environment(**settings))
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def attacked(tiny_model: Path) -> tuple[Engine, Split, Outcomes]:
+    """The model file, 64 digits, and noise where transferred images would be."""
+    engine = Engine(tiny_model, device="cpu")
+    _, split = load_test(load_recipe("digits", {"data.test_limit": 64}).data)
+    outcome = run_suite([NOISE], {}, {"m": Target(engine, None)}, split, [EPS], seed=0)["m"]
+    return engine, split, outcome
+
+
+@pytest.mark.parametrize("exposure", ["label", "scores", "full"])
+def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
+    exposure: str, tiny_model: Path, attacked: tuple[Engine, Split, Outcomes], tmp_path: Path
+) -> None:
+    engine, split, outcome = attacked
+    with served(tiny_model, tmp_path, DVERGE_EXPOSE=exposure, DVERGE_TOKEN="secret") as server:
+        service = Service(server.url, 10, requests=REQUESTS, rate=1e6, token="secret")
+        told = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
+        service.close()
+        headers = {"authorization": "Bearer secret"}
+        counted = httpx.get(f"{server.url}/metrics", headers=headers).text
+    assert (told["same_model"], told["exposure"]) == (True, exposure)
+    assert ("agreement" in told["exposed"]) is (exposure == "full")
+    assert ("probability" in told["exposed"]) is (exposure != "label")
+    # Whatever the file answers rightly, the service does: the same decoder and the same engine.
+    asked = chosen(len(split), REQUESTS, seed=0)
+    assert told["clean_accuracy"]["value"] == outcome.clean[asked].mean()
+    survived = outcome.robust([NOISE], EPS, ["delivered"])[asked]
+    assert told["transfer"]["value"] == survived.mean()
+    answered = re.findall(r"dverge_predictions_total\{[^}]*\} (\S+)", counted)
+    assert told["requests"] == sum(map(float, answered)) <= REQUESTS

@@ -1,0 +1,61 @@
+"""What is measured besides accuracy: the alarm, the members, the ways to combine them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from training.diversity import diversity
+from training.members import Member
+from verification import alarm, matrices
+from verification.evaluation import Setting
+from verification.evidence import Gathering
+from verification.figures import combinations
+from verification.gradients import flow
+from verification.outcomes import Outcomes, Target
+from verification.replay import worst_at
+from verification.vault import keep
+
+AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
+
+
+def measure(here: Setting, model: Target, outcome: Outcomes, evidence: Gathering) -> dict[str, Any]:
+    """Measure what is not accuracy: the alarm, the members' matrices, the combinations."""
+    attacked = worst_at(outcome, max(here.eps))
+    found: dict[str, Any] = {"members": None}
+    if model.members is not None:
+        members, eps = model.members, max(here.eps)
+        steps = AWARE_STEPS[here.asked.preset]
+
+        def aware() -> dict[str, Any]:
+            return {
+                "pixels": alarm.aware(members, here.split, eps, steps=steps, seed=here.asked.seed)
+            }
+
+        key = ["aware", eps, steps, here.asked.seed, here.split.sha256, model.weights]
+        if here.asked.norm == "linf":
+            pixels = keep(key, aware)["pixels"]
+            attacked["detector-aware"] = (eps, pixels)
+            nothing = np.zeros(pixels.shape, np.float16)
+            evidence.add("detector-aware", eps, nothing, pixels)
+        if all(isinstance(member, Member) for member in members):
+            found["members"] = _matrices(here, members)
+    found["disagreement"] = alarm.calibrate(here.engine, here.holdout) | {
+        "alarm": alarm.measure(here.engine, here.holdout, here.split, attacked)
+    }
+    found["combination"] = combinations(here.engine, here.split, outcome.worst)
+    return found
+
+
+def _matrices(here: Setting, members: Sequence[Any]) -> dict[str, Any]:
+    middle = sorted(here.eps)[len(here.eps) // 2]
+    _, _, norms = flow(members, here.split, here.suite)
+    found = {"gradient_norms": norms}
+    if here.asked.norm == "linf":
+        found["transferability"] = matrices.transferability(
+            members, here.split, middle, here.asked.seed
+        )
+    found["diversity"] = diversity(members, here.split, here.config.dverge, here.asked.seed)
+    return found

@@ -1,0 +1,58 @@
+"""What is attacked: the model, a control without the defence, and whatever it is compared with."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from dverge_serve.engine import Engine
+from dverge_serve.errors import UserError
+from export.export import export
+from verification.evaluation import Setting
+from verification.gradients import find_run, ready
+from verification.outcomes import Target
+
+
+def find_targets(here: Setting) -> tuple[dict[str, Target], str]:
+    """Return what is attacked, the model first, and what the control is.
+
+    The control is the run's own standard members; without a run, the first surrogate, attacked
+    from the others.
+    """
+    found, device = here.gradients, here.asked.device
+    targets = {
+        "model": Target(
+            here.engine,
+            found.members if found else None,
+            found.weights if found else here.engine.card.weights_sha256,
+        )
+    }
+    control, what = (found.run, "standard") if found and found.run else (None, "members")
+    if control is None and len(here.surrogates) > 1:
+        control = here.surrogates[0].run
+    with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
+        if control is not None:
+            path = Path(folder) / "control.onnx"
+            export(control, path, which="standard" if what == "standard" else "members")
+            members = [ready(member, device) for member in control.members(what)]
+            weights = str(control.checkpoint[f"{what}_sha256"])
+            targets["control"] = Target(Engine(path, device="cpu"), members, weights)
+    if here.asked.against is not None:
+        targets["against"] = _against(here, here.asked.against)
+    if control is None:
+        return targets, "none"
+    return targets, "own" if what == "standard" else here.surrogates[0].name
+
+
+def _against(here: Setting, path: Path) -> Target:
+    engine = Engine(path, device="cpu")
+    if engine.card.labels != here.engine.card.labels or (
+        engine.card.input_shape != here.engine.card.input_shape
+    ):
+        raise UserError(
+            f"{path} has other classes or another input",
+            "a model of the same images and labels",
+        )
+    run = find_run(engine.card, None)
+    members = [ready(member, here.asked.device) for member in run.members()] if run else None
+    return Target(engine, members, engine.card.weights_sha256)
