@@ -10,26 +10,24 @@ import asyncio
 import hmac
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 from dverge_serve.answer import TEXT, Answer, Refusal, json_answer
+from dverge_serve.classifier import Classifier
 from dverge_serve.decoder import Decoder
-from dverge_serve.errors import UserError
 from dverge_serve.inference import BASE, InferenceProtocol
 from dverge_serve.logs import LOGGER, RequestLog
-from dverge_serve.metrics import CONTENT_TYPE, Metrics
+from dverge_serve.metrics import CONTENT_TYPE
 from dverge_serve.openapi import openapi
 from dverge_serve.pages import demo_page, start_page
 from dverge_serve.prediction import Predict, model_card
-from dverge_serve.reload import Generations, Reloader
 from dverge_serve.request import CallerGone, Intake, Receive, Request, Scope, Send
 from dverge_serve.served import ServedModel, cores
-from dverge_serve.settings import Exposure, Settings
+from dverge_serve.settings import Exposure
+from dverge_serve.worker import Worker
 
 Handler = Callable[[Request], Awaitable[Answer]]
 
@@ -54,43 +52,25 @@ class App:
     """The service as an ASGI application.
 
     Args:
-        settings: how it runs.
+        worker: what is in service, and how.
         expose: how much callers see, once it is known where the service listens.
-        worker: this worker's number, from 1.
-        folder: what the workers of one server share; one of its own where it is alone.
-        on_failure: called when the model cannot be loaded.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        expose: Exposure,
-        worker: int = 1,
-        folder: Path | None = None,
-        on_failure: Callable[[UserError], None] | None = None,
-    ) -> None:
-        self.settings, self.expose, self.worker = settings, expose, worker
-        self.served: ServedModel | None = None
-        self.metrics = Metrics()
+    def __init__(self, worker: Worker, *, expose: Exposure) -> None:
+        settings = worker.settings
+        self.worker, self.expose = worker, expose
+        self.metrics = worker.metrics
         self.decoder = Decoder(settings.max_pixels, max(1, cores() // settings.workers))
-        self.intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
-        self._on_failure = on_failure
-        self._folder = folder
-        self._all_started = False
-        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
-        self._reloader: Reloader | None = None
-        self._watch: asyncio.Task[None] | None = None
         self._log = RequestLog(settings.log)
-        self.loading: asyncio.Task[None] | None = None
         self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
         self._openapi = json_answer(openapi(settings, expose))
-        shared = (settings, expose, self.decoder, self.intake, self.model)
-        predict, v2 = Predict(*shared), InferenceProtocol(*shared, self._check_ready)
+        intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
+        classifier = Classifier(settings, expose, self.decoder, intake, worker.model)
+        v2 = InferenceProtocol(classifier, worker.check_ready)
         routes = [
-            Route("/predict", {"POST": predict}),
+            Route("/predict", {"POST": Predict(classifier)}),
             Route("/model", {"GET": self._model}),
             Route("/report", {"GET": self._report}),
             Route("/v2", {"GET": v2.server}),
@@ -111,79 +91,15 @@ class App:
             routes.append(Route("/admin/reload", {"POST": self._reload}))
         self.routes = {route.path: route for route in routes}
 
-    # -- life ---------------------------------------------------------------------------------
-
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
-        if self._folder is None:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
-            self._folder = Path(self._own_folder.name)
-        generations = Generations(self._folder)
-        self._reloader = Reloader(generations, self.settings, self.worker, self._serve)
-        self.loading = asyncio.get_running_loop().create_task(self._load())
-        if self._reloader.any_served:
-            # Other workers answer already; this one takes no connection before it can, too.
-            await self.loading
+        await self.worker.start()
 
     async def stop(self) -> None:
         """Finish what is queued and let go of everything."""
-        if self.loading:
-            await self.loading
-        if self._watch:
-            self._watch.cancel()
-        if self.served:
-            self.served.retire()
+        await self.worker.stop()
         self.decoder.close()
         self._log.flush()
-        if self._own_folder:
-            self._own_folder.cleanup()
-
-    @property
-    def has_served(self) -> bool:
-        """Whether any worker of this server has ever had a model in service."""
-        return self._reloader is not None and self._reloader.any_served
-
-    async def _load(self) -> None:
-        reloader = self._reloader
-        assert reloader
-        loop = asyncio.get_running_loop()
-        begun = time.perf_counter()
-        try:
-            served = await loop.run_in_executor(None, reloader.load_current)
-        except UserError as error:
-            LOGGER.error("cannot serve: %s", error)
-            if self._on_failure:
-                self._on_failure(error)
-            return
-        self._serve(served)
-        LOGGER.info("worker %d is ready after %.1f s", self.worker, time.perf_counter() - begun)
-        reloader.announce(served)
-        self._watch = loop.create_task(reloader.watch())
-
-    def _serve(self, served: ServedModel) -> None:
-        """Put a model in service; requests that hold the old one finish with it."""
-        served.start(asyncio.get_running_loop(), self.metrics)
-        old, self.served = self.served, served
-        if old:
-            old.retire()
-        LOGGER.info(
-            "worker %d serves %s (%s, sha256 %s) on %s",
-            self.worker,
-            served.card.name,
-            self.settings.model,
-            served.sha256,
-            served.engine.provider,
-        )
-
-    def model(self) -> ServedModel:
-        """Return the model in service.
-
-        Raises:
-            Refusal: it is still loading.
-        """
-        if self.served is None:
-            raise Refusal("starting", "the model is still loading; retry later")
-        return self.served
 
     # -- one request --------------------------------------------------------------------------
 
@@ -197,7 +113,7 @@ class App:
         request = Request(scope, receive, self._request_id(scope))
         route = self.routes.get(request.path)
         name = route.path if route else "other"
-        served = self.served  # the one that answers, should a reload come in between
+        served = self.worker.served  # the one that answers, should a reload come in between
         try:
             answer = await self._answer(request, route)
             status = str(answer.status)
@@ -279,17 +195,8 @@ class App:
         return Answer(200, b"alive\n", TEXT)
 
     async def _readyz(self, _: Request) -> Answer:
-        self._check_ready()
+        self.worker.check_ready()
         return Answer(200, b"ready\n", TEXT)
-
-    def _check_ready(self) -> None:
-        """Check that a request would be answered, whichever worker it reaches."""
-        self.model()
-        if not self._all_started:
-            assert self._reloader
-            self._all_started = self._reloader.all_served
-        if not self._all_started:
-            raise Refusal("starting", "other workers are still loading the model; retry later")
 
     async def _metrics(self, _: Request) -> Answer:
         body = await asyncio.get_running_loop().run_in_executor(None, self.metrics.render)
@@ -299,10 +206,10 @@ class App:
         return self._openapi
 
     async def _model(self, _: Request) -> Answer:
-        return json_answer(model_card(self.model(), self.expose))
+        return json_answer(model_card(self.worker.model(), self.expose))
 
     async def _report(self, _: Request) -> Answer:
-        served = self.model()
+        served = self.worker.model()
         if self.expose == "label":
             raise Refusal("not_exposed", "this service shows labels alone")
         if served.report is None:
@@ -312,14 +219,11 @@ class App:
         return json_answer({"model": {"sha256": served.sha256}, **(served.headline or {})})
 
     async def _reload(self, _: Request) -> Answer:
-        before = self.model().sha256
-        assert self._reloader
-        found = await self._reloader.reload()
-        return json_answer({"sha256": self.model().sha256, "previous_sha256": before, **found})
+        return json_answer(await self.worker.reload())
 
     async def _start(self, _: Request) -> Answer:
         # Whoever has no token sees the page, but nothing of the model on it.
-        return start_page(None if self._token else self.served)
+        return start_page(None if self._token else self.worker.served)
 
     async def _demo(self, _: Request) -> Answer:
         return demo_page()

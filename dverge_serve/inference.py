@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,12 +10,12 @@ import numpy as np
 
 from dverge_serve import __version__
 from dverge_serve.answer import JSON, Answer, Refusal, dump, json_answer
-from dverge_serve.batching import Part
+from dverge_serve.batching import Images, Part
+from dverge_serve.classifier import Classifier
 from dverge_serve.contract import INPUT
-from dverge_serve.decoder import Decoder
-from dverge_serve.request import Intake, Request
+from dverge_serve.request import Request
 from dverge_serve.served import Rows, ServedModel
-from dverge_serve.settings import Exposure, Settings
+from dverge_serve.settings import Exposure
 from dverge_serve.tensors import Array, Inference, read_inference, write_tensors
 
 MODEL = "dverge"
@@ -43,25 +42,12 @@ class InferenceProtocol:
     """The handlers under `/v2`.
 
     Args:
-        settings: the limits.
-        expose: which outputs callers see.
-        decoder: reads long JSON off the event loop.
-        intake: bounds the bodies held at one moment.
-        model: returns the model in service, or refuses.
+        classifier: the model in service, behind the limits.
         check_ready: refuses while any worker still loads.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        expose: Exposure,
-        decoder: Decoder,
-        intake: Intake,
-        model: Callable[[], ServedModel],
-        check_ready: Callable[[], None],
-    ) -> None:
-        self._settings, self._expose, self._check_ready = settings, expose, check_ready
-        self._decoder, self._intake, self._model = decoder, intake, model
+    def __init__(self, classifier: Classifier, check_ready: Callable[[], None]) -> None:
+        self._classifier, self._check_ready = classifier, check_ready
 
     async def server(self, _: Request) -> Answer:
         """Answer `GET /v2`."""
@@ -79,7 +65,7 @@ class InferenceProtocol:
 
     async def metadata(self, _: Request) -> Answer:
         """Answer `GET /v2/models/dverge`."""
-        served = self._model()
+        served = self._classifier.model()
         shape = [-1, *served.card.input_shape]
         return json_answer(
             {
@@ -89,31 +75,30 @@ class InferenceProtocol:
                 "inputs": [{"name": INPUT, "datatype": "FP32", "shape": shape}],
                 "outputs": [
                     {"name": name, **described(served)[name]}
-                    for name in outputs(served, self._expose)
+                    for name in outputs(served, self._classifier.expose)
                 ],
             }
         )
 
     async def infer(self, request: Request) -> Answer:
         """Answer `POST /v2/models/dverge/infer`."""
-        settings = self._settings
         if request.content_type not in TYPES:
             raise Refusal(
                 "unsupported_content_type",
                 "expected content-type application/json or application/octet-stream",
             )
-        with self._model() as served, request.holding(self._intake):
-            body = await request.body(settings.max_body_bytes, settings.timeout_s, self._intake)
-            try:
-                async with asyncio.timeout(settings.timeout_s):
-                    inference = await self._read(request, body, served)
-                    part = await request.wait_for(served.submit(inference.images))
-            except TimeoutError as error:
-                raise Refusal("timeout", f"no answer within {settings.timeout_s:g} s") from error
+
+        async def read(body: bytes, served: ServedModel) -> tuple[Images, Inference]:
+            inference = await self._read(request, body, served)
+            return inference.images, inference
+
+        served, inference, part = await self._classifier.classify(request, read)
         write = partial(_written, inference, part, served)
         rows = len(inference.images)
         values = sum(_values(served, name) for name, raw in inference.outputs.items() if not raw)
-        return write() if rows * values <= INLINE_VALUES else await self._decoder.off_loop(write)
+        if rows * values <= INLINE_VALUES:
+            return write()
+        return await self._classifier.decoder.off_loop(write)
 
     async def _read(self, request: Request, body: bytes, served: ServedModel) -> Inference:
         text = request.headers.get(HEADER_LENGTH)
@@ -126,11 +111,11 @@ class InferenceProtocol:
             length,
             name=INPUT,
             shape=served.card.input_shape,
-            max_images=self._settings.max_images,
-            outputs=outputs(served, self._expose),
+            max_images=self._classifier.settings.max_images,
+            outputs=outputs(served, self._classifier.expose),
         )
         inline = (len(body) if length is None else length) <= INLINE_BYTES
-        return read() if inline else await self._decoder.off_loop(read)
+        return read() if inline else await self._classifier.decoder.off_loop(read)
 
 
 def version(served: ServedModel) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from dverge_serve.answer import Answer, Refusal, json_answer
-from dverge_serve.batching import Part
-from dverge_serve.decoder import Decoder
+from dverge_serve.batching import Images, Part
+from dverge_serve.classifier import Classifier
 from dverge_serve.multipart import image_files
-from dverge_serve.request import Intake, Request
+from dverge_serve.request import Request
 from dverge_serve.served import Rows, ServedModel
-from dverge_serve.settings import Exposure, Settings
+from dverge_serve.settings import Exposure
 
 MULTIPART = "multipart/form-data"
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
@@ -24,41 +22,25 @@ class Predict:
     """The handler of `POST /predict`.
 
     Args:
-        settings: the limits.
-        expose: how much of each answer callers see.
-        decoder: turns files into pixels.
-        intake: bounds the bodies held at one moment.
-        model: returns the model in service, or refuses.
+        classifier: the model in service, behind the limits.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        expose: Exposure,
-        decoder: Decoder,
-        intake: Intake,
-        model: Callable[[], ServedModel],
-    ) -> None:
-        self._settings, self._expose = settings, expose
-        self._decoder, self._intake, self._model = decoder, intake, model
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
 
     async def __call__(self, request: Request) -> Answer:
         """Classify the images of one request, in order."""
-        settings = self._settings
         _check_type(request)
-        with self._model() as served, request.holding(self._intake):
-            body = await request.body(settings.max_body_bytes, settings.timeout_s, self._intake)
-            try:
-                async with asyncio.timeout(settings.timeout_s):
-                    files = self._files(request, body)
-                    pixels = await self._decoder.decode(files, served.card.preprocess)
-                    part = await request.wait_for(served.submit(pixels))
-            except TimeoutError as error:
-                raise Refusal("timeout", f"no answer within {settings.timeout_s:g} s") from error
+
+        async def read(body: bytes, served: ServedModel) -> tuple[Images, None]:
+            files = self._files(request, body)
+            return await self._classifier.decoder.decode(files, served.card.preprocess), None
+
+        served, _, part = await self._classifier.classify(request, read)
         return json_answer(
             {
                 "model": {"name": served.card.name, "sha256": served.sha256},
-                "predictions": predictions(part, served, self._expose),
+                "predictions": predictions(part, served, self._classifier.expose),
             }
         )
 
@@ -66,7 +48,7 @@ class Predict:
         if request.content_type != MULTIPART:
             return [body]
         header = request.headers[b"content-type"].decode("latin-1")
-        return image_files(body, header, self._settings.max_images)
+        return image_files(body, header, self._classifier.settings.max_images)
 
 
 def predictions(part: Part[Rows], served: ServedModel, expose: Exposure) -> list[dict[str, Any]]:

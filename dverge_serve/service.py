@@ -83,23 +83,21 @@ def application() -> App:
     from dverge_serve import logs
     from dverge_serve.app import App
     from dverge_serve.metrics import forget_dead_workers
+    from dverge_serve.worker import Worker
 
     settings = service_settings()
     logs.set_up(settings.log)
     forget_dead_workers()
-    worker = bentoml.server_context.worker_index or 1
+    number = bentoml.server_context.worker_index or 1
     exposed = beyond_loopback()
-    if exposed and not settings.token and worker == 1:
+    if exposed and not settings.token and number == 1:
         logs.LOGGER.warning(
             "listening beyond this machine without a token: anyone who reaches the port may call; "
             "set DVERGE_TOKEN"
         )
     return App(
-        settings,
+        Worker(settings, number=number, folder=_run_folder(), on_failure=_give_up),
         expose=settings.expose or ("scores" if exposed else "full"),
-        worker=worker,
-        folder=_run_folder(),
-        on_failure=_give_up,
     )
 
 
@@ -109,7 +107,7 @@ def _give_up(error: UserError) -> None:
     Later on, a worker that cannot load goes alone, and the others stay.
     """
     folder = _run_folder()
-    if folder is None or application().has_served:
+    if folder is None or application().worker.has_served:
         os.kill(os.getpid(), signal.SIGTERM)
         return
     with contextlib.suppress(OSError):

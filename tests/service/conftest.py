@@ -10,6 +10,7 @@ import pytest
 
 from dverge_serve.app import App
 from dverge_serve.settings import Settings
+from dverge_serve.worker import Worker
 from tests.service import tiny
 from tests.service.server import Server, serving
 
@@ -42,10 +43,10 @@ async def start(gray_model: Path) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def start_one(*, expose: Any = "full", **settings: Any) -> httpx.AsyncClient:
-            app = App(Settings(**{"model": gray_model, **settings}), expose=expose)
+            app = App(Worker(Settings(**{"model": gray_model, **settings})), expose=expose)
             await app.start()
-            assert app.loading is not None
-            await app.loading
+            assert app.worker.loading is not None
+            await app.worker.loading
             stack.push_async_callback(app.stop)
             transport = httpx.ASGITransport(app, raise_app_exceptions=True)
             return await stack.enter_async_context(

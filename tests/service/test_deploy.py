@@ -18,6 +18,7 @@ from dverge_serve.answer import CODES
 from dverge_serve.app import App
 from dverge_serve.metrics import Metrics
 from dverge_serve.settings import Settings
+from dverge_serve.worker import Worker
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VARIABLES = {f"DVERGE_{field.name.upper()}" for field in dataclasses.fields(Settings)}
@@ -111,7 +112,7 @@ def test_containers_are_locked_down_and_probed(name: str) -> None:
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert {"requests", "limits"} <= set(container["resources"])
     assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
-    routes = App(Settings(), expose="full").routes
+    routes = App(Worker(Settings()), expose="full").routes
     for probe in ("readinessProbe", "livenessProbe"):
         route = routes[container[probe]["httpGet"]["path"]]
         assert route.public, "the kubelet has no token"
@@ -152,7 +153,7 @@ def test_kserve_reaches_our_v2_routes() -> None:
     assert model["runtime"] == document("kserve.yaml", "ServingRuntime")["metadata"]["name"]
     # KServe asks for /v2/models/<name of the service>/infer.
     path = f"/v2/models/{service['metadata']['name']}/infer"
-    assert path in App(Settings(), expose="full").routes
+    assert path in App(Worker(Settings()), expose="full").routes
     container = runtime["containers"][0]
     port = container["args"][container["args"].index("--port") + 1]
     assert container["ports"][0]["containerPort"] == int(port)
@@ -172,7 +173,7 @@ def test_compose_hides_the_service_behind_the_proxy() -> None:
             assert source == "../models" or (DEPLOY / source).exists(), source
     targets = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"][0]
     assert targets["static_configs"][0]["targets"] == ["dverge:3000"]
-    assert targets["metrics_path"] in App(Settings(), expose="full").routes
+    assert targets["metrics_path"] in App(Worker(Settings()), expose="full").routes
 
 
 def test_the_proxy_agrees_with_the_services_limits() -> None:

@@ -24,6 +24,7 @@ from dverge_serve.engine import Engine
 from dverge_serve.files import sha256
 from dverge_serve.scores import Scores, softmax
 from dverge_serve.settings import Settings
+from dverge_serve.worker import Worker
 from tests.service import tiny
 from tests.service.conftest import Start
 
@@ -319,7 +320,7 @@ async def test_a_bug_of_ours_is_500_in_the_same_shape(
 
 
 async def test_not_ready_before_the_model_is_loaded(gray_model: Path) -> None:
-    app = App(Settings(model=gray_model), expose="full")
+    app = App(Worker(Settings(model=gray_model)), expose="full")
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for path in ("/readyz", "/model", "/report"):
@@ -330,8 +331,8 @@ async def test_not_ready_before_the_model_is_loaded(gray_model: Path) -> None:
         refusal(await client.post("/predict", content=tiny.png(0), headers=PNG), "starting")
         assert (await client.get("/livez")).status_code == 200
         await app.start()
-        assert app.loading is not None
-        await app.loading
+        assert app.worker.loading is not None
+        await app.worker.loading
         assert (await client.get("/readyz")).status_code == 200
         await app.stop()
 
