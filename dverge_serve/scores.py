@@ -18,9 +18,9 @@ def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that would make it twice as slow to make, at every call
 class Scores:
-    """The outputs of one model call.
+    """The outputs of one model call; not to be changed.
 
     Args:
         logits: float32 `[batch, classes]`, the mean of the members' logits.

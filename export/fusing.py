@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dverge_serve.contract import Form
 from training.folding import folded
-from training.members import Member
+from training.members import Head, Member
 
-# What may stand in a member that is to be grouped: layers that treat channels independently, and
-# the two whose weights `_grouped` and `_last` know how to join. Anything else stays in branches.
+# What may stand before the last layer of a member that is to be grouped, beside convolutions:
+# layers that treat channels independently. Anything else stays in branches.
 _CHANNELWISE = (
     *(nn.Identity, nn.Sequential, nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Flatten),
     *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
@@ -44,41 +46,64 @@ class Branches(nn.Module):
 class Grouped(nn.Module):
     """The members as one network as many times as wide.
 
-    BatchNorm is folded, the first convolutions read the same image and are concatenated, the later
-    ones are the groups of grouped convolutions, and the last matrix product gives the mean of the
-    members' logits beside each member's own. A third of the operations for three members, so a
-    third of the times that threads must wait for each other.
+    BatchNorm is folded and so is the division by `std`, the first convolutions read the same image
+    and are concatenated, the later ones are the groups of grouped convolutions, and the mean of the
+    members' logits is one matrix product. A third of the operations for three members, so a third
+    of the times that threads must wait for each other.
 
     Args:
         members: for which `can_group` holds, in evaluation mode.
     """
 
     mean: Tensor
-    std: Tensor
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__()
         parts = [folded(member) for member in members]
-        self.count = len(parts)
         self.register_buffer("mean", parts[0].mean)
-        self.register_buffer("std", parts[0].std)
-        self.stages = nn.ModuleList(deepcopy(stage) for stage in parts[0].stages)
-        *earlier, last = self.stages
-        for at, stage in enumerate(earlier):
+        stages = [deepcopy(stage) for stage in parts[0].stages[:-1]]
+        for at, stage in enumerate(stages):
             for name in _named(stage, nn.Conv2d):
                 convolutions = [part.stages[at].get_submodule(name) for part in parts]
-                stage.set_submodule(name, _grouped(convolutions, shared=at == 0))  # type: ignore[arg-type]
-        (name,) = _named(last, nn.Linear)
-        last.set_submodule(name, _last([part.stages[-1].get_submodule(name) for part in parts]))  # type: ignore[misc]
+                joined = _grouped(convolutions, shared=at == 0)  # type: ignore[arg-type]
+                if at == 0:
+                    joined.weight = _fixed(joined.weight / parts[0].std)
+                stage.set_submodule(name, joined)
+        self.stages = nn.ModuleList(stages)
+        self.last = _Last([part.stages[-1] for part in parts])  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[batch, classes]` and member logits `[batch, members, classes]`."""
-        features, skip = (images - self.mean) / self.std, images
+        features, skip = images - self.mean, images
         for stage in self.stages:
             features, skip = stage(features, skip)
-        classes = features.shape[1] // (self.count + 1)
-        own = features[:, classes:].reshape(-1, self.count, classes)
-        return features[:, :classes], own
+        both: tuple[Tensor, Tensor] = self.last(features)
+        return both
+
+
+class _Last(nn.Module):
+    """The members' last layers: the mean of all logits, and each member's own.
+
+    Two products of the pooled features: cutting one product's result in two takes longer.
+    """
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        super().__init__()
+        layers = [head.linear for head in heads]
+        features, self.shape = layers[0].in_features, (len(layers), layers[0].out_features)
+        weights = [layer.weight.detach() for layer in layers]
+        biases = torch.stack([layer.bias.detach() for layer in layers])
+        self.mean = nn.Linear(features * len(layers), self.shape[1])
+        self.own = nn.Linear(features * len(layers), math.prod(self.shape))
+        self.mean.weight = _fixed(torch.cat(weights, 1) / len(layers))
+        self.mean.bias = _fixed(biases.mean(0))
+        self.own.weight = _fixed(torch.block_diag(*weights))  # type: ignore[no-untyped-call]
+        self.own.bias = _fixed(biases.flatten())
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        # A pooling layer, not a mean over two axes: runtimes and importers know it better.
+        pooled = F.adaptive_avg_pool2d(F.relu(features), 1).flatten(1)
+        return self.mean(pooled), self.own(pooled).unflatten(1, self.shape)
 
 
 def can_group(members: Sequence[nn.Module]) -> bool:
@@ -91,11 +116,11 @@ def can_group(members: Sequence[nn.Module]) -> bool:
         same = torch.equal(part.mean, first.mean) and torch.equal(part.std, first.std)
         if not same or _shape(part) != _shape(first):
             return False
-    stem, *middle, head = [_layers(stage) for stage in first.stages]
+    stem, *middle = [_layers(stage) for stage in first.stages[:-1]]
     convolutions = [layer for layers in (stem, *middle) for layer in layers]
     return (
         all(isinstance(layer, nn.Conv2d) for layer in convolutions)
-        and [isinstance(layer, nn.Linear) for layer in head] == [True]
+        and type(first.stages[-1]) is Head
         and len(stem) == 1
         and bool(stem[0].groups == 1)
     )
@@ -148,20 +173,9 @@ def _grouped(convolutions: Sequence[nn.Conv2d], *, shared: bool) -> nn.Conv2d:
     return joined
 
 
-def _last(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """Return the last matrix product: the mean of all logits first, then each member's own."""
-    count, first = len(layers), layers[0]
-    joined = nn.Linear(first.in_features * count, first.out_features * (count + 1))
-    weights = [each.weight.detach() for each in layers]
-    biases = [
-        weight.new_zeros(len(weight)) if each.bias is None else each.bias.detach()
-        for each, weight in zip(layers, weights, strict=True)
-    ]
-    own = torch.block_diag(*weights)  # type: ignore[no-untyped-call]
-    joined.weight = _joined([torch.cat(weights, 1) / count, own])
-    joined.bias = _joined([torch.stack(biases).mean(0), *biases])
-    return joined
-
-
 def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([tensor.detach() for tensor in tensors]), requires_grad=False)
+    return _fixed(torch.cat([tensor.detach() for tensor in tensors]))
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
