@@ -107,18 +107,24 @@ def surrogates(
     """Return the surrogates for a model trained with `config`, training those not in the cache.
 
     The cache key is the hash of everything that shapes a surrogate. An interrupted training goes
-    on where it stopped. Kinds that this version cannot train are left out.
+    on where it stopped; one that another process is at is waited for. Kinds that this version
+    cannot train are left out.
     """
     found = []
     for kind in kinds:
         wanted = surrogate_config(config, kind)
         if wanted is None:
             continue
-        key = sha256(canonical_json([VERSION, wanted.to_json(), data.train.sha256]))
-        folder = cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
-        run = train(wanted, folder, device=device, resume=True, data=data)
+        folder = surrogate_folder(kind, wanted, data)
+        run = train(wanted, folder, device=device, resume=True, data=data, wait=True)
         found.append(_opened(wanted.name, run, device))
     return found
+
+
+def surrogate_folder(kind: str, wanted: Config, data: TrainingData) -> Path:
+    """Return where the cache has, or will have, the run of a surrogate."""
+    key = sha256(canonical_json([VERSION, wanted.to_json(), data.train.sha256]))
+    return cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
 
 
 def given_surrogates(folder: Path, labels: Sequence[str], device: torch.device) -> list[Surrogate]:

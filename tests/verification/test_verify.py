@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.report import page_path, read_report, report_path, report_schema
 from export.export import export
+from tests.conftest import TINY
 from training.attacks import cw_margin, gradient, mean_logits_output, member_logits
 from training.config import load_recipe
 from training.data import Split, load_training
 from training.folding import folded
+from training.lock import locked
 from training.run import Run
 from verification import presets
 from verification.attack import Attack
@@ -30,7 +34,12 @@ from verification.evaluation import Evaluation
 from verification.foreign import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
-from verification.surrogates import given_surrogates, surrogate_config, surrogates
+from verification.surrogates import (
+    given_surrogates,
+    surrogate_config,
+    surrogate_folder,
+    surrogates,
+)
 from verification.verify import verify
 
 EPS = (0.03, 0.3)
@@ -209,6 +218,22 @@ def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path)
     data = type(data)(data.labels, other, data.holdout)
     (third,) = surrogates(config, data, cpu, ["standard-3"])
     assert third.run.path != first.run.path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -> None:
+    config = load_recipe("digits", TINY | {"data.train_limit": 300, "standard.epochs": 1})
+    data, cpu, kind = load_training(config.data), torch.device("cpu"), "standard-3"
+    wanted = surrogate_config(config, kind)
+    assert wanted is not None
+    folder = surrogate_folder(kind, wanted, data)
+    with ThreadPoolExecutor(1) as other:
+        with locked(folder):
+            found = other.submit(surrogates, config, data, cpu, [kind])
+            with pytest.raises(TimeoutError):  # neither refused nor begun
+                found.result(timeout=2)
+            assert [each.name for each in folder.iterdir()] == [".lock"]
+        assert found.result()[0].run.path == folder
 
 
 def test_a_folder_of_surrogates_can_be_given(tiny_run: Path, tmp_path: Path) -> None:
