@@ -285,8 +285,6 @@ class Run:
 
     def finish(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint.json`, after which the run counts as finished."""
-        if not self.writes:
-            return
         record = {"schema_version": SCHEMA_VERSION, "tool_version": __version__, **checkpoint}
         write_atomic(self.path / "checkpoint.json", pretty_json(record))
         for name in ("state.safetensors", "images.json"):

@@ -150,7 +150,8 @@ def train(
         parts = data.train.to(device), data.holdout.to(device)
         training = Training(config, run, team, members, optimizers, *parts, start)
         _run_stages(training, data, first, done)
-        _finish(training, data, begun)
+        if run.writes:
+            _finish(training, data, begun)
     return run
 
 
