@@ -204,6 +204,8 @@ class Config:
     tensorboard: bool = False  # TensorBoard events beside metrics.jsonl (extra `tensorboard`)
     # Of the members' arithmetic; their weights stay fp32. auto: bf16 where the hardware has it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # On a GPU: steps recorded once as CUDA graphs and replayed. off: every operation launched anew.
+    graphs: Literal["auto", "off"] = "auto"
     data: Data = field(default_factory=Data)
     standard: Stage = field(default_factory=Stage)
     dverge: Dverge = field(default_factory=Dverge)

@@ -220,10 +220,13 @@ def _features_and_statistics(
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # running statistics become the batch's, exactly
-    features = member(images, layer)
+    try:
+        features = member(images, layer)
+    finally:  # a recording that fails is followed by the same step unrecorded
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     of_batch = [[tensor.clone() for tensor in _statistics(norm)[:2]] for norm in norms]
-    for norm, stored, momentum in zip(norms, before, momenta, strict=True):
-        norm.momentum = momentum
+    for norm, stored in zip(norms, before, strict=True):
         for tensor, value in zip(_statistics(norm), stored, strict=True):
             tensor.copy_(value)
 

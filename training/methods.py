@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from training import baselines, config, dverge
+from training import baselines, config, dverge, graphs
 from training.members import Member
 from training.seeds import generator
 from training.team import ALONE, Batch, Team
@@ -48,14 +48,39 @@ def stages(
     undefended control.
     """
 
-    def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+    def recorded(work: graphs.Work) -> graphs.Work:
+        return graphs.recorded(work, chosen, optimizers, members[0].mean.device)
+
+    @recorded
+    def standard(layer: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
         return dverge.standard_step(members, optimizers, source, labels, team=team)
 
-    def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
+    def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        return standard(0, batch)
+
+    def diversify(layer: int, batch: Batch, adversary: dverge.Adversary | None = None) -> Tensor:
         source, labels, target = batch
+        return dverge.step(
+            members,
+            optimizers,
+            source,
+            labels,
+            target,
+            layer=layer,
+            settings=chosen.dverge,
+            adversary=adversary,
+            team=team,
+        )
+
+    diversify_alone = recorded(diversify)  # adversaries draw, which a recording cannot repeat
+
+    def dverge_step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
         when = (epoch,) if chosen.dverge.layer_every == "epoch" else (epoch, number)
         layer = draw_layer(chosen, max(member.depth for member in members), *when)
+        if chosen.method == "dverge":
+            return diversify_alone(layer, batch)
 
         def adversary(index: int, member: Member) -> Tensor:
             names: tuple[int | str, ...] = (
@@ -68,17 +93,7 @@ def stages(
             )
             return baselines.adversarial_images(member, source, labels, chosen.adversarial, *names)
 
-        return dverge.step(
-            members,
-            optimizers,
-            source,
-            labels,
-            target,
-            layer=layer,
-            settings=chosen.dverge,
-            adversary=adversary if chosen.method == "dverge+adversarial" else None,
-            team=team,
-        )
+        return diversify(layer, batch, adversary)
 
     def adversarial_step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
@@ -104,11 +119,11 @@ def stages(
             members, optimizers, source, labels, settings=chosen.gal, team=team
         )
 
-    diversify = Stage("dverge", chosen.dverge, dverge_step, pairs=True)
+    diverging = Stage("dverge", chosen.dverge, dverge_step, pairs=True)
     second = {
         "standard": None,
-        "dverge": diversify,
-        "dverge+adversarial": diversify,
+        "dverge": diverging,
+        "dverge+adversarial": diverging,
         "adversarial": Stage("adversarial", chosen.adversarial, adversarial_step, fresh=True),
         "adp": Stage("adp", chosen.adp, adp_step, fresh=True),
         "gal": Stage("gal", chosen.gal, gal_step, fresh=True),

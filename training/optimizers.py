@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import SGD
 
 from training.config import Stage
+from training.graphs import RateOnDevice
 from training.members import Member
 
 
-def build_optimizers(members: Sequence[Member], settings: Stage) -> list[SGD]:
-    """Return an optimiser for each member."""
+def build_optimizers(
+    members: Sequence[Member], settings: Stage, *, on_device: bool = False
+) -> list[SGD]:
+    """Return an optimiser for each member; `on_device`: for steps recorded as CUDA graphs."""
+    kind = RateOnDevice if on_device else SGD
     return [
-        SGD(
+        kind(
             member.parameters(),
             lr=settings.lr,
             momentum=settings.momentum,
@@ -47,4 +52,5 @@ def load_momentum(optimizers: Sequence[SGD], tensors: dict[str, Tensor]) -> None
     for index, optimizer in enumerate(optimizers):
         for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
             if (stored := tensors.get(f"momentum{index}.{number}")) is not None:
-                optimizer.state[parameter]["momentum_buffer"] = stored.to(parameter.device)
+                buffer = torch.empty_like(parameter).copy_(stored)  # in the parameter's layout
+                optimizer.state[parameter]["momentum_buffer"] = buffer

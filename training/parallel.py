@@ -1,4 +1,4 @@
-"""Members side by side: one thread each on the CPU's cores, in turn on a GPU.
+"""Members side by side: one thread each on the CPU's cores; on a GPU a stream each, or in turn.
 
 Small networks give a thread pool inside each operation too little to do: its threads mostly wait
 for one another, all the more on cores that other processes share. Members are independent between
@@ -13,6 +13,8 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+
+from training.graphs import over_lanes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +32,9 @@ def side_by_side(
     items = list(items)
     cores = torch.get_num_threads()
     workers = min(len(items), cores)
-    if device.type != "cpu" or workers < 2:
+    if device.type == "cuda":
+        return over_lanes(work, items)
+    if workers < 2:
         return [work(item) for item in items]
     return list(_pool(workers, max(1, cores // workers)).map(work, items))
 

@@ -17,6 +17,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training import data as datasets
+from training import graphs
 from training.balance import balance, class_counts
 from training.config import Config
 from training.data import Split, TrainingData
@@ -187,7 +188,10 @@ def prepare(
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
-    return members, build_optimizers(members, config.standard)
+    if device.type == "cuda" and compute is None:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: no convolution rounds to TF32
+    on_device = team.size == 1 and graphs.wanted(config, device)
+    return members, build_optimizers(members, config.standard, on_device=on_device)
 
 
 def accuracy(members: Sequence[Member], split: Split) -> float:
@@ -212,7 +216,8 @@ def _run_stages(training: Training, data: TrainingData, first: int, done: int) -
     run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
     with logged(run, events=config.tensorboard) as log:
         for position in range(first, len(plan)):
-            _run_stage(training, plan[position], position, done, log)
+            if done < plan[position].settings.epochs:  # starting weights may stand for a stage
+                _run_stage(training, plan[position], position, done, log)
             if position == 0:
                 run.save_members(members, "standard")
             done = 0

@@ -41,6 +41,7 @@ PUBLISHED = {
     "members": 3,
     "batch_size": 128,
     "precision": "auto",
+    "graphs": "auto",
     "seed": 0,
     "tensorboard": False,
     "data": {
