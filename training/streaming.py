@@ -6,6 +6,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -143,6 +144,7 @@ class _Reader:
             batch_sampler=self._plan,  # of paths, not of row numbers
             collate_fn=_unchanged,
             num_workers=workers,
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # leaves torch's global one alone
             **more,
         )
@@ -188,6 +190,18 @@ class _Decoder(Dataset[Any]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let this worker end when training is killed, even while it waits to hand over its images."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _free_bytes() -> float:

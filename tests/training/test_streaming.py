@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,38 @@ def test_a_worker_that_is_killed_is_one_line(photos: Path) -> None:
     max(started, key=lambda each: each.create_time()).kill()
     with pytest.raises(UserError, match=r"was ended.*data\.workers"):
         list(found)
+
+
+BUSY = """
+import sys, time
+import psutil, torch
+from training.config import Data
+from training.data import load_training
+
+if __name__ == "__main__":
+    data = Data(name="imagefolder", path=sys.argv[1], crop=(96, 96), memory_gb=0, workers=2)
+    streamed = load_training(data).train
+    found = streamed.fetch(torch.split(torch.arange(len(streamed)), 9))
+    next(found)
+    print(*(each.pid for each in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_workers_of_a_training_that_is_killed_end(photos: Path, tmp_path: Path) -> None:
+    """Even those that are handing over more than a pipe holds."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, str(script), str(photos)], stdout=subprocess.PIPE, text=True, env=here
+    ) as busy:
+        assert busy.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in busy.stdout.readline().split()]
+        assert len(workers) >= 2
+        busy.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def tiny(data: Data, **more: Any) -> Config:
