@@ -20,6 +20,23 @@ from dverge_serve.report import read_report, report_path
 SERVICE = "dverge_serve.service:Dverge"
 PACKAGE = Path(__file__).parent
 MODEL = "model.onnx"
+REQUIREMENTS = "requirements.txt"
+CONTAINER = "Dockerfile"
+# `bentoml containerize` works too, but the image that it makes is never asked whether it is ready.
+DOCKERFILE = """# docker build --tag dverge .    (in this folder; no BentoML needed)
+FROM python:{python}-slim
+COPY requirements.txt /tmp/
+RUN pip install --no-cache-dir -r /tmp/requirements.txt && useradd --uid 10001 dverge
+COPY . /bento
+USER 10001
+WORKDIR /bento
+# CONTAINERIZED: listen on every address, as containers must. BentoML's own notes go to /tmp.
+ENV BENTOML_CONTAINERIZED=true BENTOML_HOME=/tmp/bentoml PYTHONDONTWRITEBYTECODE=1
+EXPOSE 3000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \\
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:3000/readyz')"]
+CMD ["bentoml", "serve"]
+"""
 
 
 def write_bento(model: Path, out: Path) -> list[Path]:
@@ -41,8 +58,11 @@ def write_bento(model: Path, out: Path) -> list[Path]:
     with Engine(model, device="cpu") as engine:
         card, sha256 = engine.card, engine.sha256
     _check_folder(out)
-    written = [out / "bentofile.yaml", out / MODEL]
-    write_atomic(written[1], model.read_bytes())
+    written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
+    write_atomic(out / MODEL, model.read_bytes())
+    write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements()).encode())
+    python = ".".join(str(part) for part in sys.version_info[:2])
+    write_atomic(out / CONTAINER, DOCKERFILE.format(python=python).encode())
     reports = [report_path(model), report_path(model).with_suffix(".html")]
     for source, name in zip(reports, ("model.report.json", "model.report.html"), strict=True):
         (out / name).unlink(missing_ok=True)
@@ -58,9 +78,9 @@ def write_bento(model: Path, out: Path) -> list[Path]:
         "service": SERVICE,
         "name": name,
         "description": f"{card.name}: {card.members} members, {card.precision}, sha256 {sha256}",
-        "include": [f"{PACKAGE.name}/**", *(path.name for path in written[1:])],
+        "include": [f"{PACKAGE.name}/**", *(path.name for path in written)],
         # Locking asks the network, and would pin what the host has already.
-        "python": {"packages": requirements(), "lock_packages": False},
+        "python": {"requirements_txt": REQUIREMENTS, "lock_packages": False},
     }
     write_atomic(written[0], (json.dumps(file, indent=2) + "\n").encode())
     return written
@@ -104,7 +124,8 @@ def requirements() -> list[str]:
 
 
 def _check_folder(out: Path) -> None:
-    ours = {"bentofile.yaml", MODEL, "model.report.json", "model.report.html", PACKAGE.name}
+    ours = {"bentofile.yaml", MODEL, REQUIREMENTS, CONTAINER, PACKAGE.name}
+    ours |= {"model.report.json", "model.report.html"}
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if (out.exists() and not out.is_dir()) or found - ours or (found and MODEL not in found):
         raise UserError(
