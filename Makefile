@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= demo/model.onnx
+PART ?=
 
 .PHONY: install demo test check lint types imports docs reference evidence long serve lock clean
 
@@ -46,8 +47,21 @@ docs: install
 
 check: lint types imports docs test
 
+# make long PART=soak runs those with "soak" in their name: soak, damaged, killed, ensembles, bento.
+# What they came to is kept in benchmarks/results/ and shown by `make figures`.
 long: install
-	$(BIN)/python -m pytest -m long --timeout=7200
+	KEEP_FIGURES=1 $(BIN)/python -m pytest -m long -k "$(PART)" -s --timeout=7200
+
+# On a machine that does nothing else. DVERGE_TEST_DATA names the folder of published data, if any.
+bench: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev,bench]'
+	$(BIN)/python -m benchmarks.engine --save
+	$(BIN)/python -m benchmarks.serving --save
+	$(BIN)/python -m benchmarks.precision --save
+
+# The tables of figures in docs/, from benchmarks/results/.
+figures: install
+	$(BIN)/python -m benchmarks.report
 
 # The exact versions the checks last passed with: names and versions alone.
 lock: install

@@ -1,0 +1,99 @@
+"""A server under test, and the load that `wrk` puts on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SCRIPT = Path(__file__).parent / "load.lua"
+
+
+@dataclass
+class Server:
+    """A server under test: what starts it, what it is sent."""
+
+    name: str
+    command: list[str]
+    health: str
+    body: bytes
+    headers: dict[str, str]
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environment: dict[str, str], log: Path) -> None:
+        self.port = _free_port()
+        command = [part.replace("PORT", str(self.port)) for part in self.command]
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                url = f"http://127.0.0.1:{self.port}{self.health}"
+                urllib.request.urlopen(url, timeout=2).close()
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{self.name} does not start:\n{log.read_text()}")
+            time.sleep(0.1)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the server and its workers, which live in sessions of their own."""
+        assert self.process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            main = psutil.Process(self.process.pid)
+            for process in [*main.children(recursive=True), main]:
+                process.send_signal(number)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        self.signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGSTOP)
+
+
+def load(
+    server: Server, path: str, body: Path, headers: dict[str, str], connections: int, seconds: int
+) -> dict[str, float]:
+    """Return what `wrk` measured, after a second of warming up."""
+    lines = "\n".join(f"{name}: {value}" for name, value in headers.items())
+    environment = {**os.environ, "LOAD_BODY": str(body), "LOAD_HEADERS": lines}
+    with server.awake():
+        for duration in (1, seconds):
+            done = subprocess.run(
+                [
+                    *("wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "30s"),
+                    *("-s", str(SCRIPT), f"http://127.0.0.1:{server.port}{path}"),
+                ],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+    found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    result: dict[str, float] = json.loads(found[1])
+    if result["errors"] or not result["requests"]:
+        raise SystemExit(f"{server.name} answered with errors: {result}")
+    per_s = result["requests"] / result["seconds"]
+    return {"per_s": per_s, "p50_ms": result["p50_ms"], "p99_ms": result["p99_ms"]}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
