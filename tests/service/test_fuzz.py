@@ -17,6 +17,7 @@ from dverge_serve.decoder import decode
 from dverge_serve.images import Preprocess
 from dverge_serve.multipart import image_files
 from dverge_serve.tensors import Inference, read_inference
+from tests.service.figures import tell
 from tests.service.test_pictures import SOUND, UNSOUND
 
 GRAY = Preprocess(mode="L", resize=(8, 8), crop=(8, 8))
@@ -80,8 +81,11 @@ def test_damaged_images_are_taken_or_refused() -> None:
 
 @pytest.mark.long
 def test_100_000_damaged_images() -> None:
-    taken, refused = fuzz_images(int(os.environ.get("FUZZ_IMAGES", "100000")))
-    print(f"taken {taken}, refused {refused}, crashed 0")
+    count = int(os.environ.get("FUZZ_IMAGES", "100000"))
+    taken, refused = fuzz_images(count)
+    assert taken + refused == count
+    figures = f"{taken} taken, {refused} refused in words, 0 crashes"
+    tell(f"fuzz, {count} damaged images", figures, "damaged")
 
 
 BOUNDARY = "multipart/form-data; boundary=b"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from tests.service import tiny
+from tests.service.figures import tell
 from tests.service.server import (
     ROOT,
     Server,
@@ -454,15 +456,17 @@ def test_workers_end_with_a_killed_supervisor_and_free_the_port(tmp_path: Path) 
         probe.bind(("127.0.0.1", server.port))
 
 
-def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(tmp_path: Path) -> None:
-    """Under load, kill -9: the other worker goes on, and a new one takes the dead one's place."""
-    tiny.save_gray_model(tmp_path / "model.onnx")
+def kill_under_load(folder: Path, kills: int, callers: int = 4) -> tuple[int, int]:
+    """Kill -9 a worker of two again and again; return how many requests were answered and lost.
+
+    Each time the other one goes on and a new one comes; only what was in flight may be lost.
+    """
+    tiny.save_gray_model(folder / "model.onnx")
     body = tiny.png(255)
-    with serving(tmp_path, DVERGE_WORKERS="2") as server:
-        victim = server.workers()[0]
-        stop = threading.Event()
-        answered: list[int] = []
-        failed: list[str] = []
+    stop = threading.Event()
+    answered: list[int] = []
+    failed: list[str] = []
+    with serving(folder, DVERGE_WORKERS="2") as server:
 
         def ask() -> None:
             with httpx.Client(timeout=30) as client:
@@ -473,24 +477,40 @@ def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(tmp_path: Pa
                     except httpx.TransportError as error:
                         failed.append(repr(error))
 
-        threads = [threading.Thread(target=ask) for _ in range(4)]
+        threads = [threading.Thread(target=ask) for _ in range(callers)]
         for thread in threads:
             thread.start()
         try:
             _wait_until(lambda: len(answered) > 50, "no answers")
-            victim.kill()
-            before = len(answered)
-            _wait_until(lambda: len(answered) > before + 200, "nobody goes on")
-            _wait_until(
-                lambda: len(server.workers()) == 2 and victim not in server.workers(),
-                "no new worker",
-            )
+            for kill in range(kills):
+                (victim, other), before = server.workers(), len(answered)
+                victim.kill()
+                _wait_until(lambda b=before: len(answered) > b + 200, "nobody goes on")  # type: ignore[misc]
+                _wait_until(
+                    lambda v=victim: len(server.workers()) == 2 and v not in server.workers(),  # type: ignore[misc]
+                    "no new worker",
+                )
+                assert other in server.workers()
+                # At most the one request that each had in flight, at each kill.
+                assert len(failed) <= callers * (kill + 1)
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
     assert set(answered) == {200}
-    assert len(failed) <= len(threads)  # at most the one request that each had in flight
+    return len(answered), len(failed)
+
+
+def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(tmp_path: Path) -> None:
+    kill_under_load(tmp_path, kills=1)
+
+
+@pytest.mark.long
+def test_workers_killed_again_and_again(tmp_path: Path) -> None:
+    kills = int(os.environ.get("KILLS", "30"))
+    answered, lost = kill_under_load(tmp_path, kills)
+    figures = f"{answered} answers, all right; {lost} requests lost, each in flight at a kill"
+    tell(f"{kills} times kill -9 of a worker of two, 4 callers", figures, "killed")
 
 
 def _wait_until(true: Callable[[], bool], otherwise: str, timeout_s: float = 60) -> None:

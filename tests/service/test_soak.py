@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.service import tiny
+from tests.service.figures import tell
 from tests.service.server import Server, serving
 from tests.service.test_pictures import SOUND, UNSOUND
 
@@ -102,10 +103,12 @@ def test_a_long_soak(tmp_path: Path) -> None:
     seconds = float(os.environ.get("SOAK_S", "1800"))
     soak = run(tmp_path, seconds)
     slope, margin = soak.slope()
-    print(
-        f"{seconds:g} s, {soak.answered} answers, {len(soak.wrong)} wrong; memory "
-        f"{soak.megabytes[0]:.0f} MB at first, {soak.megabytes[-1]:.0f} MB at last, second half "
-        f"{slope:+.1f} +- {margin:.1f} MB an hour"
+    tell(
+        f"soak, {seconds:g} s, {CONNECTIONS} connections, sound and unsound pictures",
+        f"{soak.answered} answers, {len(soak.wrong)} wrong; memory {soak.megabytes[0]:.0f} MB at "
+        f"first, {soak.megabytes[-1]:.0f} MB at last; slope over the second half "
+        f"{slope:+.1f} MB an hour, 95% interval {slope - margin:+.1f} to {slope + margin:+.1f}",
+        "soak",
     )
     assert soak.wrong == []
     assert slope - margin <= 20

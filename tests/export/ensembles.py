@@ -1,0 +1,79 @@
+"""Small ensembles of every architecture, with statistics that folding must honour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dverge_serve.contract import Card
+from dverge_serve.engine import Engine
+from dverge_serve.images import Preprocess
+from training.config import Config
+from training.members import Member, bottleneck_resnet_stages, build_members
+
+
+def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:
+    return Card(
+        name="random",
+        labels=tuple(f"class {index}" for index in range(classes)),
+        preprocess=Preprocess(
+            mode="RGB" if channels == 3 else "L", resize=(height, width), crop=(height, width)
+        ),
+        channel_order="RGB" if channels == 3 else "L",
+        members=count,
+        dataset="none",
+        weights_sha256="0" * 64,
+        tool_version="test",
+    )
+
+
+def lively(members: Sequence[nn.Module]) -> list[nn.Module]:
+    """Give every BatchNorm statistics that folding must honour."""
+    for member in members:
+        for module in member.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                assert module.running_var is not None
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+        member.eval().requires_grad_(False)
+    return list(members)
+
+
+def ensemble(
+    architecture: str | tuple[str, ...], count: int, channels: int, size: int, width: int = 4
+) -> tuple[list[nn.Module], Card]:
+    if architecture == "bottleneck":
+        torch.manual_seed(count)
+        stages = [bottleneck_resnet_stages(1, channels, width, 3) for _ in range(count)]
+        made: Sequence[nn.Module] = [
+            Member(each, [0.4] * channels, [0.3] * channels) for each in stages
+        ]
+    else:
+        table: dict[str, Any] = {
+            "name": "parity",
+            "method": "standard",
+            "architecture": architecture,
+            "width": width,
+            "members": count,
+            "data": {"mode": "RGB" if channels == 3 else "L", "crop": [size, size]},
+        }
+        config = Config.from_json(table, "test")
+        made = build_members(config, 3, [0.4] * channels, [0.3] * channels)
+    return lively(made), card_of(channels, size, size, 3, count)
+
+
+def engine_of(data: bytes, folder: Path) -> Engine:
+    (folder / "model.onnx").write_bytes(data)
+    return Engine(folder / "model.onnx", device="cpu")
+
+
+def probe(card: Card, count: int = 9) -> Any:
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (count, *card.input_shape), dtype=np.uint8)
