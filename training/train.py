@@ -217,7 +217,6 @@ def _run_stages(training: Training, data: TrainingData, first: int, done: int) -
     with logged(run, events=config.tensorboard) as log:
         for position in range(first, len(plan)):
             if done < plan[position].settings.epochs:  # starting weights may stand for a stage
-                if done < plan[position].settings.epochs:  # starting weights may stand for a stage
                 _run_stage(training, plan[position], position, done, log)
             if position == 0:
                 run.save_members(members, "standard")
