@@ -30,10 +30,11 @@ from training.run import Run
 from training.train import arithmetic, train
 from verification.alarm import DEPLOYED
 from verification.attack import Attack
+from verification.evaluation import Evaluation
 from verification.gradients import find_gradients
 from verification.outcomes import Outcomes
 from verification.surrogates import given_surrogates
-from verification.verify import Evaluation, verify
+from verification.verify import verify
 
 ALARM = ("auroc", "tpr_at_0.05", "fpr_at_0.05")
 
