@@ -10,11 +10,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 Times = dict[str, list[float]]
 PAUSE_S = 0.02
@@ -33,9 +33,17 @@ def machine() -> dict[str, Any]:
         else os.cpu_count(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
+        "onnxruntime": version("onnxruntime-gpu") or version("onnxruntime"),
         "numpy": np.__version__,
     }
+
+
+def version(package: str) -> str:
+    """Return a package's version without importing it; empty where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def turns(
