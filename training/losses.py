@@ -58,7 +58,7 @@ class Losses:
         )
         for index, fine in enumerate(healthy.tolist()):
             if not fine:
-                self._fail(f"the weights of member {index} became nan", self._steps)
+                self._fail(f"the weights of member {index} became infinite or nan", self._steps)
         return [total / max(self._steps, 1) for total in self._totals]
 
     def _look(self) -> None:
@@ -76,7 +76,7 @@ class Losses:
         self._team.fail(
             UserError(
                 f"{what} in {where}, {steps}",
-                "a finite loss",
+                "finite numbers",
                 f"lower {self._stage}.lr and train into another --out",
             )
         )

@@ -8,10 +8,12 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from dverge_serve.files import (
     sha256,
     write_atomic,
 )
-from dverge_serve.progress import Progress, duration
+from dverge_serve.progress import Progress, duration, say
 
 
 def names(folder: Path) -> list[str]:
@@ -131,6 +133,23 @@ def test_a_full_disk_is_one_line_and_the_old_file_stands(
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["model.onnx"]
+
+
+def test_a_full_disk_says_how_much_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = [1_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room[0]))
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"file \(1,234 bytes, 1,000 free: 234 missing\);"):
+        write_atomic(tmp_path / "file", b"x" * 1_234)
+    room[0] = 5_000  # the user's quota is full, not the disk
+    with pytest.raises(UserError, match=r"file \(1,234 bytes\);"):
+        write_atomic(tmp_path / "file", b"x" * 1_234)
 
 
 def test_a_disk_that_fills_up_when_flushed_is_seen(
@@ -271,6 +290,19 @@ def test_time_left_of_a_resumed_task_is_of_what_this_process_did(
         clock.now += 10
         progress.advance(10)
     assert "90%, 10s left" in capsys.readouterr().err
+
+
+def test_of_several_processes_one_shows_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(Progress, "shown", False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("training", 100) as progress:
+        clock.now += 10
+        progress.advance(10)
+    say("a line about the work")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_task_that_fails_does_not_say_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training.config import Data
 from training.data import TrainingData, load_training
+from training.lock import locked
 from training.run import Run
 from training.train import train
 
@@ -190,6 +196,118 @@ def test_a_run_killed_after_its_checkpoint_is_finished(
     go_on(out)
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
     expect_the_same(out, whole)
+
+
+def moments(count: int) -> list[tuple[str, float]]:
+    """Return random moments, each stage's in turn, as shares of the stage's length."""
+    draw = random.Random(20201018)
+    return [(("standard", "dverge")[number % 2], draw.random()) for number in range(count)]
+
+
+def kill_at_random(driver: Driver, out: Path, stage: str, share: float) -> None:
+    """Kill a run in the midst of a stage: sooner, should it have been over too soon."""
+    length = 2.0  # seconds, guessed; a run that ends first says how long it takes
+    while True:
+        pid = driver.start(out, hold=None)
+        mark = out / ("config.json" if stage == "standard" else "standard.safetensors")
+        while not mark.is_file():
+            time.sleep(0.001)
+        begun = time.monotonic()
+        while time.monotonic() - begun < share * length and not Run(out).finished:
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if not Run(out).finished:
+            assert driver.expect("ended")["code"] == -signal.SIGKILL
+            return
+        driver.expect("ended")
+        length = (time.monotonic() - begun) / 2
+        shutil.rmtree(out)
+
+
+FEW, MANY = 3, 20
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [
+        pytest.param(*moment, marks=[pytest.mark.long] if number >= FEW else [])
+        for number, moment in enumerate(moments(MANY))
+    ],
+)
+def test_a_run_killed_at_a_random_moment_ends_the_same(
+    driver: Driver, whole: Path, tmp_path: Path, stage: str, share: float
+) -> None:
+    out = tmp_path / "run"
+    kill_at_random(driver, out, stage, share)
+    go_on(out)
+    expect_the_same(out, whole)
+
+
+def test_two_processes_cannot_train_into_one_folder(
+    driver: Driver, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    pid = driver.start(out, hold=("log", "after", 1))
+    driver.expect("held")
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(UserError, match=rf"another process \({pid}\) is training in") as caught:
+        go_on(out)
+    assert caught.value.exit_code == 2
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    os.kill(pid, signal.SIGKILL)
+    driver.expect("ended")
+    go_on(out)  # the kill let go of the folder
+    expect_the_same(out, whole)
+
+
+def test_who_waits_finds_the_work_of_the_other_done(
+    driver: Driver, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other begins and ends between the first look at the folder and the lock."""
+    out = tmp_path / "run"
+    plain = Run.locked
+
+    def locked(run: Run, **more: Any) -> Any:
+        monkeypatch.setattr(Run, "locked", plain)
+        driver.start(out, hold=None)
+        assert driver.expect("ended")["code"] == 0
+        return plain(run, **more)
+
+    monkeypatch.setattr(Run, "locked", locked)
+    config = tiny_config(**SETTINGS)
+    data = images(config.data)
+    train(config, out, device=torch.device("cpu"), resume=True, data=data, wait=True)
+    assert Run.locked is plain
+    expect_the_same(out, whole)
+
+
+LOCKS = Path("/proc/locks")  # of Linux
+
+
+@pytest.mark.skipif(not LOCKS.is_file(), reason="no /proc/locks to see who waits")
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with locked(tmp_path, wait=True):
+            order.append("second")
+
+    with locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not blocked_on(tmp_path / ".lock"):
+            time.sleep(0.001)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert not list(tmp_path.iterdir())
+
+
+def blocked_on(path: Path) -> bool:
+    """Whether the kernel lists someone who waits for a lock on the file."""
+    inode = f":{path.stat().st_ino} "
+    return any("->" in line and inode in line for line in LOCKS.read_text().splitlines())
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
-from training import dverge
+from training import dverge, losses
 from training.config import Data, Dverge
 from training.data import Split, load_training
 from training.methods import Stage, draw_layer
 from training.run import Run
+from training.team import Team
 from training.train import _normalisation, accuracy, epoch_batches, pick_device, train
 
 CPU = torch.device("cpu")
@@ -191,6 +192,67 @@ def test_a_loss_that_is_no_number_names_the_member(
     assert "\n" not in str(caught.value)
     assert not Run(tmp_path / "run").finished
     assert not (tmp_path / "run" / "members.safetensors").exists()
+
+
+def test_losses_are_read_now_and_then_and_the_window_of_a_nan_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs of 6 steps, windows of 4: two looks an epoch, and step 3 of the last is no number."""
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(losses, "WINDOW", 4)
+    plain, looks = Team.losses, 0
+
+    def counted(team: Team, own: Tensor, members: int) -> Tensor:
+        nonlocal looks
+        looks += 1
+        return plain(team, own, members)
+
+    monkeypatch.setattr(Team, "losses", counted)
+
+    def step(*_: Any, **more: Any) -> Tensor:
+        steps.dverge.append(more)
+        return torch.tensor([1.0, float("nan") if len(steps.dverge) == 15 else 3.0])
+
+    monkeypatch.setattr(dverge, "step", step)
+    config = tiny_config(dverge__epochs=5)
+    with pytest.raises(UserError) as caught:
+        train(config, tmp_path / "run", device=CPU)
+    said = (
+        "the loss of member 1 became nan in dverge epoch 3, steps 1 to 4; expected finite numbers"
+    )
+    assert str(caught.value).startswith(said)
+    assert len(steps.dverge) == 16  # the rest of the window, and no more
+    assert looks == 2 * (config.standard.epochs + 2) + 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["losses"] for line in lines[-2:]] == [[1.0, 3.0]] * 2
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of an epoch's last step is finite; what the step made of the weights is not."""
+    monkeypatch.setattr("training.train.SAVE_EVERY_S", 0.0)
+    plain, taken = dverge.step, 0
+
+    def step(members: Any, *args: Any, **more: Any) -> Tensor:
+        nonlocal taken
+        taken += 1
+        found = plain(members, *args, **more)
+        if taken == 12:
+            with torch.no_grad():
+                next(members[1].parameters()).view(-1)[0] = float("inf")
+        return found
+
+    monkeypatch.setattr(dverge, "step", step)
+    with pytest.raises(
+        UserError, match=r"weights of member 1 became .* in dverge epoch 2, step 6;"
+    ):
+        train(tiny_config(dverge__epochs=4), tmp_path / "run", device=CPU)
+    state = Run(tmp_path / "run").load_state()
+    assert state is not None
+    stage, epoch, tensors = state
+    assert (stage, epoch) == (1, 1)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def test_a_learning_rate_out_of_all_reason_is_told_so(tmp_path: Path) -> None:
