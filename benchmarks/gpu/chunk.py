@@ -23,10 +23,12 @@ from benchmarks.gpu.jobs import JOBS, Job, Plan
 from benchmarks.gpu.results import Table
 from benchmarks.gpu.work import REPOSITORY
 from dverge_serve.errors import UserError
-from dverge_serve.files import canonical_json, read_json, write_atomic
+from dverge_serve.files import read_json, write_atomic
 
 RESULTS = "results.json"
-NEEDED = ("torch", "torchvision", "safetensors", "rich", "scipy", "sklearn", "PIL", "numpy")
+NEEDED = (
+    *("torch", "torchvision", "safetensors", "rich", "scipy", "sklearn", "psutil", "PIL", "numpy"),
+)
 TAIL = 12  # lines of what a failed job said
 
 
@@ -50,7 +52,7 @@ class Chunk:
         keep_s: float = 30.0,
     ) -> None:
         self._plan, self._out, self._keep_s = plan, out, keep_s
-        self._begun = time.monotonic()
+        self._begun, self._kept = time.monotonic(), set[Path]()
         unknown = sorted(set(only) - {job.name for job in JOBS})
         if unknown:
             known = ", ".join(job.name for job in JOBS)
@@ -135,9 +137,11 @@ class Chunk:
         results.update(self._results, self._plan)
         for job in JOBS:
             run = self._plan.run(job.name)
-            if job.kind == "train" and (run / "config.json").is_file():
+            if job.kind == "train" and (run / "config.json").is_file() and run not in self._kept:
+                finished = (run / archive.CHECKPOINT).is_file()
                 archive.keep(run, self._out / f"{job.name}.zip")
-        write_atomic(self._out / RESULTS, canonical_json(self._results) + b"\n")
+                self._kept |= {run} if finished else set()  # it will not change any more
+        write_atomic(self._out / RESULTS, json.dumps(self._results).encode() + b"\n")
 
     def _read(self, state: Path) -> Table:
         """Bring back what an earlier chunk left.

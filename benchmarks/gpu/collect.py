@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from benchmarks.gpu import archive
@@ -39,7 +39,7 @@ def collect(state: Path, results: Path, runs: Path | None) -> list[Path]:
         members = load_file(run / "members.safetensors")
         for number, part in enumerate(_parts(_halved(members))):
             path = results / f"{name}{f'-{number + 1}' if number else ''}.fp16.safetensors"
-            save_file(part, path)
+            write_atomic(path, save(part))
             written.append(path)
         if runs is None:
             for each in run.iterdir():

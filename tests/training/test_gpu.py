@@ -173,11 +173,12 @@ def test_chunks_go_on_from_what_the_one_before_returned(
         "attack-exact",
     ]
     assert len(found["chunks"]) == 4
-    assert found["chunks"][-1]["machine"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["chunks"][-1]["machine"]["versions"]["torch"])
 
     steps = found["jobs"]["steps"]["found"]
     assert [row["layer"] for row in steps["rows"]] == [1, 9]
     assert steps["times"]["eager"] > 0
+    assert steps["bars"] == found["bars"] == []  # those are for a GPU
 
     # The interrupted training made the members that an uninterrupted one makes.
     exact = found["jobs"]["exact"]["found"]
@@ -234,6 +235,21 @@ def test_what_a_next_chunk_needs() -> None:
     assert results.carried(table) == ["fast", "surrogate"]
     table["jobs"] |= {name: entry(done=True) for name in ("attack-fast", "five", "attack-five")}
     assert results.carried(table) == []
+
+
+def test_the_bar_of_stage_two_is_for_the_whole_recipe_on_a_gpu() -> None:
+    table = results.empty()
+    stage = {"epochs": 200, "seconds": 900.0}
+    table["jobs"] = {
+        "exact": {"done": True, "failures": [], "found": {"stages": {"dverge": stage}}}
+    }
+    table["chunks"] = [{"machine": {"cores": 2}}]
+    assert results.bars(table) == []
+    table["chunks"].append({"machine": {"gpu": {"name": "one"}}})
+    (found,) = results.bars(table)
+    assert (found["value"], found["holds"]) == (15.0, True)
+    stage["epochs"] = 2
+    assert results.bars(table) == []
 
 
 def test_a_job_that_fails_twice_is_given_up_with_all_that_need_it() -> None:
