@@ -22,6 +22,7 @@ from training.balance import balance, class_counts
 from training.config import Config
 from training.data import Split, TrainingData
 from training.diversity import diversity
+from training.dropout import begin_draws
 from training.events import Log, logged, require_tensorboard
 from training.losses import Losses
 from training.members import Member, build_members, mean_logits
@@ -241,6 +242,7 @@ def _run_stage(training: Training, stage: Stage, position: int, done: int, log: 
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
             losses = Losses(stage.name, epoch, config.members, team)
+            begin_draws(training.members, config.seed, "dropout", stage.name, epoch, *team.names)
             batches = epoch_batches(training.train, config, stage, epoch)
             for number, batch in enumerate(team.parts(batches)):
                 set_rate(training.optimizers, settings, epoch, number / count)

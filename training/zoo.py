@@ -12,6 +12,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dverge_serve.errors import UserError, nearest
+from training.dropout import NamedDropout, name_dropout
 from training.members import Member
 
 PREFIX = "torchvision:"
@@ -78,7 +79,7 @@ class TorchvisionMember(Member):
     def _network_upto(self, layer: int) -> nn.Module:
         if layer not in self._upto:
             wanted = {self._layers[layer - 1]: "features"}
-            part = create_feature_extractor(self.network, wanted)
+            part = create_feature_extractor(self.network, wanted, tracer_kwargs=whole())
             # Held beside the network, not inside it: they share every parameter.
             self._upto[layer] = part.train(self.training)
         return self._upto[layer]
@@ -99,6 +100,7 @@ def build_torchvision(
         )
     network = models.get_model(name, weights=None, num_classes=classes)
     open_blocks(network)
+    name_dropout(network)
     try:
         layers = eligible_layers(network)
     except Exception as error:  # torch.fx fails in many ways on networks it cannot trace
@@ -107,6 +109,11 @@ def build_torchvision(
             "a network that torchvision's feature extraction can trace",
         ) from error
     return TorchvisionMember(network, layers, mean, std)
+
+
+def whole() -> dict[str, Any]:
+    """Return what tells the tracer which modules of ours not to look into."""
+    return {"leaf_modules": [NamedDropout]}
 
 
 def open_blocks(network: nn.Module) -> None:
@@ -123,7 +130,7 @@ def open_blocks(network: nn.Module) -> None:
 
 def eligible_layers(network: nn.Module) -> list[str]:
     """Return the names of the graph nodes whose output DVERGE may distil, in order."""
-    names, _ = get_graph_node_names(network)
+    names, _ = get_graph_node_names(network, tracer_kwargs=whole())
     modules = dict(network.named_modules())
     eligible: list[str] = []
     for name in names:

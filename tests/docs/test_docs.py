@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def test_every_page_is_in_the_navigation() -> None:
     }
 
 
-def test_the_walk_through_of_your_own_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made-up photos of two classes in `photos/`, in the working directory."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for part, count in (("train", 40), ("test", 6)):
@@ -85,13 +86,24 @@ def test_the_walk_through_of_your_own_images(
                 noise = rng.normal(0, 40, (24, 36, 3))
                 pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    text = (ROOT / "docs" / "images.md").read_text()
-    commands = [
-        line.split()[1:]
+    return tmp_path
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Return the arguments of every `dverge` command in a page's blocks."""
+    text = (ROOT / "docs" / page).read_text()
+    return [
+        shlex.split(line)[1:]
         for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
         for line in block.splitlines()
         if line.startswith("dverge ")
     ]
+
+
+def test_the_walk_through_of_your_own_images(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = commands_of("images.md")
     verbs = [command[0] for command in commands]
     assert verbs == ["train", "export", "verify-robustness", "inspect", "predict", "serve"]
     smaller = ["architecture=resnet8", "width=4", "standard.epochs=1", "dverge.epochs=1"]
@@ -109,6 +121,25 @@ def test_the_walk_through_of_your_own_images(
         codes = (0, 3) if command[0] == "verify-robustness" else (0,)
         assert run(command) in codes, (command, capsys.readouterr().err)
     told = capsys.readouterr().out
-    assert (tmp_path / "model.report.json").exists()
+    assert (photos / "model.report.json").exists()
     assert "cat" in told
     assert "dog" in told
+
+
+def test_every_training_of_the_training_page(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = ["width=4", "standard.epochs=1", "dverge.epochs=1", "dverge.steps=1"]
+    smaller += ["data.crop=[16,16]", "batch_size=32", "members=2"]
+    commands = commands_of("training.md")
+    runs = set()
+    for command in commands:
+        if "--resume" not in command:
+            own = any(word.startswith("architecture=") for word in command)
+            pairs = smaller if own else [*smaller, "architecture=resnet8"]
+            command += [word for pair in pairs for word in ("--set", pair)]
+        assert run(command) == 0, (command, capsys.readouterr().err)
+        runs.add(command[command.index("--out") + 1])
+    assert len(commands) == 8
+    finished = {path.parent.as_posix() for path in Path().glob("runs/*/checkpoint.json")}
+    assert finished - {"runs/latest"} == runs
