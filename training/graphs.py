@@ -51,14 +51,16 @@ class RateOnDevice(SGD):
         ]
 
     def send_rate(self) -> None:
-        """Bring the rates on the device up to date; not while a step is recorded."""
+        """Bring the rates on the device up to date: before a replay, which only reads them."""
         for group, rate in zip(self.param_groups, self._rates, strict=True):
             rate.fill_(group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step at the rate that was sent last; no closure is taken."""
+        """Take one step; while it is recorded, at whatever rate is sent before each replay."""
         assert closure is None
+        if not _recording():
+            self.send_rate()
         for group, rate in zip(self.param_groups, self._rates, strict=True):
             parameters = [each for each in group["params"] if each.grad is not None]
             gradients = [each.grad for each in parameters]
@@ -78,6 +80,10 @@ class RateOnDevice(SGD):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         found: Tensor = state["momentum_buffer"]
         return found
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Recorder(Protocol):

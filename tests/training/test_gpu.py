@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
-from benchmarks.gpu import archive, images, results
+from benchmarks.gpu import archive, images, results, steps
 from benchmarks.gpu.chunk import Chunk
 from benchmarks.gpu.collect import collect
 from benchmarks.gpu.jobs import JOBS, Plan, job_named
@@ -175,10 +177,10 @@ def test_chunks_go_on_from_what_the_one_before_returned(
     assert len(found["chunks"]) == 4
     assert torch.__version__.startswith(found["chunks"][-1]["machine"]["versions"]["torch"])
 
-    steps = found["jobs"]["steps"]["found"]
-    assert [row["layer"] for row in steps["rows"]] == [1, 9]
-    assert steps["times"]["eager"] > 0
-    assert steps["bars"] == found["bars"] == []  # those are for a GPU
+    timed = found["jobs"]["steps"]["found"]
+    assert [row["layer"] for row in timed["rows"]] == [1, 9]
+    assert timed["times"]["eager"] > 0
+    assert timed["bars"] == found["bars"] == []  # those are for a GPU
 
     # The interrupted training made the members that an uninterrupted one makes.
     exact = found["jobs"]["exact"]["found"]
@@ -217,6 +219,50 @@ def test_all_jobs_of_all_chunks(lent: Lent) -> None:
     assert read(out)["jobs"]["checks"]["found"]["code"] == 0
     five = read(out)["jobs"]["five"]["found"]
     assert len(five["stages"]["dverge"]["losses"][0]) == 5
+
+
+class Echo:
+    """Records by remembering the work: what a GPU does, without one."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+        return work()
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.recorded += 1
+        return work
+
+
+@pytest.mark.parametrize("name", ["published", "recorded", "recorded_benchmark", "fp32_recorded"])
+def test_a_way_to_step_is_ready_before_it_is_timed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Echo] = []
+
+    def recorder(*given: object) -> Echo:
+        made.append(Echo())
+        return made[-1]
+
+    monkeypatch.setattr(steps, "CudaRecorder", recorder)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    device = torch.device("cpu")
+    stepper = steps.Stepper(steps.WAYS[name], 2, device)
+    batch = torch.rand(2, 3, 32, 32), torch.tensor([1, 2]), torch.rand(2, 3, 32, 32)
+    assert stepper.ready(batch, 2) > 0
+    recorded = [each.recorded for each in made]
+    assert recorded == ([1] if steps.WAYS[name].recorded else [])
+    assert stepper.seconds(batch, 2) > 0
+    assert [each.recorded for each in made] == recorded
+
+
+def test_the_bar_of_a_step_is_the_sum_over_all_layers() -> None:
+    rows = [{"layer": 1, "published": 10.0, "recorded": 0.5}]
+    rows.append({"layer": 2, "published": 20.0, "recorded": 1.5})
+    (bar,) = steps.bars(rows)
+    assert (bar["value"], bar["holds"]) == (15.0, True)
+    assert steps.bars([{"layer": 1, "published": 10.0, "eager": 1.0}]) == []
 
 
 def entry(*, done: bool = False, failed: int = 0, begun: bool = False) -> dict[str, Any]:

@@ -85,18 +85,19 @@ def test_the_rate_on_the_device_makes_the_step_of_sgd(momentum: float) -> None:
             for parameter in parameters[1:]:  # the first has no gradient
                 draw = torch.Generator().manual_seed(number)
                 parameter.grad = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-        paced.send_rate()
         plain.step()
         paced.step()
         for left, right in zip(one, other, strict=True):
             torch.testing.assert_close(left, right, rtol=0, atol=1e-7)  # a rate is float32
 
 
-def test_a_rate_that_was_not_sent_is_not_used() -> None:
+def test_while_a_step_is_recorded_no_rate_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded reads the rate; a value written in its course would be read for ever."""
     parameter = torch.nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
     optimizer = RateOnDevice([parameter], lr=0.5, momentum=0.0, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 0.25
+    monkeypatch.setattr(graphs, "_recording", lambda: True)
     optimizer.step()
     assert parameter.item() == 0.5
     optimizer.send_rate()
@@ -137,6 +138,15 @@ def test_recorded_steps_see_every_batch_and_every_rate() -> None:
         images = batch(3 if number == WARM_UPS else 4, number)
         torch.testing.assert_close(step(3, images), eager(3, images))
     same(plain, taped, 1e-6)
+
+
+def test_a_replay_finds_the_present_rate() -> None:
+    (optimizer,) = optimizers = ours(tiny_members(1))
+    step = Recorded(lambda layer, batch: torch.zeros(1), optimizers, 4, Tape())
+    for number in range(WARM_UPS + 3):
+        optimizer.param_groups[0]["lr"] = 1 / (2 + number)
+        step(1, batch(4, 0))
+        assert [rate.item() for rate in optimizer._rates] == pytest.approx([1 / (2 + number)])
 
 
 def test_a_step_that_cannot_be_recorded_is_made_as_it_is() -> None:
@@ -230,6 +240,22 @@ def test_a_graph_makes_the_step_that_was_recorded(batchnorm: str, layer: int) ->
         results.append(torch.stack(losses))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
     same(plain, recorded, 1e-8)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["adversarial", "dverge+adversarial", "adp", "gal"])
+def test_methods_that_are_not_recorded_follow_the_rate(method: str) -> None:
+    config = tiny_config(method=method, precision="fp32", adp__epochs=2, gal__epochs=2)
+    device, data = torch.device("cuda"), load_training(config.data)
+    members, optimizers = prepare(config, data, device)
+    stage = stages(config, members, optimizers)[-1]
+    images = next(epoch_batches(data.train.to(device), config, stage, 0))
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0
+    before = [member.state_dict()["stages.0.conv.weight"].clone() for member in members]
+    stage.step(0, 0, images)
+    for member, weight in zip(members, before, strict=True):
+        assert torch.equal(member.state_dict()["stages.0.conv.weight"], weight)
 
 
 @needs_gpu
