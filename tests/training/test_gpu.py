@@ -95,7 +95,7 @@ class Lent:
         given += ["--state", str(state)] if state else []
         given += ["--work", str(self._folder / f"work{self._number}")]
         given += ["--test-images", "12", "--layers", "1,9", "--rounds", "1", "--batch", "4"]
-        given += ["--save-seconds", "0", "--keep-seconds", "0.2", "--device", "cpu"]
+        given += ["--save-seconds", "0", "--keep-seconds", "0.1", "--device", "cpu"]
         for key, value in SETTINGS.items():
             given += ["--set", f"{key}={json.dumps(value)}"]
         process = subprocess.Popen(
