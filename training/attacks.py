@@ -7,10 +7,9 @@ Linf or L2 norm of the whole image's change.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,6 @@ Loss = Callable[[Tensor], Tensor]  # images -> loss of each image [N]; attacks r
 Estimate = Callable[[Loss, Tensor], Tensor]  # loss, images -> gradient, shaped like the images
 StepRule = Callable[[Tensor], Tensor]  # gradient -> direction, both shaped like the images
 Output = Callable[[Tensor], Tensor]  # images -> scores of each class [N, classes]
-
-SHORTCUTS = ("shortcut", "downsample")  # what a residual block calls the path around its branch
 
 
 def gradient(loss: Loss, x: Tensor) -> Tensor:
@@ -176,43 +173,6 @@ def diverse_inputs(
     return diverse
 
 
-@contextlib.contextmanager
-def skip_gradient(members: Sequence[nn.Module], gamma: float) -> Iterator[int]:
-    """Scale the gradient of every residual branch by `gamma`: SGM (Wu et al., 2020).
-
-    Gradients then flow mostly through the skip connections; values do not change. Hooks sit on
-    the last layer of each branch, in any network whose blocks name their other path `shortcut`
-    or `downsample`, and are gone when the block ends.
-
-    Yields:
-        how many branches there are.
-    """
-    hooks = [end.register_forward_hook(_scale(gamma)) for end in residual_ends(members)]
-    try:
-        yield len(hooks)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def residual_ends(members: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the last layer of every residual branch: its BatchNorm, or what it was folded to."""
-    ends: list[nn.Module] = []
-    for member in members:
-        for block in member.modules():
-            children = dict(block.named_children())
-            if not any(hasattr(block, name) for name in SHORTCUTS):
-                continue
-            layers = (nn.BatchNorm2d, nn.Identity, nn.Conv2d)
-            branch = [
-                child
-                for name, child in children.items()
-                if name not in SHORTCUTS and isinstance(child, layers)
-            ]
-            ends += branch[-1:]
-    return ends
-
-
 def cross_entropy(output: Output, labels: Tensor) -> Loss:
     """Return the cross-entropy of `output` (logits or log-probabilities) with the labels."""
     return lambda x: F.cross_entropy(output(x), labels, reduction="none")
@@ -293,11 +253,3 @@ def _length(images: Tensor) -> Tensor:
     """Return each image's L2 norm, `[N, 1, 1, 1]`, never zero."""
     length = images.square().sum((1, 2, 3), keepdim=True).sqrt()
     return length.clamp_min(torch.finfo(images.dtype).tiny)
-
-
-def _scale(gamma: float) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda found: gamma * found)  # type: ignore[no-untyped-call]
-
-    return hook

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training import attacks as core
 from training.data import Split, to_float
+from training.residual import skip_gradient
 from training.seeds import generator
 from verification.batches import in_batches
 
@@ -104,7 +105,8 @@ def craft(
         draw = generator(*seed, start, device=part.images.device)
         return _craft_batch(attack, members, part, eps, draw)
 
-    with skipping(attack, members) if attack.skip_gamma != 1 else contextlib.nullcontext():
+    skips = attack.skip_gamma != 1
+    with skip_gradient(members, attack.skip_gamma) if skips else contextlib.nullcontext():
         return torch.cat(in_batches(batch, split))
 
 
@@ -136,13 +138,6 @@ def _craft_batch(
         estimate=estimate,
         norm=attack.norm,
     )
-
-
-def skipping(
-    attack: Attack, members: Sequence[nn.Module]
-) -> contextlib.AbstractContextManager[int]:
-    """Return the context in which residual branches give `attack.skip_gamma` of their gradient."""
-    return core.skip_gradient(members, attack.skip_gamma)
 
 
 def loss_of(attack: Attack, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:

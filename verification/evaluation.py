@@ -11,9 +11,10 @@ import torch
 from dverge_serve.contract import Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
-from training.attacks import Norm, residual_ends
+from training.attacks import Norm
 from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
 from training.data import Split, TrainingData, load_test, load_training
+from training.residual import residual_ends
 from verification import presets, reference
 from verification.attack import Attack
 from verification.foreign import ForeignEngine

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training import attacks as core
 from training.members import Member as Network
 from training.members import cifar_resnet_stages
+from training.residual import residual_ends, skip_gradient
 
 SHAPE = (3, 1, 4, 4)
 LABELS = torch.tensor([0, 1, 2])
@@ -184,7 +185,7 @@ def test_sgm_scales_residual_branches_and_nothing_else(gamma: float) -> None:
     network, x0 = nn.Sequential(Block(3.0), Block(-2.0)), images()
     loss = lambda x: network(x).flatten(1).sum(1)  # noqa: E731
     before = network(x0)
-    with core.skip_gradient([network], gamma) as branches:
+    with skip_gradient([network], gamma) as branches:
         assert branches == 2
         torch.testing.assert_close(network(x0), before, rtol=0, atol=0)
         found = core.gradient(loss, x0)
@@ -195,12 +196,12 @@ def test_sgm_scales_residual_branches_and_nothing_else(gamma: float) -> None:
 
 def test_sgm_finds_every_block_of_our_members() -> None:
     member = Network(cifar_resnet_stages(14, 1, 2, 3), [0.5], [0.5]).eval()
-    assert len(core.residual_ends([member])) == 6
+    assert len(residual_ends([member])) == 6
     x0 = images().float()
     whole = core.gradient(core.cross_entropy(member, LABELS), x0)
-    with core.skip_gradient([member], 1.0):
+    with skip_gradient([member], 1.0):
         torch.testing.assert_close(core.gradient(core.cross_entropy(member, LABELS), x0), whole)
-    with core.skip_gradient([member], 0.2):
+    with skip_gradient([member], 0.2):
         assert not torch.allclose(core.gradient(core.cross_entropy(member, LABELS), x0), whole)
 
 
