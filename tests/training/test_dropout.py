@@ -49,9 +49,10 @@ def test_draws_follow_their_names_and_nothing_else() -> None:
 
 
 def test_every_dropout_of_a_network_is_replaced() -> None:
-    network = nn.Sequential(nn.Dropout(0.2), nn.Sequential(StochasticDepth(0.4, "row")), nn.ReLU())
+    inner = nn.Sequential(StochasticDepth(0.4, "row"))
+    network = nn.Sequential(nn.Dropout(0.2), inner, nn.ReLU())
     name_dropout(network)
-    plain, deep = network[0], network[1][0]
+    plain, deep = network[0], inner[0]
     assert isinstance(plain, NamedDropout)
     assert isinstance(deep, NamedDropout)
     assert (plain.p, plain.rows, deep.p, deep.rows) == (0.2, False, 0.4, True)
