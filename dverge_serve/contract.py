@@ -16,8 +16,15 @@ INPUT = "images"
 LOGITS = "logits"
 MEMBER_LOGITS = "member_logits"
 
-Form = Literal["branches", "grouped"]  # members side by side, or one network with groups
+Form = Literal["branches", "grouped"]  # members side by side, or networks with groups
 Precision = Literal["fp32", "fp16", "int8"]
+LARGEST_GROUP = 4  # members in one network; the features of more leave the cache between layers
+
+
+def together(members: int) -> int:
+    """Return how many of so many members make one grouped network; the last may have fewer."""
+    networks = -(-members // LARGEST_GROUP)
+    return -(-members // networks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card
+from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card, together
 from dverge_serve.scores import Scores
 
-# A layer's features stay in the cache while about so many pixels, all members' counted, go through
-# it at once: 16 images of 32x32 for three members, 8 for eight.
-PIXELS = 65536
+# A layer's features stay in the cache while about so many pixels, counted for each member that runs
+# at once, go through it: 8 images of 32x32 for a network of three or four members, 32 for branches.
+PIXELS = 32768
 EACH = 4  # images that a lane must get to be worth it
 
 
@@ -57,7 +57,8 @@ class Lanes:
 def part(card: Card) -> int:
     """Return how many images go through the network at once: a power of two."""
     _, height, width = card.input_shape
-    fits = PIXELS // (card.members * height * width)
+    members = together(card.members) if card.form == "grouped" else 1
+    fits = PIXELS // (members * height * width)
     return 1 << max(0, fits.bit_length() - 1)
 
 

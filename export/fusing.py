@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dverge_serve.contract import Form
+from dverge_serve.contract import Form, together
 from training.folding import folded
 from training.members import Head, Member
 
@@ -53,11 +53,13 @@ class Grouped(nn.Module):
 
     Args:
         members: for which `can_group` holds, in evaluation mode.
+        total: how many members the whole ensemble has; the logits are these members' share of the
+            mean.
     """
 
     mean: Tensor
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], total: int) -> None:
         super().__init__()
         parts = [folded(member) for member in members]
         self.register_buffer("mean", parts[0].mean)
@@ -70,7 +72,7 @@ class Grouped(nn.Module):
                     joined.weight = _fixed(joined.weight / parts[0].std)
                 stage.set_submodule(name, joined)
         self.stages = nn.ModuleList(stages)
-        self.last = _Last([part.stages[-1] for part in parts])  # type: ignore[misc]
+        self.last = _Last([part.stages[-1] for part in parts], total)  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[batch, classes]` and member logits `[batch, members, classes]`."""
@@ -81,13 +83,26 @@ class Grouped(nn.Module):
         return both
 
 
+class Networks(nn.Module):
+    """Grouped networks side by side, each with its members' share of the mean."""
+
+    def __init__(self, networks: Sequence[Grouped]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[batch, classes]` and member logits `[batch, members, classes]`."""
+        shares, own = zip(*(network(images) for network in self.networks), strict=True)
+        return sum(shares[1:], start=shares[0]), torch.cat(own, dim=1)
+
+
 class _Last(nn.Module):
-    """The members' last layers: the mean of all logits, and each member's own.
+    """The members' last layers: their share of the mean of all logits, and each member's own.
 
     Two products of the pooled features: cutting one product's result in two takes longer.
     """
 
-    def __init__(self, heads: Sequence[Head]) -> None:
+    def __init__(self, heads: Sequence[Head], total: int) -> None:
         super().__init__()
         layers = [head.linear for head in heads]
         features, self.shape = layers[0].in_features, (len(layers), layers[0].out_features)
@@ -95,8 +110,8 @@ class _Last(nn.Module):
         biases = torch.stack([layer.bias.detach() for layer in layers])
         self.mean = nn.Linear(features * len(layers), self.shape[1])
         self.own = nn.Linear(features * len(layers), math.prod(self.shape))
-        self.mean.weight = _fixed(torch.cat(weights, 1) / len(layers))
-        self.mean.bias = _fixed(biases.mean(0))
+        self.mean.weight = _fixed(torch.cat(weights, 1) / total)
+        self.mean.bias = _fixed(biases.sum(0) / total)
         self.own.weight = _fixed(torch.block_diag(*weights))  # type: ignore[no-untyped-call]
         self.own.bias = _fixed(biases.flatten())
 
@@ -129,7 +144,10 @@ def can_group(members: Sequence[nn.Module]) -> bool:
 def fuse(members: Sequence[nn.Module], form: Form) -> nn.Module:
     """Return the ensemble in one of its forms; both compute the same two outputs."""
     if form == "grouped":
-        return Grouped([member for member in members if isinstance(member, Member)]).eval()
+        alike = [member for member in members if isinstance(member, Member)]
+        starts = range(0, len(alike), together(len(alike)))
+        networks = [Grouped(alike[at : at + starts.step], len(alike)) for at in starts]
+        return (Networks(networks) if len(networks) > 1 else networks[0]).eval()
     return Branches(members).eval()
 
 

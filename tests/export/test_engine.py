@@ -14,6 +14,7 @@ import pytest
 
 from dverge_serve import device as devices
 from dverge_serve.buckets import Buckets
+from dverge_serve.contract import Form, together
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.lanes import part
@@ -123,10 +124,25 @@ def test_lanes_answer_as_one_call_does(tiny_model: Path) -> None:
         np.testing.assert_allclose(found.member_logits, expected.member_logits, atol=1e-5)
 
 
-def test_the_part_of_a_lane_fits_the_cache(engine: Engine) -> None:
-    for size, images in ((8, 256), (32, 16), (224, 1)):
+@pytest.mark.parametrize(
+    ("form", "members", "images"),
+    [
+        ("branches", 8, {8: 512, 32: 32, 224: 1}),
+        ("grouped", 3, {8: 128, 32: 8, 224: 1}),
+        ("grouped", 8, {8: 128, 32: 8, 224: 1}),
+    ],
+)
+def test_the_part_of_a_lane_fits_the_cache(
+    engine: Engine, form: Form, members: int, images: dict[int, int]
+) -> None:
+    for size, expected in images.items():
         shape = replace(engine.card.preprocess, crop=(size, size), resize=(size, size))
-        assert part(replace(engine.card, preprocess=shape)) == images
+        card = replace(engine.card, preprocess=shape, form=form, members=members)
+        assert part(card) == expected
+
+
+def test_no_grouped_network_is_wider_than_four_members() -> None:
+    assert [together(count) for count in range(1, 11)] == [1, 2, 3, 4, 3, 3, 4, 4, 3, 4]
 
 
 def test_buckets_pad_and_split_and_answer_the_same(engine: Engine) -> None:
