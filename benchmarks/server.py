@@ -87,8 +87,10 @@ def load(
     found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
     assert found, done.stdout
     result: dict[str, float] = json.loads(found[1])
-    if result["errors"] or not result["requests"]:
+    if result["errors"]:
         raise SystemExit(f"{server.name} answered with errors: {result}")
+    if not result["requests"]:
+        raise SystemExit(f"{server.name} answered nothing in {seconds} s: take more --seconds")
     per_s = result["requests"] / result["seconds"]
     return {"per_s": per_s, "p50_ms": result["p50_ms"], "p99_ms": result["p99_ms"]}
 

@@ -115,6 +115,7 @@ SHAPES = st.fixed_dictionaries(
         "side": st.integers(8, 20),
         "classes": st.integers(2, 6),
         "batch": st.integers(1, 9),
+        "grouped": st.booleans(),
         "seed": st.integers(0, 2**31),
     }
 )
@@ -134,7 +135,7 @@ def random_ensemble(shape: dict[str, int], folder: Path) -> None:
         ]
     )
     card = card_of(channels, shape["height"], shape["side"], classes, count)
-    form: Form = "grouped" if can_group(members) else "branches"
+    form: Form = "grouped" if shape["grouped"] and can_group(members) else "branches"
     engine = engine_of(build_graph(members, replace(card, form=form)), folder)
     draw = np.random.default_rng(shape["seed"])
     images = draw.random((shape["batch"], *card.input_shape), dtype=np.float32)

@@ -19,17 +19,14 @@ from tests.export.ensembles import engine_of, ensemble, probe
 ERROR = {"fp16": 0.01, "int8": 0.25}
 
 
-@pytest.mark.parametrize("precision", get_args(Precision)[1:])
 @pytest.mark.parametrize(
     ("architecture", "count", "channels", "size", "form"),
     [
-        ("resnet8", 1, 1, 8, "branches"),
         ("resnet8", 8, 1, 8, "grouped"),
-        ("resnet14", 3, 3, 32, "branches"),
-        ("resnet20", 2, 3, 16, "grouped"),
+        ("resnet20", 3, 3, 16, "branches"),
         ("bottleneck", 3, 3, 16, "grouped"),
         (("resnet8", "resnet14"), 2, 3, 16, "branches"),
-        ("resnet8", 4, 3, 224, "grouped"),
+        ("resnet8", 2, 3, 224, "grouped"),
         ("torchvision:resnet18", 1, 3, 64, "branches"),
     ],
 )
@@ -39,7 +36,6 @@ def test_variants(
     channels: int,
     size: int,
     form: Form,
-    precision: Precision,
     tmp_path: Path,
 ) -> None:
     members, card = ensemble(architecture, count, channels, size)
@@ -47,14 +43,14 @@ def test_variants(
     data = build_graph(members, card)
     pixels = probe(card, 12)
     parent = engine_of(data, tmp_path).run_all(to_float(pixels))
-    changed = convert(data, replace(card, precision=precision), precision, pixels)
-    variant = engine_of(changed, tmp_path)
-    assert variant.card.precision == precision
-    found = variant.run_all(to_float(pixels))
-    for one, other in (
-        (parent.logits, found.logits),
-        (parent.member_logits, found.member_logits),
-    ):
-        assert one.shape == other.shape
-        assert np.abs(one - other).mean() <= ERROR[precision] * one.std()
-    np.testing.assert_allclose(found.member_logits.mean(1), found.logits, atol=0.02 * count)
+    for precision in get_args(Precision)[1:]:
+        changed = convert(data, replace(card, precision=precision), precision, pixels)
+        variant = engine_of(changed, tmp_path)
+        assert variant.card.precision == precision
+        found = variant.run_all(to_float(pixels))
+        for one, other in (
+            (parent.logits, found.logits),
+            (parent.member_logits, found.member_logits),
+        ):
+            assert one.shape == other.shape
+            assert np.abs(one - other).mean() <= ERROR[precision] * one.std()
