@@ -103,7 +103,8 @@ def demo(
     from training.config import load_recipe
     from training.train import pick_device
     from training.train import train as train_run
-    from verification.verify import Evaluation, verify
+    from verification.evaluation import Evaluation
+    from verification.verify import verify
 
     config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
