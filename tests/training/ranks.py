@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adversarial": {"method": "adversarial"},
     "adp": {"method": "adp"},
     "gal": {"method": "gal"},
+    "resumed": {"method": "dverge", "dverge__epochs": 3},  # begun by one process
     "broken": {"method": "standard", "standard__lr": 1e30},
 }
 
@@ -54,7 +55,8 @@ def train_variant(name: str, members: int, out: Path, team: Team = ALONE) -> Run
 
     with mock.patch.object(training.train, "prepare", in_float64):
         config = variant(name, members)
-        return training.train.train(config, out, device=torch.device("cpu"), team=team)
+        device = torch.device("cpu")
+        return training.train.train(config, out, device=device, resume=True, team=team)
 
 
 def main(out: Path, members: int, names: list[str]) -> None:

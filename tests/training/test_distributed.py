@@ -10,6 +10,7 @@ import time
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 TRAINED = {
     (2, 3): [name for name in VARIANTS if name != "broken"],
     (3, 3): ["dverge", "adp", "gal"],
-    (4, 2): ["dverge", "batch", "adp", "gal"],
+    (4, 2): ["dverge", "batch", "adp", "gal", "resumed"],
 }
 
 
@@ -57,10 +58,35 @@ def trained_by(count: int, members: int, folder: Path) -> Path:
     out = folder / f"{count}x{members}"
     out.mkdir()
     names = [*TRAINED[count, members], "broken"]
+    if "resumed" in names:
+        interrupt(out / "0" / "resumed", members)
     command = torchrun(count, "tests.training.ranks", str(out), str(members), *names)
     done = subprocess.run(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def interrupt(out: Path, members: int) -> None:
+    """Leave what a kill in the second epoch of stage two leaves."""
+    plain, lines = Run.log, 0
+
+    def log(run: Run, record: dict[str, Any]) -> None:
+        nonlocal lines
+        lines += 1
+        if lines == 3:
+            raise KeyboardInterrupt
+        plain(run, record)
+
+    with (
+        mock.patch("training.train.SAVE_EVERY_S", 0.0),
+        mock.patch.object(Run, "log", log),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train_variant("resumed", members, out)
+    state = Run(out).load_state()
+    assert state is not None
+    assert state[:2] == (1, 1)
+    assert any(name.startswith("momentum") for name in state[2])
 
 
 @cache
