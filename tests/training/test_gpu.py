@@ -156,7 +156,7 @@ def rehearse(lent: Lent, jobs: list[str]) -> Path:
     assert "more to do: " in said
     assert read(out)["chunks"][-1]["worked_on"][-1]["ended"] == "out of time"
 
-    said, out = lent.chunk(out, "--only", *jobs)
+    said, out = lent.chunk(out, "--minutes", "60", "--only", *jobs)
     failures = {name: entry["failures"] for name, entry in read(out)["jobs"].items()}
     assert {name: said for name, said in failures.items() if said} == {}, said
     assert len(list(out.iterdir())) <= 8
