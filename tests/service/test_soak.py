@@ -45,10 +45,16 @@ def _request(body: bytes) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-async def _ask(server: Server, soak: Soak, until: float, offset: int) -> None:
+def _requests() -> list[tuple[bytes, bytes]]:
+    """Return requests of every picture, sound and not, each with how its status begins."""
     sound = [(_request(make()), b" 200 ") for make, _ in SOUND.values()]
     unsound = [(_request(make()), b" 4") for make, _ in UNSOUND.values()]
-    requests = [pair for both in zip(sound, sound[1:] + unsound, strict=False) for pair in both]
+    return [pair for both in zip(sound, sound[1:] + unsound, strict=False) for pair in both]
+
+
+async def _ask(
+    server: Server, soak: Soak, until: float, requests: list[tuple[bytes, bytes]], offset: int
+) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     number = offset
     while time.monotonic() < until:
@@ -77,11 +83,11 @@ async def _watch(server: Server, soak: Soak, until: float) -> None:
 def run(folder: Path, seconds: float) -> Soak:
     """Load a server of one worker with every kind of picture, sound and not."""
     tiny.save_colour_model(folder / "model.onnx")
-    soak = Soak()
+    soak, requests = Soak(), _requests()
 
     async def all_at_once(server: Server) -> None:
         until = time.monotonic() + seconds
-        asks = [_ask(server, soak, until, number) for number in range(CONNECTIONS)]
+        asks = [_ask(server, soak, until, requests, number) for number in range(CONNECTIONS)]
         await asyncio.gather(_watch(server, soak, until), *asks)
 
     with serving(folder) as server:
