@@ -12,9 +12,10 @@ import pytest
 
 from benchmarks.evidence import cells, protocol, record
 from benchmarks.evidence.__main__ import run_cells
-from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.cells import FAST, Cell
 from benchmarks.evidence.paired import stack
 from dverge_serve.errors import UserError
+from training.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -156,3 +157,8 @@ def test_a_checkpoint_that_is_not_there_is_named(
     monkeypatch.setenv("DVERGE_TEST_DATA", str(tmp_path))
     with pytest.raises(UserError, match=images.CHECKPOINT):
         images.checkpoint()
+
+
+def test_the_fast_recipe_is_the_variant_that_was_measured() -> None:
+    measured = load_recipe("digits", FAST["dverge-3-fast-a"])
+    assert replace(load_recipe("digits-fast"), name="digits") == measured
