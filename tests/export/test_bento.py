@@ -130,7 +130,7 @@ def test_written_twice_it_is_the_same_and_an_old_report_goes(
     file = json.loads(first)
     assert file["python"] == {"requirements_txt": "requirements.txt", "lock_packages": False}
     needed = Path("bento/requirements.txt").read_text()
-    assert "bentoml>=" in needed
+    assert any(line.startswith("bentoml") for line in needed.splitlines())
     assert "torch" not in needed
     assert str(elsewhere).encode() not in first
     assert not list(Path("bento").rglob("__pycache__"))
