@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,11 @@ class Share:
         value: 0..1.
         low, high: Wilson's 95% interval at the number of distinct images: those of other seeds are
             the same images again, and make the interval no narrower.
-        least, most: of the single seeds.
-        seeds: how many.
     """
 
     value: float
     low: float
     high: float
-    least: float
-    most: float
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -73,17 +69,9 @@ def stack(records: Sequence[Record], what: str, eps: float | None = None, rule: 
 
 def share(right: Stack) -> Share:
     """Return the mean share of `[seeds, images]` with its interval."""
-    means, n = right.mean(axis=1), right.shape[1]
-    value = float(means.mean())
+    value, n = float(right.mean()), right.shape[1]
     interval = binomtest(round(value * n), n).proportion_ci(0.95, method="wilson")
-    return Share(
-        value,
-        min(float(interval.low), value),
-        max(float(interval.high), value),
-        float(means.min()),
-        float(means.max()),
-        len(means),
-    )
+    return Share(value, min(float(interval.low), value), max(float(interval.high), value))
 
 
 def difference(ours: Stack, theirs: Stack, resamples: int = RESAMPLES) -> Difference:
@@ -96,11 +84,18 @@ def difference(ours: Stack, theirs: Stack, resamples: int = RESAMPLES) -> Differ
         resamples: draws; always the same ones.
     """
     apart = ours.astype(np.float64) - theirs
-    seeds, images = apart.shape
-    draw = np.random.default_rng(SEED)
-    counts = draw.multinomial(images, np.full(images, 1 / images), resamples)
-    by_seed = counts @ apart.T / images  # [resamples, seeds]
-    chosen = draw.integers(0, seeds, (resamples, seeds))
+    counts, chosen = _draws(*apart.shape, resamples)
+    by_seed = counts @ apart.T / apart.shape[1]  # [resamples, seeds]
     found = np.take_along_axis(by_seed, chosen, axis=1).mean(axis=1)
     low, high = np.quantile(found, [0.025, 0.975])
     return Difference(float(apart.mean()), float(low), float(high))
+
+
+@cache
+def _draws(
+    seeds: int, images: int, resamples: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return how often each image, and which seeds, are in each resample."""
+    draw = np.random.default_rng(SEED)
+    counts = draw.multinomial(images, np.full(images, 1 / images), resamples)
+    return counts.astype(np.float64), draw.integers(0, seeds, (resamples, seeds))
