@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.paired import MARGIN, Difference, share, stack
-from benchmarks.evidence.tables import METHODS, Variants, gradients, paired, points
+from benchmarks.evidence.tables import (
+    METHODS,
+    Variants,
+    common_seeds,
+    gradients,
+    paired,
+    points,
+)
 
 MISSING = "**Not told yet**: cells are missing."
 EARLIER = ("standard-3", "adp-3", "gal-3")  # the ensemble methods the paper compares with
@@ -94,7 +101,7 @@ def fast_is_not_inferior(variants: Variants, exact: str, fast: Sequence[str]) ->
         checks = judged(variants, name, exact)
         failed = [f"{what} {points(found)}" for what, found in checks if not found.not_inferior]
         passed = [what for what, found in checks if found.not_inferior]
-        seeds = len({each["seed"] for each in variants[name]})
+        seeds = len(common_seeds(variants, name, exact))
         head = f"`{name}`, {spent:.0%} of the gradient evaluations, {seeds} seeds: "
         if spent > QUARTER:
             told.append(f"{head}more than a quarter.")

@@ -95,10 +95,16 @@ def paired(
     variants: Variants, ours: str, other: str, what: str, eps: float | None = None
 ) -> Difference:
     """Return the paired difference of two variants over the seeds that both have."""
+    seeds = common_seeds(variants, ours, other)
     mine, theirs = ({each["seed"]: each for each in variants[name]} for name in (ours, other))
-    seeds = sorted(mine.keys() & theirs.keys())
     one, other_side = (stack([side[seed] for seed in seeds], what, eps) for side in (mine, theirs))
     return difference(one, other_side)
+
+
+def common_seeds(variants: Variants, ours: str, other: str) -> list[int]:
+    """Return the seeds that two variants both have."""
+    mine, theirs = ({int(each["seed"]) for each in variants[name]} for name in (ours, other))
+    return sorted(mine & theirs)
 
 
 def combination_rules(variants: Variants, names: Mapping[str, str]) -> str:
