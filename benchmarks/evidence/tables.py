@@ -87,8 +87,8 @@ def differences(variants: Variants, pairs: Mapping[str, tuple[str, str]], head: 
         cells = [points(paired(variants, ours, other, "clean"))]
         for threat in THREATS:
             cells += [points(paired(variants, ours, other, threat, each)) for each in eps]
-        rows.append([told, *cells])
-    return table([head, "clean", *columns], rows)
+        rows.append([told, *cells, str(len(common_seeds(variants, ours, other)))])
+    return table([head, "clean", *columns, "seeds"], rows)
 
 
 def paired(
