@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from tests.training.networks import tiny_config
 from training import estimate as estimating
 from training.config import Config
 from training.estimate import estimate, gradient_evaluations
+from training.members import Member
 from training.methods import Stage, draw_layer, stages
 from training.team import Batch
 from training.train import train
@@ -47,13 +49,13 @@ def test_dverge_is_timed_at_layers_spread_over_the_depth(
     config = tiny_config(dverge__layer_every=every)
     drawn: list[int] = []
 
-    def watched(chosen: Config, members: object, optimizers: object) -> list[Stage]:
+    def watched(chosen: Config, members: list[Member], optimizers: list[SGD]) -> list[Stage]:
         def step(epoch: int, number: int, batch: Batch) -> Tensor:
             when = (epoch,) if every == "epoch" else (epoch, number)
             drawn.append(draw_layer(chosen, 8, *when))
             return torch.zeros(2)
 
-        found = stages(chosen, [], [])
+        found = stages(chosen, members, optimizers)
         return [Stage(found[1].name, found[1].settings, step, pairs=True)]
 
     monkeypatch.setattr(estimating, "stages", watched)
@@ -66,7 +68,7 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
     config = tiny_config(standard__epochs=7, dverge__epochs=11)
     now = [0.0]
 
-    def watched(chosen: Config, members: object, optimizers: object) -> list[Stage]:
+    def watched(chosen: Config, members: list[Member], optimizers: list[SGD]) -> list[Stage]:
         seen = set()
 
         def counted(stage: Stage) -> Stage:
@@ -77,7 +79,7 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
 
             return Stage(stage.name, stage.settings, step, stage.fresh, stage.pairs)
 
-        return [counted(stage) for stage in stages(chosen, [], [])]
+        return [counted(stage) for stage in stages(chosen, members, optimizers)]
 
     monkeypatch.setattr(estimating, "stages", watched)
     monkeypatch.setattr("training.estimate.time.monotonic", lambda: now[0])
