@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from tests.training.networks import tiny_config
+from tests.training.stopping import stopped_at_its_first_state
 from training.dropout import NamedDropout, begin_draws, name_dropout
-from training.run import Run
 from training.train import train
 from training.zoo import build_torchvision
 
@@ -78,20 +77,7 @@ def test_equal_runs_are_equal_bytes_and_so_are_resumed_ones(
     named = "torchvision:mobilenet_v3_small"
     config = tiny_config(architecture=named, dverge__steps=1, precision="fp32")
     straight = train(config, tmp_path / "one", device=CPU)
-
-    class StoppedError(Exception):
-        pass
-
-    save_state = Run.save_state
-
-    def stop(self: Run, *args: Any) -> None:
-        save_state(self, *args)
-        raise StoppedError
-
-    monkeypatch.setattr(Run, "save_state", stop)
-    with pytest.raises(StoppedError):
-        train(config, tmp_path / "two", device=CPU)
-    monkeypatch.undo()
+    stopped_at_its_first_state(config, tmp_path / "two", monkeypatch)
     torch.manual_seed(11)
     resumed = train(config, tmp_path / "two", device=CPU, resume=True)
     for which in ("standard", "members"):

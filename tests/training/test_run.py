@@ -19,6 +19,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.training import full_disk
 from tests.training.networks import stored, tiny_config, tiny_images, tiny_members
+from tests.training.stopping import StoppedError
 from training import data as datasets
 from training.config import Config
 from training.data import load_training, to_float
@@ -182,10 +183,6 @@ def test_resuming_a_finished_run_does_nothing(copy: Path, monkeypatch: pytest.Mo
     run = train(tiny_config(), copy, device=CPU, resume=True)
     assert run.finished
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in copy.iterdir()} == before
-
-
-class StoppedError(Exception):
-    """In place of a kill."""
 
 
 def stopped_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> Run:

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from dverge_serve.errors import UserError
+from tests.training.stopping import stopped_at_its_first_state
 from training import streaming
 from training.config import Config, Data, Dverge, Stage
 from training.data import Split, batches, load_training
-from training.run import Run
 from training.sources import image_files
 from training.streaming import Streamed, streams
 from training.train import train
@@ -218,20 +218,7 @@ def test_a_run_from_disk_ends_in_the_same_bytes_and_resumes_in_either_way(
     data = from_folder(photos)
     stored = train(tiny(replace(data, memory_gb=1)), tmp_path / "stored", device=CPU)
     streamed = tiny(replace(data, memory_gb=0, workers=1))
-
-    class StoppedError(Exception):
-        pass
-
-    save_state = Run.save_state
-
-    def stop(self: Run, *args: Any) -> None:
-        save_state(self, *args)
-        raise StoppedError
-
-    monkeypatch.setattr(Run, "save_state", stop)
-    with pytest.raises(StoppedError):
-        train(streamed, tmp_path / "run", device=CPU)
-    monkeypatch.undo()
+    stopped_at_its_first_state(streamed, tmp_path / "run", monkeypatch)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["workers"] == 1
     other = replace(streamed, data=replace(streamed.data, workers=0))
     run = train(other, tmp_path / "run", device=CPU, resume=True)

@@ -1,0 +1,30 @@
+"""A training that ends early, as a kill would end it, but in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import Config
+from training.run import Run
+from training.train import pick_device, train
+
+
+class StoppedError(Exception):
+    """In place of a kill."""
+
+
+def stopped_at_its_first_state(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train into `out` until a state is saved there, and no further."""
+    save_state = Run.save_state
+
+    def stop(self: Run, *args: Any) -> None:
+        save_state(self, *args)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", stop)
+        with pytest.raises(StoppedError):
+            train(config, out, device=pick_device("cpu"))
