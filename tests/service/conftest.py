@@ -63,3 +63,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tiny.save_report(folder / "model.onnx", tiny.save_gray_model(folder / "model.onnx"))
     with serving(folder) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with small limits and a token, two workers, JSON logs."""
+    folder = tmp_path_factory.mktemp("strict")
+    tiny.save_gray_model(folder / "model.onnx")
+    with serving(
+        folder,
+        DVERGE_MAX_BODY_BYTES="100000",
+        DVERGE_TIMEOUT_S="1",
+        DVERGE_TOKEN="secret",
+        DVERGE_WORKERS="2",
+        DVERGE_LOG="json",
+    ) as running:
+        yield running

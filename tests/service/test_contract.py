@@ -20,7 +20,9 @@ from schemathesis.specs.openapi.checks import (
 from dverge_serve.openapi import openapi
 from dverge_serve.settings import Settings
 from tests.service import tiny
+from tests.service.conftest import Start
 from tests.service.server import Server
+from tests.service.tiny import PNG
 
 OPERATIONS = [
     (path, method)
@@ -65,3 +67,18 @@ def test_its_examples_are_true_to_its_schemas() -> None:
         example = success["content"]["application/json"]["example"]["predictions"][0]
         described = document["components"]["schemas"]["Predictions"]["properties"]["predictions"]
         assert set(described["items"]["properties"]) == set(example)
+
+
+@pytest.mark.anyio
+async def test_openapi_lists_every_route_of_ours_and_no_other(start: Start) -> None:
+    client = await start()
+    document = (await client.get("/openapi.json")).json()
+    assert (await client.get("/docs.json")).json() == document
+    for path, operations in document["paths"].items():
+        answer = await client.request("TRACE", path)
+        assert answer.status_code == 405, path
+        allowed = {method.lower() for method in answer.headers["allow"].split(", ")} - {"head"}
+        assert allowed == set(operations)
+    answer = await client.post("/predict", content=tiny.png(0), headers=PNG)
+    described = document["components"]["schemas"]["Predictions"]["properties"]["predictions"]
+    assert set(described["items"]["properties"]) == set(answer.json()["predictions"][0])

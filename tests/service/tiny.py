@@ -19,6 +19,7 @@ from dverge_serve.report import report_path
 
 SIDE = 8
 Floats = npt.NDArray[np.float32]
+PNG = {"content-type": "image/png"}
 
 
 def save_linear_model(

@@ -74,3 +74,7 @@ def stored(split: Split | Streamed) -> Split:
     """Return a split that is known to be in memory."""
     assert isinstance(split, Split)
     return split
+
+
+def rows(split: Split | Streamed) -> list[bytes]:
+    return [image.numpy().tobytes() for image in stored(split).images]

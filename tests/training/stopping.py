@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.training.networks import tiny_config
 from training.config import Config
 from training.run import Run
 from training.train import pick_device, train
@@ -28,3 +29,12 @@ def stopped_at_its_first_state(config: Config, out: Path, monkeypatch: pytest.Mo
         patch.setattr(Run, "save_state", stop)
         with pytest.raises(StoppedError):
             train(config, out, device=pick_device("cpu"))
+
+
+def stopped_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a run that ended between the stages."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda *_: (_ for _ in ()).throw(StoppedError))
+        with pytest.raises(StoppedError):
+            train(tiny_config(), out, device=pick_device("cpu"))
+    return Run(out)
