@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -51,6 +52,8 @@ def turns(
 ) -> Times:
     """Time the cases one after the other, again and again, after a first turn that warms up.
 
+    Each turn has an order of its own, so that none always follows the same other.
+
     A turn of a short case is the median of several calls after one that does not count. Before
     each a pause: threads of the session before still spin for a moment, on a core this one needs.
 
@@ -61,12 +64,13 @@ def turns(
     """
     times: Times = {name: [] for name in cases}
     quick = {name: min(_seconds(call) for _ in range(2)) < SHORT_S for name, call in cases.items()}
-    names = list(cases)
+    names, order = list(cases), random.Random(0)
     end = time.perf_counter() + seconds
     for turn in range(most):
         if turn >= least and time.perf_counter() > end:
             break
-        for name in names if turn % 2 else names[::-1]:
+        order.shuffle(names)
+        for name in names:
             time.sleep(PAUSE_S)
             calls = [_seconds(cases[name]) for _ in range(6 if quick[name] else 1)]
             times[name].append(statistics.median(calls[1:] or calls))

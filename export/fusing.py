@@ -117,7 +117,7 @@ class _Last(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         # A pooling layer, not a mean over two axes: runtimes and importers know it better.
-        pooled = F.adaptive_avg_pool2d(F.relu(features), 1).flatten(1)
+        pooled = F.avg_pool2d(F.relu(features), features.shape[-2:]).flatten(1)
         return self.mean(pooled), self.own(pooled).unflatten(1, self.shape)
 
 

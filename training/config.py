@@ -89,6 +89,7 @@ class Stage:
     milestones: tuple[float, ...] = (0.5, 0.75)  # step: shares of the epochs where lr falls
     gamma: float = 0.1  # step: by this factor
     warmup: float = 0.25  # one-cycle: share of the steps with rising lr
+    average: float = 0.0  # share of the epochs, the last ones, whose weights are averaged; 0: none
 
     def __post_init__(self) -> None:
         for key, holds, expected in (
@@ -99,6 +100,7 @@ class Stage:
             ("milestones", all(0 <= share <= 1 for share in self.milestones), "shares in [0, 1]"),
             ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("average", 0 <= self.average <= 1, "a share in [0, 1]"),
         ):
             _check(f"{self.table}.{key}", getattr(self, key), holds, expected)
 

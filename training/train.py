@@ -18,6 +18,7 @@ from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training import data as datasets
 from training import graphs
+from training.averaging import Average
 from training.balance import balance, class_counts
 from training.config import Config
 from training.data import Split, TrainingData
@@ -151,7 +152,7 @@ def train(
         load_momentum(optimizers, tensors)
         parts = data.train.to(device), data.holdout.to(device)
         training = Training(config, run, team, members, optimizers, *parts, start)
-        _run_stages(training, data, first, done)
+        _run_stages(training, data, first, done, tensors)
         if run.writes:
             _finish(training, data, begun)
     return run
@@ -210,18 +211,20 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
     return right / len(split)
 
 
-def _run_stages(training: Training, data: TrainingData, first: int, done: int) -> None:
-    """Go through the stages from `first` on, of which `done` epochs are done."""
+def _run_stages(
+    training: Training, data: TrainingData, first: int, done: int, tensors: dict[str, Tensor]
+) -> None:
+    """Go through the stages from `first` on, of which `done` epochs are done, given its state."""
     config, run, members = training.config, training.run, training.members
     plan = stages(config, members, training.optimizers, training.team)
     run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
     with logged(run, events=config.tensorboard) as log:
         for position in range(first, len(plan)):
             if done < plan[position].settings.epochs:  # starting weights may stand for a stage
-                _run_stage(training, plan[position], position, done, log)
+                _run_stage(training, plan[position], position, done, tensors, log)
             if position == 0:
                 run.save_members(members, "standard")
-            done = 0
+            done, tensors = 0, {}
             for optimizer in training.optimizers:
                 optimizer.state.clear()  # a new stage begins with no momentum
             if position + 1 < len(plan):
@@ -232,9 +235,17 @@ def _run_stages(training: Training, data: TrainingData, first: int, done: int) -
                 run.save_state(position + 1, 0, members_tensors(members))
 
 
-def _run_stage(training: Training, stage: Stage, position: int, done: int, log: Log) -> None:
+def _run_stage(
+    training: Training,
+    stage: Stage,
+    position: int,
+    done: int,
+    tensors: dict[str, Tensor],
+    log: Log,
+) -> None:
     config, run, team = training.config, training.run, training.team
     settings, images = stage.settings, len(training.train)
+    average = Average(settings, training.members, tensors)
     saved = time.monotonic()
     label = f"{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
@@ -249,6 +260,7 @@ def _run_stage(training: Training, stage: Stage, position: int, done: int, log: 
                 losses.add(stage.step(epoch, number, batch))
                 progress.advance()
             team.collect(training.members, training.optimizers)
+            average.add(epoch, training.members)
             record = {
                 "stage": stage.name,
                 "epoch": epoch + 1,
@@ -265,8 +277,10 @@ def _run_stage(training: Training, stage: Stage, position: int, done: int, log: 
             progress.advance(0, _note(record))
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
                 momentum = momentum_tensors(training.optimizers)
-                run.save_state(position, epoch + 1, members_tensors(training.members) | momentum)
+                now = members_tensors(training.members) | momentum | average.tensors()
+                run.save_state(position, epoch + 1, now)
                 saved = time.monotonic()
+    average.put_into(training.members)
 
 
 def _note(record: dict[str, Any]) -> str:

@@ -327,6 +327,8 @@ def test_ctrl_c_ends_the_command_in_one_line_and_resume_goes_on(tmp_path: Path) 
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A shell has jobs in the background ignore SIGINT, and whatever they start ignores it too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "metrics.jsonl"
     wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) >= 3, process)
