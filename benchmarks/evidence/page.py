@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 TEMPLATE = Path(__file__).with_name("results.template.md")
 SEARCH = record.FOLDER.parent / "fast-digits.json"
 EXACT = "dverge-3-exact"
-FAST = ("dverge-3-fast-a", "dverge-3-fast-b")
+FAST = ("dverge-3-fast-a", "dverge-3-fast-b", "dverge-3-fast-c")
 SIZES = {
     f"{method}-{size}": f"{told}, {size} members"
     for method, told in (("dverge", "DVERGE"), ("standard", "standard"))
