@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from benchmarks.bench import bar, machine, ratio, say, show, turns
 from training import attacks as core
-from training.config import load_recipe
 from training.data import Split, to_float
+from training.device import arithmetic
 from training.members import Member, build_members
-from training.train import arithmetic
+from training.recipe import load_recipe
 from verification.attack import Attack, craft
 from verification.gradients import ready
 

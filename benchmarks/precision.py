@@ -30,10 +30,11 @@ from dverge_serve.images import to_float
 from export.export import export, export_source
 from export.published import from_checkpoint
 from export.source import Source
-from training.config import data_overrides, load_recipe
 from training.data import load_test
+from training.device import pick_device
+from training.recipe import data_overrides, load_recipe
 from training.run import Run
-from training.train import pick_device, train
+from training.train import train
 
 CHECKPOINT, IMAGES = "official_dverge_3xresnet20_eps0.07.pth", "cifar10-jpeg.tar.xz"
 PRECISIONS = ("fp32", "fp16", "int8")

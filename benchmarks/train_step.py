@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks import published_step
 from benchmarks.bench import bar, machine, say, show
 from training import dverge
-from training.config import load_recipe
+from training.device import arithmetic, pick_device
 from training.members import Member, build_members
-from training.train import arithmetic, pick_device
+from training.recipe import load_recipe
 
 DEFAULT_BAR, FP32_BAR, CUDA_BAR = 4.0, 2.5, 10.0
 SIDES: dict[str, dict[str, Any]] = {

@@ -20,8 +20,9 @@ from dverge_serve.contract import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from export.source import Source, config_json, without_images
-from training.config import Config, load_recipe
+from training.config import Config
 from training.members import BlockMiddle, Member, bottleneck_resnet_stages, cifar_resnet_stages
+from training.recipe import load_recipe
 
 CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),

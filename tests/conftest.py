@@ -39,7 +39,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on digits: resnet8 of width 4, three members, a few epochs."""
     import torch
 
-    from training.config import load_recipe
+    from training.recipe import load_recipe
     from training.train import train
 
     out = tmp_path_factory.mktemp("tiny") / "runs" / "tiny"

@@ -1,19 +1,13 @@
-"""Every setting of a training run: frozen dataclasses, read from TOML recipes. Torch-free."""
+"""Every setting of a training run, in frozen dataclasses. Torch-free."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import tomllib
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from dverge_serve.errors import UserError, nearest
 from dverge_serve.images import Preprocess
+from training.table import assign, build, check
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
 EMBEDDED = ("digits",)
@@ -51,18 +45,18 @@ class Data:
     workers: int | None = None  # processes reading from disk; none: one a core, at most 8
 
     def __post_init__(self) -> None:
-        _check("data.holdout", self.holdout, 0.0 < self.holdout <= 0.5, "a share in (0, 0.5]")
+        check("data.holdout", self.holdout, 0.0 < self.holdout <= 0.5, "a share in (0, 0.5]")
         for key in ("pad", "train_limit", "test_limit", "memory_gb", "workers"):
             value = getattr(self, key)
-            _check(f"data.{key}", value, value is None or value >= 0, "0 or more")
-        _check("data.crop", self.crop, min(self.crop) >= 8, "at least 8 by 8 pixels")
+            check(f"data.{key}", value, value is None or value >= 0, "0 or more")
+        check("data.crop", self.crop, min(self.crop) >= 8, "at least 8 by 8 pixels")
         channels = self.preprocess.shape[0]
         for key in ("mean", "std"):
             value = getattr(self, key)
-            _check(f"data.{key}", value, len(value) in (0, channels), f"{channels} numbers or none")
-        _check("data.std", self.std, all(value > 0 for value in self.std), "numbers above 0")
+            check(f"data.{key}", value, len(value) in (0, channels), f"{channels} numbers or none")
+        check("data.std", self.std, all(value > 0 for value in self.std), "numbers above 0")
         both = bool(self.mean) == bool(self.std)
-        _check("data.std", self.std, both, "data.mean and data.std, or neither (measured)")
+        check("data.std", self.std, both, "data.mean and data.std, or neither (measured)")
 
     @property
     def preprocess(self) -> Preprocess:
@@ -102,7 +96,7 @@ class Stage:
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
             ("average", 0 <= self.average <= 1, "a share in [0, 1]"),
         ):
-            _check(f"{self.table}.{key}", getattr(self, key), holds, expected)
+            check(f"{self.table}.{key}", getattr(self, key), holds, expected)
 
     def lr_at(self, epoch: int, progress: float) -> float:
         """Return the learning rate `progress` (0..1) of the way through `epoch`."""
@@ -133,10 +127,10 @@ class Dverge(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("dverge.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
-        _check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
-        _check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
-        _check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
+        check("dverge.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
+        check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
+        check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
+        check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +145,9 @@ class Adversarial(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("adversarial.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
-        _check("adversarial.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
-        _check("adversarial.steps", self.steps, self.steps >= 1, "1 or more")
+        check("adversarial.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
+        check("adversarial.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
+        check("adversarial.steps", self.steps, self.steps >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +177,7 @@ class Verification:
 
     def __post_init__(self) -> None:
         ok = bool(self.eps) and all(0 < eps <= 1 for eps in self.eps)
-        _check("verification.eps", self.eps, ok, "one or more radii in (0, 1]")
+        check("verification.eps", self.eps, ok, "one or more radii in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +211,14 @@ class Config:
     verification: Verification = field(default_factory=Verification)
 
     def __post_init__(self) -> None:
-        _check("width", self.width, self.width >= 1, "1 or more")
+        check("width", self.width, self.width >= 1, "1 or more")
         least = 1 if self.method in ("standard", "adversarial") else 2
         listed = isinstance(self.architecture, tuple)
         fits = not listed or len(self.architecture) == self.members
-        _check("architecture", self.architecture, fits, f"one name, or {self.members} of them")
-        _check("members", self.members, self.members >= least, f"{least} or more")
-        _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
-        _check("seed", self.seed, self.seed >= 0, "0 or more")
+        check("architecture", self.architecture, fits, f"one name, or {self.members} of them")
+        check("members", self.members, self.members >= least, f"{least} or more")
+        check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        check("seed", self.seed, self.seed >= 0, "0 or more")
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -240,7 +234,7 @@ class Config:
         """Return these settings with dotted keys changed, e.g. `{"dverge.epochs": 10}`."""
         table = self.to_json()
         for key, value in overrides.items():
-            _assign(table, key, value, f"--set {key}")
+            assign(table, key, value, f"--set {key}")
         return Config.from_json(table, "settings")
 
     @classmethod
@@ -250,68 +244,7 @@ class Config:
         Raises:
             UserError: an unknown key, a value of the wrong type or out of range.
         """
-        return _build(cls, table, source, "")
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes inside the package."""
-    folder = resources.files("training") / "recipes"
-    return sorted(
-        item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")
-    )
-
-
-def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a recipe, by its name in the package or as a TOML file, and apply overrides.
-
-    Args:
-        recipe: `digits`, or a path ending in `.toml`.
-        overrides: dotted keys to values, e.g. `{"dverge.epochs": 10}`.
-    """
-    if recipe.endswith(".toml"):
-        source, name = recipe, Path(recipe).stem
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
-    else:
-        source, name = f"recipe '{recipe}'", recipe
-        if recipe not in recipe_names():
-            raise UserError(
-                f"unknown recipe '{recipe}'",
-                next_step=f"{nearest(recipe, recipe_names())} (or a path ending in .toml)",
-            )
-        found = resources.files("training") / "recipes" / f"{recipe}.toml"
-        text = found.read_text(encoding="utf-8")
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML ({error})") from error
-    table.setdefault("name", name)
-    for key, value in (overrides or {}).items():
-        _assign(table, key, value, f"--set {key}")
-    return Config.from_json(table, source)
-
-
-def data_overrides(data: str) -> dict[str, Any]:
-    """Return what `--data` changes: a data set by name, or a folder of images."""
-    if data in DATASETS:
-        return {"data.name": data, "data.path": ""}
-    return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
-
-
-def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse `--set key=value` pairs; values are TOML, bare words are strings."""
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"--set {pair}", "key=value, e.g. --set dverge.epochs=10")
-        try:
-            parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed[key.strip()] = text.strip()
-    return parsed
+        return build(cls, table, source, "")
 
 
 def differences(one: Config, other: Config) -> list[str]:
@@ -329,68 +262,3 @@ def differences(one: Config, other: Config) -> list[str]:
     left, right = flatten(one.to_json()), flatten(other.to_json())
     keys = (left.keys() | right.keys()) - FREE
     return sorted(key for key in keys if left.get(key) != right.get(key))
-
-
-def _check(key: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{key} = {value}", expected)
-
-
-def _assign(table: dict[str, Any], key: str, value: Any, source: str) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise UserError(f"{source}: '{parent}' is not a table")
-    table[last] = value
-
-
-T = TypeVar("T")
-
-
-def _build(cls: type[T], table: dict[str, Any], source: str, prefix: str) -> T:
-    hints = typing.get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            known = [prefix + name for name in hints]
-            raise UserError(
-                f"{source}: unknown key '{prefix}{key}'", next_step=nearest(prefix + key, known)
-            )
-    values = {
-        key: _convert(hints[key], value, source, prefix + key) for key, value in table.items()
-    }
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
-    """Return `value` as the type `hint`, which is one of those the dataclasses above use."""
-    options = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(typing.cast(type[Any], hint), value, source, f"{key}.")
-    if origin is Literal:
-        if value in options:
-            return value
-        raise UserError(f"{source}: {key} = {value!r}", f"one of {', '.join(map(str, options))}")
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = (options[0],) * len(value) if options[-1] is Ellipsis else options
-        if len(kinds) == len(value):
-            parts = zip(kinds, value, strict=True)
-            return tuple(_convert(kind, part, source, key) for kind, part in parts)
-    if type(None) in options:  # "X | None"
-        return None if value is None else _convert(options[0], value, source, key)
-    if str in options and not isinstance(value, str):  # "str | tuple[str, ...]"
-        return _convert(options[1], value, source, key)
-    if str in options:
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        _check(f"{source}: {key}", value, math.isfinite(value), "a finite number")
-        return float(value)
-    if (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and isinstance(value, bool) == (hint is bool)
-    ):
-        return value
-    name = getattr(hint, "__name__", str(hint)) if not options else str(hint)
-    raise UserError(f"{source}: {key} = {value!r}", f"a value of type {name}")

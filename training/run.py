@@ -29,6 +29,7 @@ from dverge_serve.files import (
 )
 from dverge_serve.images import Preprocess
 from training.config import Config, differences
+from training.latest import follow, name_latest
 from training.lock import NAME as LOCK
 from training.lock import locked
 from training.members import Member, build_members
@@ -86,7 +87,7 @@ class Run:
             part.unlink(missing_ok=True)
         if not run.begun:
             write_atomic(run.path / "config.json", pretty_json(config.to_json()))
-        run._name_latest()
+        name_latest(run.path)
         return run
 
     @classmethod
@@ -293,28 +294,3 @@ class Run:
     def _write(self, name: str, data: bytes) -> None:
         if self.writes:
             write_atomic(self.path / name, data)
-
-    def _name_latest(self) -> None:
-        """Let `runs/latest` name this run: a link, or a text file where links fail."""
-        if self.path.parent.name != "runs":
-            return
-        latest = self.path.parent / "latest"
-        if latest.is_dir() and not latest.is_symlink():
-            return
-        link = latest.with_name(".latest.part")
-        try:
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.path.name)
-            link.replace(latest)
-        except OSError:
-            write_atomic(latest, self.path.name.encode())
-
-
-def follow(path: Path) -> Path:
-    """Return the run that `runs/latest` names, a link or a text file; other paths as they are."""
-    path = Path(path)
-    if path.is_symlink():
-        return path.parent / path.readlink()
-    if path.name == "latest" and path.is_file():
-        return path.parent / path.read_text(encoding="utf-8").strip()
-    return path

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training import data as datasets
@@ -22,14 +21,16 @@ from training.averaging import Average
 from training.balance import balance, class_counts
 from training.config import Config
 from training.data import Split, TrainingData
+from training.device import arithmetic
 from training.diversity import diversity
 from training.dropout import begin_draws
 from training.events import Log, logged, require_tensorboard
+from training.latest import follow
 from training.losses import Losses
 from training.members import Member, build_members, mean_logits
 from training.methods import Stage, stages
 from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
-from training.run import Run, follow
+from training.run import Run
 from training.start import Start, skipped
 from training.streaming import Streamed
 from training.team import ALONE, Batch, Team
@@ -38,34 +39,6 @@ from training.weights import load_members, members_tensors
 SAVE_EVERY_S = 10.0
 EVALUATION_BATCH = 512
 DIVERSITY_IMAGES = 256
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`.
-
-    Raises:
-        UserError: another name, or a GPU asked for where there is none.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device '{name}'", "auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU is usable here", "a GPU", "use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return what the members' operations are cast to: bfloat16, or None for float32.
-
-    Raises:
-        UserError: bf16 asked for where the hardware lacks it.
-    """
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    if precision == "bf16" and not able:
-        raise UserError(f"precision bf16, which this {device.type} lacks", "fp32 or auto")
-    return torch.bfloat16 if able and precision != "fp32" else None
 
 
 @dataclass(frozen=True)

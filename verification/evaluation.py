@@ -12,8 +12,9 @@ from dverge_serve.contract import Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from training.attacks import Norm
-from training.config import DOWNLOADED, EMBEDDED, Config, data_overrides
+from training.config import DOWNLOADED, EMBEDDED, Config
 from training.data import Split, TrainingData, load_test, load_training
+from training.recipe import data_overrides
 from training.residual import residual_ends
 from verification import presets, reference
 from verification.attack import Attack

@@ -16,7 +16,8 @@ from dverge_serve.files import sha256
 from dverge_serve.images import Preprocess
 from dverge_serve.scores import Scores
 from export.published import read_labels
-from training.config import EMBEDDED, Config, data_overrides, load_recipe
+from training.config import EMBEDDED, Config
+from training.recipe import data_overrides, load_recipe
 
 
 class ForeignEngine:

@@ -19,10 +19,10 @@ from dverge_serve.files import sha256
 from export.published import read_published
 from training import attacks as core
 from training.data import Split, to_float
+from training.device import arithmetic
 from training.folding import folded
 from training.members import Member
 from training.run import Run
-from training.train import arithmetic
 from verification.attack import Attack, loss_of
 from verification.batches import in_batches
 from verification.statistics import Mask

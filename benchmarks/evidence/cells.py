@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.evidence import images
 from benchmarks.evidence.protocol import CIFAR10, DIGITS, Protocol
 from export.source import config_json
-from training.config import Config, load_recipe
+from training.config import Config
+from training.recipe import load_recipe
 
 SEEDS = (0, 1, 2)
 # The paper's procedure to the letter, at the schedule and the radius that digits call for: ten

@@ -25,9 +25,10 @@ from export.export import export, export_source
 from export.published import from_checkpoint
 from training.config import Config
 from training.data import Split, load_test
+from training.device import arithmetic
 from training.estimate import gradient_evaluations
 from training.run import Run
-from training.train import arithmetic, train
+from training.train import train
 from verification.alarm import DEPLOYED
 from verification.attack import Attack
 from verification.evaluation import Evaluation

@@ -11,8 +11,9 @@ import torch
 from benchmarks.evidence import images
 from dverge_serve.files import canonical_json, sha256
 from export.source import config_json
-from training.config import Config, load_recipe
+from training.config import Config
 from training.data import TrainingData, load_training
+from training.recipe import load_recipe
 from training.train import train
 from verification.surrogates import surrogate_config
 

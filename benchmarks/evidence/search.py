@@ -20,9 +20,9 @@ from benchmarks.evidence.cells import EXACT
 from benchmarks.evidence.images import evidence_cache
 from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
-from training.config import load_recipe
 from training.data import TrainingData
 from training.estimate import gradient_evaluations
+from training.recipe import load_recipe
 from training.train import train
 from verification.gradients import ready
 from verification.outcomes import Target

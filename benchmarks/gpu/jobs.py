@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dverge_serve.files import pretty_json, write_atomic
-from training.config import Config, Data, load_recipe, parse_settings
+from training.config import Config, Data
+from training.recipe import load_recipe, parse_settings
 
 Kind = Literal["checks", "steps", "train", "attack"]
 

@@ -22,7 +22,7 @@ def do(name: str, work: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from training.train import pick_device
+    from training.device import pick_device
 
     plan, job = Plan.read(work), job_named(name)
     device = pick_device(plan.device)

@@ -63,7 +63,7 @@ def export(
     kind: Precision = _one_of(Precision, "--precision", precision)
     source = _source(run, checkpoint, labels)
     if data is not None:
-        from training.config import data_overrides
+        from training.recipe import data_overrides
 
         source = replace(source, config=source.config.overridden(data_overrides(data)))
     done = export_source(source, model, form=ask, target=on, precision=kind)

@@ -74,8 +74,8 @@ def train(
         typer.echo(json.dumps(config.to_json(), indent=2))
         _say_cost(config, device)
         return
+    from training.device import pick_device
     from training.distributed import join
-    from training.train import pick_device
     from training.train import train as train_run
 
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -100,8 +100,8 @@ def demo(
     """
     from dverge_serve.cli.tables import demo_table
     from export.export import export as export_run
-    from training.config import load_recipe
-    from training.train import pick_device
+    from training.device import pick_device
+    from training.recipe import load_recipe
     from training.train import train as train_run
     from verification.evaluation import Evaluation
     from verification.verify import verify
@@ -127,7 +127,7 @@ def _config(
     settings: list[str] | None,
     start: list[Path] | None = None,
 ) -> Config:
-    from training.config import data_overrides, load_recipe, parse_settings
+    from training.recipe import data_overrides, load_recipe, parse_settings
 
     overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
     if members is not None:
@@ -143,8 +143,8 @@ def _config(
 
 def _say_cost(config: Config, device: str) -> None:
     from dverge_serve.progress import duration
+    from training.device import pick_device
     from training.estimate import estimate
-    from training.train import pick_device
 
     chosen = pick_device(device)
     try:
@@ -171,7 +171,8 @@ def _latest() -> Path:
 
 def _begun(out: Path | None) -> Config | None:
     """Return the settings a run was begun with, if it was."""
-    from training.run import Run, follow
+    from training.latest import follow
+    from training.run import Run
 
     run = Run(follow(out or _latest()))
     return run.config if (run.path / "config.json").is_file() else None

@@ -91,7 +91,7 @@ def verify_robustness(
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
     if at_eps is not None and radii and at_eps not in radii:
         raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
-    from training.train import pick_device
+    from training.device import pick_device
     from verification.evaluation import Evaluation
     from verification.verify import verify
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dverge_serve.cli import run
-from training.config import recipe_names
+from training.recipe import recipe_names
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_bug_of_ours_is_told_as_one(
     def explode(*_: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("training.config.load_recipe", explode)
+    monkeypatch.setattr("training.recipe.load_recipe", explode)
     assert run(["train", "--dry-run"]) == 70
     assert "a bug of ours" in capsys.readouterr().err
 
@@ -259,6 +259,6 @@ def test_an_interrupt_is_told_as_one(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.config.load_recipe", interrupt)
+    monkeypatch.setattr("training.recipe.load_recipe", interrupt)
     assert run(["train", "--dry-run"]) == 130
     assert capsys.readouterr().err == "dverge: interrupted\n"

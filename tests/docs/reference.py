@@ -20,6 +20,7 @@ from typing import Any
 import typer
 
 import training.config
+import training.recipe
 from dverge_serve.answer import CODES
 from dverge_serve.cli import app, run
 from dverge_serve.openapi import openapi
@@ -82,7 +83,7 @@ def recipes() -> str:
             parts.append(f"| `{key}` | {kind} | {default} | {_text(words)} |")
         parts.append("")
     parts.append("## The recipes that ship\n")
-    for name in training.config.recipe_names():
+    for name in training.recipe.recipe_names():
         found = resources.files("training") / "recipes" / f"{name}.toml"
         parts.append(f"### {name}\n\n```toml\n{found.read_text(encoding='utf-8')}```\n")
     return "\n".join(parts)

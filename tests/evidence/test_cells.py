@@ -15,7 +15,7 @@ from benchmarks.evidence.__main__ import run_cells
 from benchmarks.evidence.cells import FAST, Cell
 from benchmarks.evidence.paired import stack
 from dverge_serve.errors import UserError
-from training.config import load_recipe
+from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.config import Config, Data, load_recipe
+from training.config import Config, Data
 from training.data import Split
 from training.members import Member, build_members
+from training.recipe import load_recipe
 from training.streaming import Streamed
 
 DEPTH = 8

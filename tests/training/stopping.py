@@ -9,8 +9,9 @@ import pytest
 
 from tests.training.networks import tiny_config
 from training.config import Config
+from training.device import pick_device
 from training.run import Run
-from training.train import pick_device, train
+from training.train import train
 
 
 class StoppedError(Exception):

@@ -16,10 +16,8 @@ from training.config import (
     Dverge,
     Stage,
     differences,
-    load_recipe,
-    parse_settings,
-    recipe_names,
 )
+from training.recipe import load_recipe, parse_settings, recipe_names
 
 SCHEDULE: dict[str, Any] = {
     "epochs": 200,
@@ -30,6 +28,7 @@ SCHEDULE: dict[str, Any] = {
     "milestones": (0.5, 0.75),
     "gamma": 0.1,
     "warmup": 0.25,
+    "average": 0.0,
 }
 
 PUBLISHED = {

@@ -26,8 +26,8 @@ from benchmarks.gpu.chunk import Chunk
 from benchmarks.gpu.collect import collect
 from benchmarks.gpu.jobs import JOBS, Plan, job_named
 from dverge_serve.errors import UserError
-from training.config import load_recipe
 from training.data import load_training
+from training.recipe import load_recipe
 from training.run import Run
 from training.train import train
 

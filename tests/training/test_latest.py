@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.training.networks import tiny_config
-from training.run import Run, follow
+from training.latest import follow
+from training.run import Run
 from training.train import train
 
 CPU = torch.device("cpu")

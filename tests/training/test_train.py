@@ -17,10 +17,11 @@ from tests.training.networks import tiny_config
 from training import dverge, losses
 from training.config import Data, Dverge
 from training.data import Split, load_training
+from training.device import pick_device
 from training.methods import Stage, draw_layer
 from training.run import Run
 from training.team import Team
-from training.train import _normalisation, accuracy, epoch_batches, pick_device, train
+from training.train import _normalisation, accuracy, epoch_batches, train
 
 CPU = torch.device("cpu")
 PAIRS = Stage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)

@@ -13,8 +13,8 @@ import pytest
 
 from dverge_serve.engine import Engine
 from tests.service.server import Server, clean_environment, free_port
-from training.config import load_recipe
 from training.data import Split, load_test
+from training.recipe import load_recipe
 from verification.attack import Attack
 from verification.live import Service, attack_service, chosen
 from verification.outcomes import Outcomes, Target

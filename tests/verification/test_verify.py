@@ -23,10 +23,10 @@ from dverge_serve.report import page_path, read_report, report_path, report_sche
 from export.export import export
 from tests.conftest import TINY
 from training.attacks import cw_margin, gradient, mean_logits_output, member_logits
-from training.config import load_recipe
 from training.data import Split, load_training
 from training.folding import folded
 from training.lock import locked
+from training.recipe import load_recipe
 from training.run import Run
 from verification import presets
 from verification.attack import Attack

@@ -1,0 +1,35 @@
+"""Where training happens, and in which arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from dverge_serve.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: another name, or a GPU asked for where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device '{name}'", "auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU is usable here", "a GPU", "use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return what the members' operations are cast to: bfloat16, or None for float32.
+
+    Raises:
+        UserError: bf16 asked for where the hardware lacks it.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    if precision == "bf16" and not able:
+        raise UserError(f"precision bf16, which this {device.type} lacks", "fp32 or auto")
+    return torch.bfloat16 if able and precision != "fp32" else None

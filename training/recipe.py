@@ -1,0 +1,74 @@
+"""Recipes: named settings inside the package or in a user's TOML file, and what changes them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dverge_serve.errors import UserError, nearest
+from training.config import DATASETS, Config
+from training.table import assign
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    folder = resources.files("training") / "recipes"
+    return sorted(
+        item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")
+    )
+
+
+def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a recipe, by its name in the package or as a TOML file, and apply overrides.
+
+    Args:
+        recipe: `digits`, or a path ending in `.toml`.
+        overrides: dotted keys to values, e.g. `{"dverge.epochs": 10}`.
+    """
+    if recipe.endswith(".toml"):
+        source, name = recipe, Path(recipe).stem
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
+    else:
+        source, name = f"recipe '{recipe}'", recipe
+        if recipe not in recipe_names():
+            raise UserError(
+                f"unknown recipe '{recipe}'",
+                next_step=f"{nearest(recipe, recipe_names())} (or a path ending in .toml)",
+            )
+        found = resources.files("training") / "recipes" / f"{recipe}.toml"
+        text = found.read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML ({error})") from error
+    table.setdefault("name", name)
+    for key, value in (overrides or {}).items():
+        assign(table, key, value, f"--set {key}")
+    return Config.from_json(table, source)
+
+
+def data_overrides(data: str) -> dict[str, Any]:
+    """Return what `--data` changes: a data set by name, or a folder of images."""
+    if data in DATASETS:
+        return {"data.name": data, "data.path": ""}
+    return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parse `--set key=value` pairs; values are TOML, bare words are strings."""
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {pair}", "key=value, e.g. --set dverge.epochs=10")
+        try:
+            parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed[key.strip()] = text.strip()
+    return parsed
