@@ -27,7 +27,7 @@ COSTS = {
     "dverge-3-bf16": "the same in bf16",
     "dverge-3-fast-a": "fast A: 2 steps, one-cycle, 15 + 25 epochs",
     "dverge-3-fast-b": "fast B: 1 step, one-cycle, 12 + 15 epochs",
-    "dverge-3-fast-c": "fast C, recipe `digits-fast`: 1 step, one-cycle, 15 + 37 epochs, batches of 32",
+    "dverge-3-fast-c": "fast C, `digits-fast`: 1 step, one-cycle, 15 + 37 epochs, batches of 32",
     "standard-3": "standard, no second stage",
     "adp-3": "ADP",
     "gal-3": "GAL",
