@@ -58,6 +58,8 @@ bench: install
 	$(BIN)/python -m benchmarks.engine --save
 	$(BIN)/python -m benchmarks.serving --save
 	$(BIN)/python -m benchmarks.precision --save
+	$(BIN)/python -m benchmarks.train_step --save
+	$(BIN)/python -m benchmarks.attacks --save
 
 # The tables of figures in docs/, from benchmarks/results/.
 figures: install

@@ -14,7 +14,6 @@ without a bar.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench import bar, machine, ratio, say, show, turns
+from benchmarks.bench import bar, machine, ratio, say, turns
 from training import attacks as core
 from training.data import Split, to_float
 from training.device import arithmetic
@@ -144,15 +143,18 @@ def measure(images: int, steps: int, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description="Adversarial images a second.")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    options = parser.parse_args()
+    arguments = parser(__doc__, "32 images, 2 steps, 10 seconds")
+    arguments.add_argument("--images", type=int, default=128)
+    arguments.add_argument("--steps", type=int, default=10)
+    arguments.add_argument("--seconds", type=float, default=120.0)
+    options = arguments.parse_args()
+    if options.quick:
+        options.images, options.steps, options.seconds = 32, 2, 10.0
+    busy = busy_percent()
     report = measure(options.images, options.steps, options.seconds)
+    report["machine"] |= {"busy_percent": busy}
     columns = ["case", "images_per_s", "times the plain loop", "turns"]
-    show(report, columns, as_json=options.json)
+    finish("attacks", report, columns, options)
 
 
 if __name__ == "__main__":

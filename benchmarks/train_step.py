@@ -1,6 +1,6 @@
 """One DVERGE step beside the published procedure's, at every layer, in one run.
 
-python -m benchmarks.train_step [--rounds 1] [--layers 1,10,20] [--device auto] [--json]
+python -m benchmarks.train_step [--rounds 1] [--layers 1,10,20] [--device auto] [--json] [--save]
 
 ResNet-20, three members, batch 128, the recipe `cifar10`. The product at its default settings
 (bf16 where the hardware has it, running statistics while distilling), the same in fp32, and to the
@@ -10,7 +10,6 @@ of the baseline's seconds over the sum of the product's.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import published_step
-from benchmarks.bench import bar, machine, say, show
+from benchmarks.bench import bar, machine, say
+from benchmarks.report import busy_percent, finish, parser
 from training import dverge
 from training.device import arithmetic, pick_device
 from training.members import Member, build_members
@@ -101,14 +101,16 @@ def measure(
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=1, help="steps at each layer")
-    parser.add_argument("--layers", default=",".join(map(str, range(1, 21))))
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    options = parser.parse_args()
+    arguments = parser(__doc__, "layers 1, 10 and 20")
+    arguments.add_argument("--rounds", type=int, default=1, help="steps at each layer")
+    arguments.add_argument("--layers", default=",".join(map(str, range(1, 21))))
+    arguments.add_argument("--batch", type=int, default=128)
+    arguments.add_argument("--device", default="auto")
+    options = arguments.parse_args()
+    if options.quick:
+        options.layers = "1,10,20"
     here = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    here |= {"busy_percent": busy_percent()}
     device = pick_device(options.device)
     layers = [int(layer) for layer in options.layers.split(",")]
     rows = measure(layers, options.rounds, device, options.batch)
@@ -127,11 +129,8 @@ def main() -> None:
     if device.type == "cpu":
         bars.append(bar("a step in fp32, all layers", fp32, "times", FP32_BAR))
     columns = ["layer", *SIDES, *(f"x_{name}" for name in OURS)]
-    show(
-        {"machine": here, "rows": rows, "bars": bars, "skipped": skipped},
-        columns,
-        as_json=options.json,
-    )
+    report = {"machine": here, "rows": rows, "bars": bars, "skipped": skipped}
+    finish("train_step", report, columns, options)
 
 
 if __name__ == "__main__":
