@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bench import bar, machine, ratio, say, turns
+from benchmarks.report import busy_percent, finish, parser
 from training import attacks as core
 from training.data import Split, to_float
 from training.device import arithmetic
