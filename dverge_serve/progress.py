@@ -7,10 +7,11 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 LINE_EVERY_S = 5.0
+BESIDE = 28  # columns that percent, time left, gaps and a bar that still is one take
 
 
 class Progress:
@@ -34,7 +35,6 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -64,7 +64,8 @@ class Progress:
         self._done += units
         self._note = note or self._note  # stands until the next one
         if self._rich:
-            self._rich.update(self._task, completed=self._done, note=self._note)
+            room = self._rich.console.width - len(self._label) - BESIDE
+            self._rich.update(self._task, completed=self._done, note=fitting(self._note, room))
             return
         now = time.monotonic()
         if now - self._said >= LINE_EVERY_S:
@@ -77,6 +78,13 @@ class Progress:
     def _line(self, text: str) -> None:
         if self.shown:
             print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def fitting(note: str, room: int) -> str:
+    """Return as many of the figures of `note`, from the first, as `room` columns hold."""
+    while len(note) > room:
+        note = note.rpartition(", ")[0]
+    return note
 
 
 def say(line: str) -> None:
