@@ -24,8 +24,7 @@ BATCH = 256  # images a call at most, where the caller does not choose
 
 # Made once: after each call's millisecond in the model the caches hold nothing of the checks, and
 # what they make anew costs tens of microseconds instead of one.
-_FLOATS, _BITS = np.dtype(np.float32), np.dtype(np.uint32)
-_ONE = int(np.float32(1).view(_BITS))
+_FLOAT = np.dtype(np.float32)
 _OUTPUTS = [LOGITS, MEMBER_LOGITS]
 
 
@@ -99,19 +98,18 @@ class Engine:
         if session is None:
             raise RuntimeError(f"the engine of {self.path} is closed")
         count, *shape = images.shape or (0,)
-        if shape != self._shape or images.dtype != _FLOATS:
+        if shape != self._shape or images.dtype != _FLOAT:
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}; "
                 f"expected float32 [batch, {', '.join(map(str, self._shape))}]"
             )
         if not count:
             raise ValueError("an empty batch; expected at least one image")
-        # One look at the bits: of all floats just those from 0 to 1 are integers up to 1.0's. Only
-        # -0.0 is refused wrongly, so whoever fails is looked at again.
-        if np.maximum.reduce(images.view(_BITS), None) > _ONE:
-            low, high = float(images.min()), float(images.max())
-            if not (low >= 0.0 and high <= 1.0):  # also false for NaN
-                raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
+        # Of all numpy's ways this costs least after a call's millisecond in the model, when the
+        # caches hold nothing of it. Both are NaN if any pixel is.
+        low, high = images.item(images.argmin()), images.item(images.argmax())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
         if (buckets := self._buckets) is not None:
             return buckets.run(images)
         if (lanes := self._lanes) is not None and lanes.worth(count):
