@@ -18,7 +18,8 @@ from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card, together
 from dverge_serve.scores import Scores
 
 # A layer's features stay in the cache while about so many pixels, counted for each member that runs
-# at once, go through it: 16 images of 32x32 for a network of three or four members, 64 for branches.
+# at once, go through it: 16 images of 32x32 for a network of three or four members, 64 for
+# branches.
 PIXELS = 65536
 EACH = 4  # images that a lane must get to be worth it
 
