@@ -127,9 +127,9 @@ def test_lanes_answer_as_one_call_does(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "members", "images"),
     [
-        ("branches", 8, {8: 512, 32: 32, 224: 1}),
-        ("grouped", 3, {8: 128, 32: 8, 224: 1}),
-        ("grouped", 8, {8: 128, 32: 8, 224: 1}),
+        ("branches", 8, {8: 1024, 32: 64, 224: 1}),
+        ("grouped", 3, {8: 256, 32: 16, 224: 1}),
+        ("grouped", 8, {8: 256, 32: 16, 224: 1}),
     ],
 )
 def test_the_part_of_a_lane_fits_the_cache(
