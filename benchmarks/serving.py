@@ -30,8 +30,8 @@ from benchmarks.bench import bar, machine, say
 from benchmarks.report import busy_percent, finish, parser
 from benchmarks.requests import png, tensors
 from benchmarks.server import Server, load
+from dverge_serve.cores import cores
 from dverge_serve.engine import Engine
-from dverge_serve.lanes import cores
 
 SINGLES = (1, 16, 64)
 BATCH, BATCH_CONNECTIONS = 32, 4

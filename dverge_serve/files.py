@@ -73,6 +73,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written later, when much was spent on what goes there.
+
+    Raises:
+        UserError: its folder is not there and cannot be made, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_error(path: Path, error: OSError, size: int = 0) -> UserError:
     """Return the one-line error for a write of `size` bytes to `path` that failed with `error`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

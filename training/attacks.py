@@ -73,13 +73,18 @@ def project(x: Tensor, x0: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
 
 def random_start(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "linf") -> Tensor:
     """Return a uniformly random point of the ball, cut to the box."""
+    return project(x0 + random_change(x0, eps, draw, norm), x0, eps, norm)
+
+
+def random_change(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "linf") -> Tensor:
+    """Return a uniformly random point of the ball around zero, shaped like `x0`."""
     if norm == "linf":
         noise = torch.rand(x0.shape, generator=draw, device=x0.device, dtype=x0.dtype)
-        return project(x0 + (2 * noise - 1) * eps, x0, eps)
+        return (2 * noise - 1) * eps
     noise = torch.randn(x0.shape, generator=draw, device=x0.device, dtype=x0.dtype)
     share = torch.rand((len(x0), 1, 1, 1), generator=draw, device=x0.device, dtype=x0.dtype)
     radius = eps * share ** (1 / x0[0].numel())
-    return project(x0 + noise * radius / _length(noise), x0, eps, "l2")
+    return noise * radius / _length(noise)
 
 
 def steepest(gradient: Tensor, norm: Norm = "linf") -> Tensor:
@@ -116,12 +121,17 @@ def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
 
 
 def variance_tuned(
-    eps: float, draw: torch.Generator, *, samples: int = 20, reach: float = 1.5
+    eps: float,
+    draw: torch.Generator,
+    *,
+    samples: int = 20,
+    reach: float = 1.5,
+    norm: Norm = "linf",
 ) -> Estimate:
     """Return the gradient of VMI-FGSM (Wang & He, 2021): plus the variance seen one step before.
 
-    The variance is the mean gradient of `samples` neighbours, uniform within `reach * eps`, less
-    the gradient itself. A linear loss has none.
+    The variance is the mean gradient of `samples` neighbours, drawn from the ball of radius
+    `reach * eps` as random starts are, less the gradient itself. A linear loss has none.
     """
     variance: Tensor | None = None
 
@@ -131,8 +141,7 @@ def variance_tuned(
         tuned = here if variance is None else here + variance
         around = torch.zeros_like(x)
         for _ in range(samples):
-            noise = torch.rand(x.shape, generator=draw, device=x.device, dtype=x.dtype)
-            around += gradient(loss, x + (2 * noise - 1) * (reach * eps))
+            around += gradient(loss, x + random_change(x, reach * eps, draw, norm))
         variance = around / samples - here
         return tuned
 

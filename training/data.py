@@ -144,6 +144,12 @@ def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
     return labels, _split(pixels, targets)
 
 
+def load_rest(data: Data) -> Split:
+    """Load the test images that `data.test_limit` leaves out, some thousands at most."""
+    _, (pixels, targets) = sources.read(data, "rest")
+    return _split(pixels, targets)
+
+
 def to_float(batch: Tensor) -> Tensor:
     """Return uint8 images as float32 in `[0,1]`, the same numbers the service computes."""
     return batch.float() / 255

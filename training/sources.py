@@ -19,46 +19,47 @@ from dverge_serve.progress import Progress
 from training.config import DOWNLOADED, Data
 from training.seeds import generator
 
+MOST_REST = 5000  # images
 DIGITS_TEST = 360  # of 1,797, about a fifth
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 
 def read(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
-    """Return class names, images and labels of `part` of a data set, `train` or `test`.
+    """Return class names, images and labels of `part` of a data set.
 
     A limit is drawn at random, the same images each time, before any file is decoded.
 
+    Args:
+        data: which images.
+        part: `train`, `test`, or `rest`: the test images that the limit leaves out.
+
     Raises:
-        UserError: missing or empty folders, unreadable images, a failed download, another shape
-            than the recipe's.
+        UserError: missing or empty folders, unreadable images, a failed download.
     """
     if data.name == "imagefolder":
         names, files = image_files(data, part)
         return names, files.read()
-    labels, pixels, targets = _digits(part) if data.name == "digits" else _torchvision(data, part)
-    shape = data.preprocess.shape
-    if pixels.shape[1:] != shape:
-        raise UserError(
-            f"'{data.name}' has images of shape {list(pixels.shape[1:])}, the recipe {list(shape)}",
-            f"data.mode and data.crop as the images of '{data.name}' are",
-        )
-    if data.preprocess.resize != data.crop:
-        raise UserError(
-            f"data.resize = {list(data.preprocess.resize)}, but '{data.name}' is not resized",
-            "no data.resize",
-        )
+    source = _digits if data.name == "digits" else _torchvision
+    labels, pixels, targets = source(data, "train" if part == "train" else "test")
     chosen = _chosen(len(targets), data, part)
     return labels, (pixels[chosen], targets[chosen])
 
 
 def _chosen(count: int, data: Data, part: str) -> npt.NDArray[np.int64]:
     limit = data.train_limit if part == "train" else data.test_limit
-    if not 0 < limit < count:
-        return np.arange(count)
-    return np.sort(torch.randperm(count, generator=generator(part)).numpy()[:limit])
+    limit = limit if 0 < limit < count else count
+    if part == "rest":
+        return np.sort(_drawn(count, "test")[limit : limit + MOST_REST])
+    return np.sort(_drawn(count, part)[:limit])
 
 
-def _digits(part: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _drawn(count: int, part: str) -> npt.NDArray[np.int64]:
+    return np.asarray(torch.randperm(count, generator=generator(part)).numpy())
+
+
+def _digits(
+    _: Data, part: str
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -115,12 +116,13 @@ def class_folders(root: Path, part: str) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", layout)
     classes = {
-        item.name: sorted(
-            file for file in item.rglob("*") if file.suffix.lower() in images.SUFFIXES
-        )
+        item.name: images.image_paths(item)
         for item in sorted(folder.iterdir())
         if item.is_dir() and not item.name.startswith(".")
     }
+    for name in classes:
+        if name != os.fsencode(name).decode(errors="replace"):
+            raise UserError(f"class folder {folder}/{name!a} is not UTF-8", "a name in UTF-8")
     if len(classes) < 2:
         raise UserError(f"{len(classes)} class folders in {folder}", f"two or more: {layout}")
     empty = [name for name, files in classes.items() if not files]
@@ -133,7 +135,7 @@ def class_folders(root: Path, part: str) -> dict[str, list[Path]]:
 
 
 def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
-    """Return class names and files of `part` of a folder of images; nothing is decoded yet.
+    """Return class names and files of a folder of images, as `read`; nothing is decoded yet.
 
     Raises:
         UserError: missing or empty folders, or classes that differ between the parts.
@@ -152,7 +154,12 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     classes = train if part == "train" else test
     paths = [file for found in classes.values() for file in found]
     targets = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
-    files = ImageFiles(root / part, paths, targets.astype(np.int64), data.preprocess)
+    files = ImageFiles(
+        root / ("train" if part == "train" else "test"),
+        paths,
+        targets.astype(np.int64),
+        data.preprocess,
+    )
     return tuple(classes), files.take(_chosen(len(paths), data, part))
 
 

@@ -54,20 +54,33 @@ SCORES: dict[str, Callable[[Scores], Floats]] = {
 }
 
 
-def calibrate(engine: Scorer, holdout: Split) -> dict[str, Any]:
+def calibrate(engine: Scorer, holdout: Split, split: Split) -> dict[str, Any]:
     """Choose the disagreement over which the service calls an image suspicious.
 
+    Args:
+        engine: scores the images.
+        holdout: clean images that no training saw, for the threshold.
+        split: clean test images, to see how often it really raises the alarm.
+
     Returns:
-        the threshold that at most 5% of held-out clean images exceed (1% from 1,000 images on).
+        the threshold that at most 5% of the held-out images exceed (1% from 1,000 images on), and
+        the share of the test images that do. None where there is nothing to choose it from.
     """
     share = 0.05 if len(holdout) < 1000 else 0.01
-    found = engine.run_all(to_float(holdout.images).cpu().numpy()).disagreement
-    return {
+    found: dict[str, Any] = {
         "score": DEPLOYED,
-        "threshold": quantile_above(found, share),
+        "threshold": None,
         "false_positive_rate": share,
+        "measured_false_positive_rate": rate(np.zeros(0, dtype=bool)),
         "calibration_images": len(holdout),
     }
+    if not len(holdout):
+        return found
+    held, clean = (_clean(engine, each).disagreement for each in (holdout, split))
+    if np.isfinite(held).all():
+        found["threshold"] = quantile_above(held, share)
+        found["measured_false_positive_rate"] = rate(clean > found["threshold"])
+    return found
 
 
 def measure(
@@ -85,8 +98,9 @@ def measure(
         attacked: attacked versions of the test images, 8 bits, by name with their eps.
     """
     labels = split.labels.cpu().numpy()
-    held = engine.run_all(to_float(holdout.images).cpu().numpy())
-    clean = engine.run_all(to_float(split.images).cpu().numpy())
+    if not len(holdout):
+        return []
+    held, clean = _clean(engine, holdout), _clean(engine, split)
     rows = []
     for name, (eps, pixels) in attacked.items():
         scores = engine.run_all(pixels.astype(np.float32) / np.float32(255))
@@ -167,6 +181,10 @@ def _divergence(stack: Tensor) -> Tensor:
     mean = shares.mean(0)
     entropy = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
     return entropy + (shares * logs).sum(-1).mean(0)
+
+
+def _clean(engine: Scorer, split: Split) -> Scores:
+    return engine.run_all(to_float(split.images).cpu().numpy())
 
 
 def _log(shares: Floats) -> Floats:

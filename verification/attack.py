@@ -18,7 +18,7 @@ from training.residual import skip_gradient
 from training.seeds import generator
 from verification.batches import in_batches
 
-Threat = Literal["transfer", "white_box"]
+Threat = Literal["transfer", "queries", "white_box"]
 Kind = Literal["noise", "gradient", "square", "autoattack"]
 Loss = Literal["ce", "cw", "dlr", "reweighted", "none"]
 Output = Literal["mean-logits", "mean-softmax", "logsumexp"]
@@ -31,8 +31,8 @@ class Attack:
 
     Args:
         name: unique within the suite.
-        threat: `transfer` needs no access to the model's weights (queries are allowed);
-            `white_box` has them.
+        threat: `transfer` needs nothing of the model, `queries` its answers, `white_box` its
+            weights.
         source: whose gradients: a surrogate's name, `target` (the attacked model itself), or
             `none` for random noise.
         kind: `gradient` for all that follow one; Square and AutoAttack have code of their own.
@@ -47,7 +47,8 @@ class Attack:
         skip_gamma: factor on the gradient of residual branches (SGM); 1 leaves them.
         variance_samples: neighbours for variance tuning (VMI); 0 for none.
         queries: most queries an image (Square).
-        standing_only: skip images that have already fallen at this eps.
+        standing_only: skip images that have already fallen at this eps: to this threat, or with
+            `queries`, which has no figure of its own, to any.
         control: whether an undefended control is attacked too, where the source is the target.
         only_eps: run at this radius alone.
         gate: the check this attack was added for; it counts like any other.
@@ -122,7 +123,7 @@ def _craft_batch(
         loss = core.diverse_inputs(loss, draw, probability=attack.diversity)
     estimate: core.Estimate = core.gradient
     if attack.variance_samples:
-        estimate = core.variance_tuned(eps, draw, samples=attack.variance_samples)
+        estimate = core.variance_tuned(eps, draw, samples=attack.variance_samples, norm=attack.norm)
     if attack.decay is not None:
         rule = core.momentum_rule(attack.decay, attack.norm)
     else:

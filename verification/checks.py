@@ -44,7 +44,7 @@ def check(
     return [
         gates.finite(everyone),
         gates.deterministic(clean, again),
-        gates.not_probabilities(clean),
+        gates.not_probabilities(clean, here.asked.labels is not None),
         gates.nonzero_gradient(zero, broken),
         gates.eps_8bit(everyone),
         _parity(here, model, mine),
@@ -54,8 +54,21 @@ def check(
         gates.converged(mine, here.suite),
         gates.weaker_never_beats(mine, here.suite, here.eps),
         gates.control_falls(outcomes.get("control"), here.suite, here.eps, named),
+        gates.surrogates_close(_best_surrogate(here), float(mine.clean.mean())),
         gates.planted_found(*planted(here.split, here.asked.seed)),
     ]
+
+
+def _best_surrogate(here: Setting) -> float | None:
+    """Return the best undefended surrogate's clean accuracy on the test images."""
+    pixels = to_float_numpy(here.split.images.cpu().numpy())
+    x, labels = torch.from_numpy(pixels).to(here.asked.device), here.split.labels.cpu().numpy()
+    found = [
+        float((torch_scores(each.members, x).predictions == labels).mean())
+        for each in here.surrogates
+        if each.run.config.method == "standard"
+    ]
+    return max(found, default=None)
 
 
 def _parity(here: Setting, model: Target, outcome: Outcomes) -> Gate:

@@ -11,16 +11,28 @@ import torch
 from dverge_serve.contract import Card
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.files import check_writable
+from dverge_serve.progress import say
+from dverge_serve.report import report_path
+from export.published import read_labels
 from training.attacks import Norm
 from training.config import DOWNLOADED, EMBEDDED, Config
-from training.data import Split, TrainingData, load_test, load_training
+from training.data import Split, TrainingData, load_rest, load_test, load_training
 from training.recipe import data_overrides
 from training.residual import residual_ends
 from verification import presets, reference
 from verification.attack import Attack
 from verification.foreign import ForeignEngine
 from verification.gradients import Gradients, find_gradients
-from verification.surrogates import KINDS, Surrogate, given_surrogates, surrogates
+from verification.live import Service
+from verification.presets import Variant
+from verification.surrogates import (
+    KINDS,
+    Surrogate,
+    given_surrogates,
+    surrogate_config,
+    surrogates,
+)
 
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
@@ -58,24 +70,32 @@ class Setting:
     config: Config
     data: TrainingData
     split: Split
-    holdout: Split  # what the alarm is calibrated on
+    holdout: Split  # what the alarm is calibrated on; no training saw it
+    training_known: bool  # whether `data` is what the model was trained on
     eps: tuple[float, ...]
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
+    left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
+    against: Engine | None
+    service: Service | None
 
 
 def find_setting(asked: Evaluation) -> Setting:
     """Find gradients, data, surrogates and the suite for what is asked; train what is missing.
 
+    Whatever can be refused is refused before anything is trained.
+
     Raises:
-        UserError: no such model, no data for it, or data with other classes.
+        UserError: no such model, no data for it, data with other classes, a folder that cannot be
+            written, a service that does not answer.
     """
+    check_writable(report_path(asked.model))
     engine: Engine | ForeignEngine
     gradients = None
     if asked.labels is not None:
         if asked.data is None:
             raise UserError("a foreign classifier without --data", "the images it is made for")
-        engine = ForeignEngine(asked.model, asked.labels, asked.data)
+        engine = ForeignEngine(asked.model, read_labels(asked.labels, None), asked.data)
     else:
         engine = Engine(asked.model, device="cpu")
         gradients = find_gradients(
@@ -85,29 +105,90 @@ def find_setting(asked: Evaluation) -> Setting:
             checkpoint=asked.checkpoint,
             device=asked.device,
         )
+        if gradients is None:
+            say("no weights of this model were found: no white-box attacks. Give --run DIR")
     config = training_config(engine.card, gradients, asked.data)
-    data = load_training(config.data)
-    split = _test_split(config, engine.card, asked)
-    holdout = data.holdout.take(slice(0, CALIBRATION_IMAGES))
     if asked.norm == "l2" and not asked.eps:
         raise UserError("--norm l2 without --eps", "L2 radii, e.g. --eps 0.25,0.5")
-    eps = asked.eps or config.verification.eps
+    eps = tuple(sorted(set(asked.eps or config.verification.eps)))
     if asked.at_eps is not None and asked.at_eps not in eps:
         raise UserError(f"--at-eps {asked.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
+    against = _opponent(asked.against, engine.card)
+    data = load_training(config.data)
+    split = _test_split(config, engine.card, asked)
+    known = engine.card.training.get("train_sha256") == data.train.sha256
+    holdout = data.holdout if known else _unattacked(config, asked)
+    service = _service(asked, engine.card, split)
     if asked.surrogates is not None:
-        made = given_surrogates(asked.surrogates, engine.card.labels, asked.device)
+        made = given_surrogates(asked.surrogates, engine.card, asked.device)
     else:
         made = surrogates(config, data, asked.device, KINDS[asked.preset])
-    suite = presets.suite(
-        asked.preset,
-        [surrogate.name for surrogate in made],
-        eps,
+    variant = Variant(
+        preset=asked.preset,
+        norm=asked.norm,
         classes=len(engine.card.labels),
         skips=all(residual_ends(surrogate.members) for surrogate in made),
-        norm=asked.norm,
         reference=reference.available(),
     )
-    return Setting(asked, engine, gradients, config, data, split, holdout, eps, made, suite)
+    return Setting(
+        asked,
+        engine,
+        gradients,
+        config,
+        data,
+        split,
+        holdout.take(slice(0, CALIBRATION_IMAGES)),
+        known,
+        eps,
+        made,
+        presets.suite(variant, [surrogate.name for surrogate in made], eps),
+        _left_out(asked, variant, config, gradients),
+        against,
+        service,
+    )
+
+
+def _opponent(path: Path | None, card: Card) -> Engine | None:
+    if path is None:
+        return None
+    engine = Engine(path, device="cpu")
+    if engine.card.labels != card.labels or engine.card.input_shape != card.input_shape:
+        raise UserError(
+            f"{path} has other classes or another input",
+            "a model of the same images and labels",
+        )
+    return engine
+
+
+def _service(asked: Evaluation, card: Card, split: Split) -> Service | None:
+    """Return the live service that was asked for, after a first answer from it."""
+    if asked.url is None:
+        return None
+    service = Service(asked.url, len(card.labels), asked.requests, asked.requests_a_second)
+    service.scores(split.images[:1].cpu().numpy())
+    return service
+
+
+def _unattacked(config: Config, asked: Evaluation) -> Split:
+    """Return test images that are not attacked: held out from a training that is not known."""
+    limit = asked.images if asked.images is not None else config.data.test_limit
+    return load_rest(replace(config.data, test_limit=limit))
+
+
+def _left_out(
+    asked: Evaluation, variant: Variant, config: Config, gradients: Gradients | None
+) -> list[dict[str, str]]:
+    """Return what of the preset was not run, and why."""
+    missing = presets.left_out(variant)
+    if asked.surrogates is None:
+        missing |= {
+            f"surrogate {kind}": f"none of its kind for {config.architecture}"
+            for kind in KINDS[asked.preset]
+            if surrogate_config(config, kind) is None
+        }
+    if gradients is None:
+        missing["white-box attacks"] = "no weights to take gradients from"
+    return [{"what": what, "why": why} for what, why in missing.items()]
 
 
 def training_config(card: Card, gradients: Gradients | None, data: str | None) -> Config:

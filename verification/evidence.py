@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
@@ -35,10 +37,11 @@ class Gathering:
 
     def __init__(self, folder: Path, split: Split, holdout: Split) -> None:
         self.folder = folder
-        self.part = folder.with_name(f".{folder.name}.part")
+        self.part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         self._images = split.images.cpu().numpy()
-        if self.part.exists():
-            shutil.rmtree(self.part)
+        for left in folder.parent.glob(f".{folder.name}.*.part"):
+            if not _alive(left):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         (self.part / "adversarial").mkdir(parents=True)
         images = {
             "images": self._images,
@@ -85,6 +88,12 @@ class Gathering:
         path = self.part / name
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
         return sha256(path.read_bytes())
+
+
+def _alive(part: Path) -> bool:
+    """Return whether another process is still at work on a folder of evidence."""
+    process = int(part.suffixes[-2][1:])
+    return process != os.getpid() and psutil.pid_exists(process)
 
 
 def read_evidence(folder: Path, entry: dict[str, Any]) -> Arrays:

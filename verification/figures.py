@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dverge_serve.scores import Scores, softmax
+from dverge_serve.scores import Scores
 from training.data import Split, to_float
 from verification.attack import Attack
 from verification.outcomes import VERSIONS, Outcomes, Pixels, Scorer
 from verification.statistics import Mask, mcnemar, rate
 
-THREATS = ("transfer", "white_box")
+THREATS = ("transfer", "white_box")  # those with a figure of their own
 
 
 def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> dict[str, Any]:
@@ -92,26 +92,32 @@ def comparison(
 
 
 def combinations(
-    engine: Scorer, split: Split, worst: Mapping[tuple[float, str], Pixels]
+    outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Set mean-logits beside mean-softmax on clean images and on the worst delivered ones."""
-    labels = split.labels.cpu().numpy()
-    sets = {("clean", 0.0): split.images.cpu().numpy()}
-    sets |= {(threat, eps): pixels for (eps, threat), pixels in worst.items()}
-    rows = []
-    for (what, eps), pixels in sets.items():
-        scores = engine.run_all(to_float_numpy(pixels))
-        soft = _mean_softmax(scores)
-        rows.append(
-            {
-                "what": what,
-                "eps": eps,
-                "mean_logits": float((scores.predictions == labels).mean()),
-                "mean_softmax": float((soft == labels).mean()),
-                "answers_differ": float((scores.predictions != soft).mean()),
-            }
-        )
+    """Set mean-logits beside mean-softmax, clean and under each threat: the very same attacks.
+
+    An image counts for a rule as it does in the report's accuracies: answered rightly when clean
+    and after every attack, as floats and as delivered.
+    """
+    soft = outcome.by_softmax()
+    rows = [_beside("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
+    for threat in THREATS:
+        attacks = [attack for attack in suite if attack.threat == threat]
+        for each in eps:
+            if any(outcome.has(attack, each) for attack in attacks):
+                masks = outcome.robust(attacks, each), soft.robust(attacks, each)
+                rows.append(_beside(threat, each, *masks))
     return rows
+
+
+def _beside(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
+    return {
+        "what": what,
+        "eps": eps,
+        "mean_logits": float(logits.mean()),
+        "mean_softmax": float(soft.mean()),
+        "answers_differ": float((logits != soft).mean()),
+    }
 
 
 def to_float_numpy(pixels: Pixels) -> Any:
@@ -122,9 +128,3 @@ def to_float_numpy(pixels: Pixels) -> Any:
 def clean_scores(engine: Scorer, split: Split) -> Scores:
     """Return the scores of the clean images."""
     return engine.run_all(to_float(split.images).cpu().numpy())
-
-
-def _mean_softmax(scores: Scores) -> Any:
-    members = scores.member_logits
-    known = np.where(np.isfinite(members), members, 0)
-    return softmax(known).mean(axis=1).argmax(axis=-1)

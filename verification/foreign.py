@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from dverge_serve.images import Preprocess
 from dverge_serve.scores import Scores
-from export.published import read_labels
 from training.config import EMBEDDED, Config
 from training.recipe import data_overrides, load_recipe
 
@@ -26,14 +26,14 @@ class ForeignEngine:
     Args:
         path: an ONNX file with one input, float32 `[N, C, H, W]` in `[0,1]`, and one output of
             scores `[N, classes]` (the first, where there are more).
-        labels: a file with one class name a line, or `cifar10`.
+        labels: its classes, in the order of its scores.
         data: the images it was trained for, by name or folder: surrogates are trained on them.
 
     Raises:
         UserError: not such a file, or another number of classes.
     """
 
-    def __init__(self, path: Path, labels: str, data: str) -> None:
+    def __init__(self, path: Path, labels: Sequence[str], data: str) -> None:
         try:
             content = path.read_bytes()
             options = ort.SessionOptions()
@@ -54,7 +54,7 @@ class ForeignEngine:
             raise UserError(f"{path} takes images of shape {shape[1:]}", "fixed [1 or 3, H, W]")
         self._names = given.name, scores.name
         self._batch = shape[0] if isinstance(shape[0], int) else None
-        names = read_labels(labels, None)
+        names = tuple(labels)
         mode = "L" if shape[1] == 1 else "RGB"
         size = (shape[2], shape[3])
         self.card = Card(

@@ -20,6 +20,7 @@ Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
 SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit
 CONVERGED = 0.02
+SURROGATES_BEHIND = 0.1  # of the model's clean accuracy, on the same images
 VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that give its gradients
 NO_WEIGHTS = "no weights to take gradients from"
 
@@ -75,8 +76,14 @@ def deterministic(first: Scores, second: Scores) -> Gate:
     return Gate("deterministic", bool(apart.max() <= SAME * largest), "INVALID", detail)
 
 
-def not_probabilities(scores: Scores) -> Gate:
-    """The outputs are logits: a softmax in front of the loss would hide its gradient."""
+def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:
+    """The outputs are logits: a softmax in front of the loss would hide its gradient.
+
+    No gradient is taken through a foreign classifier.
+    """
+    if foreign:
+        told = "a foreign classifier: no gradient is taken through its outputs"
+        return Gate("not-probabilities", True, "INVALID", told)
     outputs = [scores.logits, *np.moveaxis(scores.member_logits, 1, 0)]
     count = sum(_looks_like_probabilities(each) for each in outputs)
     detail = f"{count} of {len(outputs)} outputs are never negative and sum to one"
@@ -211,8 +218,30 @@ def control_falls(
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
 
 
+def surrogates_close(best: float | None, clean: float) -> Gate:
+    """Some surrogate is about as good a classifier as the model.
+
+    Poor networks make poor adversarial images: any model looks robust beside them.
+
+    Args:
+        best: clean accuracy of the best undefended surrogate on these images; None without one.
+        clean: the model's.
+    """
+    name = "surrogates-close"
+    if best is None:
+        return Gate(name, None, "INCONCLUSIVE", "no undefended surrogate")
+    detail = (
+        f"the best undefended surrogate answers {best:.3f} of the clean images, the model "
+        f"{clean:.3f} (at most {SURROGATES_BEHIND:g} behind)"
+    )
+    return Gate(name, best >= clean - SURROGATES_BEHIND, "INCONCLUSIVE", detail)
+
+
 def planted_found(expected: Mask, found: Mask) -> Gate:
     """The harness, turned on a model whose weak images are known, finds them and no others."""
+    if expected.all() or not expected.any():
+        told = "too few images, or too alike, to plant some that fall and some that stand"
+        return Gate("planted-found", None, "INVALID", told)
     missed, invented = int((expected & ~found).sum()), int((found & ~expected).sum())
     detail = (
         f"of {int(expected.sum())} planted adversarial images {missed} were missed; "

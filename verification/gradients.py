@@ -72,14 +72,14 @@ def find_gradients(
 ) -> Gradients | None:
     """Return the weights behind a model, from the first place that has them.
 
-    The run given; the one under `runs/` whose weights match; a published checkpoint; the file
-    itself, where the optional onnx2torch can read it. Precision variants carry the hash of the
-    weights of their fp32 parent, and take gradients from those.
+    The run given; the one whose weights match, under `runs/` or beside the file; a published
+    checkpoint; the file itself, where the optional onnx2torch can read it. Precision variants carry
+    the hash of the weights of their fp32 parent, and take gradients from those.
 
     Raises:
         UserError: the run or checkpoint given has other weights than the model.
     """
-    found = find_run(card, run) if checkpoint is None or run is not None else None
+    found = find_run(card, model, run) if checkpoint is None or run is not None else None
     if found is not None:
         members = [ready(member, device) for member in found.members()]
         return Gradients(members, found.weights_sha256, "run", found)
@@ -88,8 +88,10 @@ def find_gradients(
     return _from_file(model, card, device)
 
 
-def find_run(card: Card, path: Path | None) -> Run | None:
-    """Return the run that made a model: the one given, or one under `runs/` with these weights.
+def find_run(card: Card, model: Path, path: Path | None) -> Run | None:
+    """Return the run that made a model: the one given, or one with these weights.
+
+    Looked at are the folders under `runs/`, and those beside the model file.
 
     Raises:
         UserError: the run given has other weights.
@@ -103,10 +105,11 @@ def find_run(card: Card, path: Path | None) -> Run | None:
                 "the run this model was exported from",
             )
         return run
-    for checkpoint in sorted(Path("runs").glob("*/checkpoint.json")):
-        run = Run(checkpoint.parent)
-        if run.weights_sha256 == card.weights_sha256:
-            return Run.open_finished(checkpoint.parent)
+    for folder in (Path("runs"), model.parent / "runs", model.parent):
+        for checkpoint in sorted(folder.glob("*/checkpoint.json")):
+            run = Run(checkpoint.parent)
+            if run.weights_sha256 == card.weights_sha256:
+                return Run.open_finished(checkpoint.parent)
     return None
 
 

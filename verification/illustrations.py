@@ -41,8 +41,8 @@ def illustrate(
         outcome: of the model, with the worst images.
     """
     found = {"curves": plots.curves(report)}
-    if report["members"]:
-        found["matrices"] = plots.heat_maps(report["members"])
+    if report["members"] and (maps := plots.heat_maps(report["members"])):
+        found["matrices"] = maps
     right = np.flatnonzero(outcome.clean)[:AROUND]
     if members is not None and len(right):
         reach = 2 * max(report["threat_model"]["eps"])

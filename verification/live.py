@@ -29,6 +29,7 @@ from verification.square import square
 from verification.statistics import Mask, rate
 
 TIMEOUT_S = 30.0
+BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again
 SQUARE_QUERIES = 100  # an image, at most
 LEAST = -20.0  # log-probability of a class that the service does not name
 
@@ -58,10 +59,14 @@ class Service:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"--url {self.url}", "http://host:port")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise UserError(f"--url {self.url}", "a port from 1 to 65535") from error
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
-        self._connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self._connection = kind(parts.hostname, port, timeout=TIMEOUT_S)
         self._path = parts.path.rstrip("/") + "/predict"
         self._next = 0.0
 
@@ -91,24 +96,11 @@ class Service:
         return np.array([self._ask(_png(image)) for image in images], np.float32)
 
     def _ask(self, body: bytes) -> npt.NDArray[np.float64]:
-        if self.left <= 0:
-            raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
-        time.sleep(max(0.0, self._next - time.monotonic()))
-        self._next = time.monotonic() + 1 / self.rate
-        self.asked += 1
-        headers = {"content-type": "image/png"}
-        if self.token:
-            headers["authorization"] = f"Bearer {self.token}"
-        try:
-            self._connection.request("POST", self._path, body, headers)
-            response = self._connection.getresponse()
-            text = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise UserError(
-                f"no answer from {urlsplit(self.url).netloc} ({type(error).__name__})",
-                "a running service",
-            ) from error
+        for wait in (*BUSY_S, None):
+            response, text = self._send(body)
+            if response.status != 503 or wait is None:
+                break
+            time.sleep(wait)  # it is busy: ask again later, as a polite caller would
         if response.status != 200:
             raise UserError(
                 f"the service answered {response.status}",
@@ -123,6 +115,32 @@ class Service:
             raise UserError(
                 "the service's answer is not ours", "POST /predict of dverge"
             ) from error
+
+    def _send(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """Send one request within budget and rate; a connection that was idle may be gone."""
+        if self.left <= 0:
+            raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        self._next = time.monotonic() + 1 / self.rate
+        self.asked += 1
+        headers = {"content-type": "image/png"}
+        if self.token:
+            headers["authorization"] = f"Bearer {self.token}"
+        idle = self._connection.sock is not None
+        while True:
+            try:
+                self._connection.request("POST", self._path, body, headers)
+                response = self._connection.getresponse()
+                return response, response.read()
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                if idle and isinstance(error, ConnectionError):  # closed since: open another
+                    idle = False
+                    continue
+                raise UserError(
+                    f"no answer from {urlsplit(self.url).netloc} ({type(error).__name__})",
+                    "a running service",
+                ) from error
 
     def _read(self, answer: dict[str, Any]) -> npt.NDArray[np.float64]:
         self.exposed |= set(answer)
@@ -179,7 +197,7 @@ def attack_service(
         "transfer": rate(standing),
         "square": {
             "images": len(kept),
-            "broken": int((found.queries < queries).sum()),
+            "broken": int(found.broken.sum()),
             "queries_each_at_most": queries,
             "queries": int(found.queries.sum()),
         },

@@ -42,10 +42,10 @@ def measure(here: Setting, model: Target, outcome: Outcomes, evidence: Gathering
             evidence.add("detector-aware", eps, nothing, pixels)
         if all(isinstance(member, Member) for member in members):
             found["members"] = _matrices(here, members)
-    found["disagreement"] = alarm.calibrate(here.engine, here.holdout) | {
+    found["disagreement"] = alarm.calibrate(here.engine, here.holdout, here.split) | {
         "alarm": alarm.measure(here.engine, here.holdout, here.split, attacked)
     }
-    found["combination"] = combinations(here.engine, here.split, outcome.worst)
+    found["combination"] = combinations(outcome, here.suite, here.eps)
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from dverge_serve.scores import Scores
+from dverge_serve.scores import Scores, softmax
 from verification.attack import Attack
 from verification.statistics import Mask
 
@@ -47,6 +47,7 @@ class Outcomes:
     `survived[attack, eps, version]` is bool `[n]`: every restart's answer was still the label.
     `ran[attack, eps]` is bool `[n]`: images the attack was run on; the others had fallen before.
     `invalid` marks images with an output that was not finite at any time.
+    `soft` is `survived` by the mean of softmax, had the members been combined so.
     `worst[eps, threat]` are 8-bit images: the first delivered one that broke, else the last tried.
     """
 
@@ -57,6 +58,8 @@ class Outcomes:
     queries: dict[tuple[str, float], npt.NDArray[np.int64]] = field(default_factory=dict)
     worst: dict[tuple[float, str], Pixels] = field(default_factory=dict)
     broken: dict[tuple[float, str], Mask] = field(default_factory=dict)  # of `worst`
+    soft: dict[tuple[str, float, str], Mask] = field(default_factory=dict)
+    soft_clean: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
     outside: int = 0  # adversarial images outside their ball or box: a bug of the harness
     scored: int = 0
 
@@ -77,6 +80,10 @@ class Outcomes:
                 for version in versions:
                     robust = robust & self.survived[attack.name, eps, version]
         return robust
+
+    def by_softmax(self) -> Outcomes:
+        """Return the outcomes had the members' softmax outputs been averaged, not their logits."""
+        return Outcomes(self.soft, self.soft_clean, self.invalid, self.ran)
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> Outcomes:
@@ -106,6 +113,13 @@ class Outcomes:
                 for (attack, eps, version), mask in self.survived.items()
             ],
         }
+
+
+def soft_answers(scores: Scores) -> npt.NDArray[np.int64]:
+    """Return the answers had the members' softmax outputs been averaged, `[n]`."""
+    members = scores.member_logits
+    known = np.where(np.isfinite(members), members, 0)  # the gate `finite` tells the others
+    return np.asarray(softmax(known).mean(axis=1).argmax(axis=-1))
 
 
 def _mask(text: str, true: str = "1") -> Mask:

@@ -77,17 +77,20 @@ def summary(report: dict[str, Any]) -> list[str]:
     """Return the report in sentences for people who sign, as HTML."""
     row, n = report["robust_accuracy"][-1], report["data"]["n"]
     clean = report["clean_accuracy"]
+    unseen = " that no training saw" if report["data"]["training_known"] else ""
     said = [
-        f"On {n} test images that no training saw, the model answers {percent(clean)} rightly "
+        f"On {n} test images{unseen}, the model answers {percent(clean)} rightly "
         f"when nobody interferes."
     ]
     change = (
-        f"{100 * row['eps']:.3g}% of the pixel range" if _linf(report) else f"{row['eps']:g} (L2)"
+        f"every pixel by up to {100 * row['eps']:.3g}% of the pixel range"
+        if _linf(report)
+        else f"the image by up to {row['eps']:g} in L2 length, pixels running from 0 to 1"
     )
     if row["transfer"]:
         said.append(
-            f"Where an attacker who has models of their own, but not this one, may change every "
-            f"pixel by up to {change}, it still answers {percent(row['transfer'])} rightly."
+            f"Where an attacker who has models of their own, but not this one, may change "
+            f"{change}, it still answers {percent(row['transfer'])} rightly."
         )
     if row["white_box"]:
         said.append(

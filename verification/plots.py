@@ -78,11 +78,14 @@ def curves(report: dict[str, Any]) -> bytes:
         return _png(figure)
 
 
-def heat_maps(members: dict[str, Any]) -> bytes:
-    """Return the transferability and the diversity matrix, every cell with its number."""
+def heat_maps(members: dict[str, Any]) -> bytes | None:
+    """Return the transferability and the diversity matrix, every cell with its number.
+
+    None where neither says anything: a single member, no image that all of them get right.
+    """
     with mpl.rc_context(STYLE):
         maps = []
-        if members.get("transferability"):
+        if members.get("transferability", {}).get("images"):
             table = members["transferability"]
             maps.append(
                 (
@@ -91,8 +94,12 @@ def heat_maps(members: dict[str, Any]) -> bytes:
                     True,
                 )
             )
-        nats = [[np.nan if v is None else v for v in row] for row in members["diversity"]["nats"]]
-        maps.append(("Diversity of two members\n(nats, more is better)", np.array(nats), False))
+        nats = members["diversity"]["nats"]
+        if len(nats) > 1:
+            pairs = np.array([[np.nan if v is None else v for v in row] for row in nats])
+            maps.append(("Diversity of two members\n(nats, more is better)", pairs, False))
+        if not maps:
+            return None
         figure = Figure(figsize=(3.5 * len(maps), 3.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         for at, (title, values, ensemble) in enumerate(maps):

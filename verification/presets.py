@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from training.attacks import Norm
 from verification.attack import Attack, Loss, Output
@@ -15,27 +15,50 @@ PGD = Attack(name="pgd", threat="white_box", source="target")
 SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
 
 
-def suite(
-    preset: str,
-    surrogates: Sequence[str],
-    eps: Sequence[float],
-    *,
-    classes: int,
-    skips: bool = True,
-    norm: Norm = "linf",
-    reference: bool = False,
-) -> list[Attack]:
-    """Return a preset's attacks.
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A preset on one model.
 
     Args:
         preset: `quick`, `standard` or `full`.
-        surrogates: names of the sources of transfer attacks.
-        eps: the radii; the convergence check runs at the middle one.
+        norm: of every ball. Square is an Linf attack and is left out of the others.
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
-        norm: of every ball. Square is an Linf attack and is left out of the others.
         reference: whether pyautoattack is there to be run.
     """
+
+    preset: str
+    classes: int
+    norm: Norm = "linf"
+    skips: bool = True
+    reference: bool = False
+
+
+def left_out(variant: Variant) -> dict[str, str]:
+    """Return the attacks of the preset that this model does not get, and why."""
+    quick = variant.preset == "quick"
+    found = {
+        "SGM": "" if quick or variant.skips else "a surrogate has no residual branches",
+        "DLR": "" if quick or variant.classes >= 3 else "it needs three classes",
+        "AutoAttack": ""
+        if variant.preset != "full" or variant.reference
+        else "pyautoattack is not installed: pip install 'dverge-serve[audit]'",
+        "Square": ""
+        if not SQUARE_QUERIES[variant.preset] or variant.norm == "linf"
+        else "it is an Linf attack",
+    }
+    return {what: why for what, why in found.items() if why}
+
+
+def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> list[Attack]:
+    """Return a preset's attacks.
+
+    Args:
+        variant: the preset, and what the model allows of it.
+        surrogates: names of the sources of transfer attacks.
+        eps: the radii; the convergence check runs at the middle one.
+    """
+    preset, norm = variant.preset, variant.norm
     middle = sorted(eps)[len(eps) // 2]
     chosen = [
         Attack(name="noise", threat="transfer", source="none", kind="noise"),
@@ -53,15 +76,16 @@ def suite(
     if preset == "quick":
         chosen += _quick(surrogates)
     else:
-        chosen += _transfer_protocol(surrogates, skips) + _white_box_protocol(classes)
+        chosen += _transfer_protocol(surrogates, variant.skips)
+        chosen += _white_box_protocol(variant.classes)
     chosen.append(_doubled(chosen, middle))
     if preset == "full":
-        chosen += _full(surrogates, reference)
+        chosen += _full(surrogates, variant.reference)
     if SQUARE_QUERIES[preset] and norm == "linf":
         chosen.append(
             Attack(
                 name="square",
-                threat="transfer",
+                threat="queries",
                 source="target",
                 kind="square",
                 queries=SQUARE_QUERIES[preset],

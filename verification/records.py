@@ -9,16 +9,18 @@ from dverge_serve import __version__
 
 
 def junit(report: dict[str, Any], wanted: list[tuple[str, bool, str]] | None = None) -> bytes:
-    """Return the gates, and what was asked of the accuracy, as JUnit XML.
+    """Return the gates, the verdict, and what was asked of the accuracy, as JUnit XML.
 
-    A gate that was not run is skipped; one that failed is a failure, as is a missed demand.
+    A gate that was not run is skipped; one that failed is a failure, as is a missed demand, and any
+    verdict but VALID: whoever reads the file alone must not take it for a pass.
 
     Args:
         report: as in `model.report.json`.
         wanted: further cases: name, met or not, the figures.
     """
     cases = [(gate["name"], gate["passed"], gate["detail"]) for gate in report["gates"]]
-    cases += wanted or []
+    valid = report["verdict"] == "VALID"
+    cases += [("verdict", valid, report["verdict"]), *(wanted or [])]
     suite = ET.Element(
         "testsuite",
         name=f"dverge verify-robustness {report['model']['file']}",

@@ -14,12 +14,16 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
 from dverge_serve.report import SCHEMA_VERSION
+from training.attacks import Norm
 from training.data import Split
 from verification import alarm
-from verification.attack import Attack, apply_halves
+from verification.attack import Attack, apply_halves, outside
 from verification.evidence import evidence_folder, read_evidence
-from verification.figures import combinations, figures
+from verification.figures import THREATS, combinations, comparison, figures
+from verification.foreign import ForeignEngine
+from verification.gates import Gate, verdict
 from verification.outcomes import Outcomes, Pixels, Target
+from verification.report import nulls
 from verification.suite import note, start
 
 SAME = 1e-6  # relative: what rounding on another machine may do to a score
@@ -43,8 +47,9 @@ class Replay:
 def replay(path: Path) -> Replay:
     """Score the images saved with a report again and compare every figure that follows.
 
-    The model's figures are made anew from the images; those of the control and of another model
-    from their outcome matrices. The members' matrices need the weights and are not looked at.
+    The model's figures are made anew from the images, which must lie in their balls; those of the
+    control and of another model from their outcome matrices, the verdict from the gates. The
+    members' matrices need the weights and are not looked at.
 
     Args:
         path: `model.report.json`, with the model file and `model.report/` beside it.
@@ -56,7 +61,11 @@ def replay(path: Path) -> Replay:
     if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path} is not a report this version reads", f"schema {SCHEMA_VERSION}")
     model = path.with_name(report["model"]["file"])
-    engine = Engine(model, device="cpu")
+    engine: Engine | ForeignEngine
+    if report["model"].get("foreign"):
+        engine = ForeignEngine(model, report["model"]["labels"], report["data"]["name"])
+    else:
+        engine = Engine(model, device="cpu")
     if engine.sha256 != report["model"]["sha256"]:
         raise UserError(
             f"{model} has sha256 {engine.sha256[:12]}...",
@@ -72,15 +81,24 @@ def replay(path: Path) -> Replay:
 
     suite = {entry["name"]: _attack(entry) for entry in report["attacks"]}
     eps: list[float] = report["threat_model"]["eps"]
+    norm: Norm = "linf" if report["threat_model"]["norm"] == "Linf" else "l2"
     outcome, extra, count = start(Target(engine, None), split), {}, 0
     ran = Outcomes.from_json(report["outcomes"]["model"]).ran
     for entry in report["evidence"]["adversarial"]:
         arrays = read_evidence(folder, entry)
-        delivered = (stored["images"].astype(np.int16) + arrays["delivered"]).astype(np.uint8)
+        steps = stored["images"].astype(np.int16) + arrays["delivered"]
+        delivered = steps.clip(0, 255).astype(np.uint8)
+        floats = apply_halves(stored["images"], arrays["float"])
+        wrapped = int((delivered != steps).any(axis=(1, 2, 3)).sum())
+        left = max(wrapped, outside(floats, delivered, stored["images"], entry["eps"], norm))
+        if left:
+            raise UserError(
+                f"{left} images of '{entry['attack']}' lie outside the ball of {entry['eps']:g}",
+                "images inside it",
+            )
         if entry["attack"] not in suite:
             extra[entry["attack"]] = (entry["eps"], delivered)
             continue
-        floats = apply_halves(stored["images"], arrays["float"])
         attack, standing = suite[entry["attack"]], ran[entry["attack"], entry["eps"]]
         note(outcome, engine, floats, delivered, split, attack, entry["eps"], standing)
         count += 2 * int(standing.sum())
@@ -89,22 +107,29 @@ def replay(path: Path) -> Replay:
     again: dict[str, Any] = figures(outcome, chosen, eps)
     again["outcomes"] = {"model": outcome.to_json()}
     attacked = worst_at(outcome, max(eps)) | extra
-    again["disagreement"] = alarm.calibrate(engine, holdout) | {
+    again["disagreement"] = alarm.calibrate(engine, holdout, split) | {
         "alarm": alarm.measure(engine, holdout, split, attacked)
     }
-    again["combination"] = combinations(engine, split, outcome.worst)
+    again["combination"] = combinations(outcome, chosen, eps)
     for name in ("control", "against"):
         if report[name] is not None:
             other = Outcomes.from_json(report["outcomes"][name])
             again[name] = figures(other, chosen, eps)
+            if name == "against":
+                again[name]["comparison"] = comparison(outcome, other, chosen, eps)
+    again["verdict"] = verdict([Gate(**gate) for gate in report["gates"]])
     differences: list[tuple[str, Any, Any]] = []
-    compared = _compare(again, report, "", differences)
+    compared = _compare(nulls(again), report, "", differences)
     return Replay(count, compared, differences)
 
 
 def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:
-    """Return the worst delivered images of each threat at one radius."""
-    return {threat: (at, pixels) for (at, threat), pixels in outcome.worst.items() if at == eps}
+    """Return the worst delivered images of each threat with a figure of its own, at one radius."""
+    return {
+        threat: (at, pixels)
+        for (at, threat), pixels in outcome.worst.items()
+        if at == eps and threat in THREATS
+    }
 
 
 def _attack(table: dict[str, Any]) -> Attack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
     "poisoned training data, model theft, privacy of the training images",
     "attackers who adapt to more than the weights and the alarm of this model",
+    "attackers who query for labels alone and follow the decision boundary",
 )
 NO_QUERIES = "attackers who query the service many times (no query-based attack in this preset)"
 
@@ -53,12 +55,15 @@ def assemble(
             "weights_sha256": card.weights_sha256,
             "labels": list(card.labels),
             "gradients": gradients.origin if gradients else "none",
+            "foreign": asked.labels is not None,
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",
             "norm": "Linf" if asked.norm == "linf" else "L2",
             "eps": list(here.eps),
             "transfer": "knows the training data, architecture and schedule, not the weights",
+            "queries": "asks the model for scores; tried on images that nothing else broke, and "
+            "counted among all attacks alone",
             "white_box": "knows the weights",
             "delivered": "adversarial images rounded to 8 bits inside the eps ball",
             "float": "unrounded (changes kept in float16), to set beside published figures",
@@ -70,6 +75,7 @@ def assemble(
             "n": len(here.split),
             "sha256": here.split.sha256,
             "train_sha256": here.data.train.sha256,
+            "training_known": here.training_known,
         },
         **figures(outcomes["model"], here.suite, here.eps),
         "control": None,
@@ -78,6 +84,7 @@ def assemble(
         **measured,
         "attacks": [attack.to_json() for attack in here.suite],
         "surrogates": [surrogate.to_json() for surrogate in here.surrogates],
+        "left_out": list(here.left_out),
         "seed": asked.seed,
         "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()},
         "out_of_scope": [*OUT_OF_SCOPE, *([] if queries else [NO_QUERIES])],
@@ -85,11 +92,11 @@ def assemble(
     }
     if "control" in outcomes:
         report["control"] = {"what": control} | figures(outcomes["control"], here.suite, here.eps)
-    if "against" in outcomes and asked.against is not None:
+    if here.against is not None:
         rows = comparison(outcomes["model"], outcomes["against"], here.suite, here.eps)
         report["against"] = {
-            "file": asked.against.name,
-            "sha256": sha256(asked.against.read_bytes()),
+            "file": here.against.path.name,
+            "sha256": here.against.sha256,
             **figures(outcomes["against"], here.suite, here.eps),
             "comparison": rows,
         }
@@ -97,3 +104,12 @@ def assemble(
         canonical_json([report["attacks"], list(here.eps), asked.seed, report["surrogates"]])
     )
     return report
+
+
+def nulls(value: Any) -> Any:
+    """Return a part of a report with None for whatever is not a number, as a broken model's is."""
+    if isinstance(value, dict):
+        return {key: nulls(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

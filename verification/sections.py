@@ -63,14 +63,28 @@ def each_attack(report: dict[str, Any]) -> str:
         cells = [attack["name"], attack["threat"].replace("_", "-")]
         for row in report["robust_accuracy"]:
             found = (row["all"] or {}).get("attacks", {}).get(attack["name"])
-            cells.append("-" if found is None else f"{100 * found:.1f}")
+            cells.append(_alone(found, report["outcomes"]["model"], attack["name"], row["eps"]))
         rows.append(cells)
     eps = [f"eps {row['eps']:g}" for row in report["robust_accuracy"]]
     return (
         table(["attack", "threat", *eps], rows, numbers=range(2, 2 + len(eps)))
         + "<p>Images answered rightly untouched and under this attack alone, %. Attacks marked "
-        "“standing only” below were run only on images that had survived the others.</p>"
+        "“standing only” below were run only on images that had survived the others: "
+        "in brackets, how many.</p>"
     )
+
+
+def _alone(found: float | None, outcome: dict[str, Any], attack: str, eps: float) -> str:
+    """Return what an attack alone leaves, and on how many images it was run if not on all."""
+    lines = [
+        each["images"]
+        for each in outcome["survived"]
+        if (each["attack"], each["eps"]) == (attack, eps)
+    ]
+    ran = len(lines[0]) - lines[0].count("-") if lines else 0
+    if found is None or not ran:
+        return "-"
+    return f"{100 * found:.1f}" + (f" ({ran})" if ran < len(lines[0]) else "")
 
 
 def alarm(report: dict[str, Any]) -> str:
@@ -87,13 +101,20 @@ def alarm(report: dict[str, Any]) -> str:
         ]
         for row in found["alarm"]
     ]
+    if found["threshold"] is None:
+        return (
+            "<p>No threshold: there are no clean images that no training saw and no attack uses. "
+            "With <code>--images N</code> the other test images serve.</p>"
+        )
     share = 100 * found["false_positive_rate"]
     text = (
         f"<p>The service calls an image suspicious where the members' Jensen-Shannon divergence "
-        f"exceeds {found['threshold']:.4f}, which {share:g}% of {found['calibration_images']} "
-        "held-out clean images do. How well that and other scores find attacked images that fool "
-        "the model, at the largest eps; <em>detector-aware</em> attackers know the alarm and "
-        "lower that divergence while they attack (not the other scores).</p>"
+        f"exceeds {found['threshold']:.4f}, which at most {share:g}% of "
+        f"{found['calibration_images']} clean images that no training saw do; of the test images "
+        f"{interval(found['measured_false_positive_rate'])} do. How well that and other scores "
+        "find attacked images that fool the model, at the largest eps; <em>detector-aware</em> "
+        "attackers know the alarm and lower that divergence while they attack (not the other "
+        "scores).</p>"
     )
     head = ["attack", "score", "AUROC", "found at 1% false alarms", "at 5%", "images"]
     return text + (table(head, rows, numbers=range(2, 6)) if rows else "")
@@ -103,7 +124,8 @@ def members(report: dict[str, Any], plots: Mapping[str, bytes]) -> str:
     """Return what the members share and how their combinations compare."""
     if not report["members"]:
         return ""
-    norms = ", ".join(f"{norm:.3g}" for norm in report["members"].get("gradient_norms", []))
+    lengths = report["members"].get("gradient_norms", [])
+    norms = ", ".join("not a number" if norm is None else f"{norm:.3g}" for norm in lengths)
     rows = [
         [
             row["what"].replace("_", "-"),
@@ -158,6 +180,7 @@ def threat(report: dict[str, Any]) -> str:
         ["gradients from", report["model"]["gradients"]],
         ["time, machine", f"{report['run']['seconds']} s, {report['run']['machine']}"],
     ]
+    rows += [["not run", f"{each['what']}: {each['why']}"] for each in report["left_out"]]
     rows += [[f"surrogate {s['name']}", _surrogate(s)] for s in report["surrogates"]]
     hashes = {
         "data": data["sha256"],

@@ -21,10 +21,12 @@ class Found:
     Args:
         images: float32 `[N, C, H, W]`: the best of each image, broken or not.
         queries: int `[N]`: how often the model was asked about each image.
+        broken: bool `[N]`: which are answered wrongly.
     """
 
     images: Floats
     queries: npt.NDArray[np.int64]
+    broken: npt.NDArray[np.bool_]
 
 
 def square(
@@ -60,7 +62,7 @@ def square(
         best[index] = np.clip(clean[index] + stripes, 0, 1)
     standing = np.arange(len(clean))
     if not queries or not len(clean):
-        return Found(best, spent)
+        return Found(best, spent, np.zeros(len(clean), dtype=bool))
     margin = _margins(score(best), labels)
     spent += 1
     standing = standing[margin[standing] > 0]
@@ -77,7 +79,7 @@ def square(
         best[standing[better]] = tried[better]
         margin[standing[better]] = found[better]
         standing = standing[margin[standing] > 0]
-    return Found(best, spent)
+    return Found(best, spent, margin <= 0)
 
 
 def _paint(image: Floats, clean: Floats, draw: np.random.Generator, side: int, eps: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import brentq
 from scipy.stats import binomtest, rankdata
 
 Mask = npt.NDArray[np.bool_]
@@ -51,7 +52,7 @@ def mcnemar(ours: Mask, theirs: Mask) -> dict[str, Any]:
 def auroc(clean: Floats, attacked: Floats) -> dict[str, Any]:
     """Return the chance that an attacked image scores above a clean one, ties counting half.
 
-    The interval is Hanley and McNeil's (1982), 95%.
+    The interval is Newcombe's (2006, method 5), 95%, on Hanley and McNeil's variance.
 
     Args:
         clean, attacked: scores `[n]` and `[m]`; an empty one gives nulls.
@@ -61,16 +62,26 @@ def auroc(clean: Floats, attacked: Floats) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "clean": n, "attacked": m}
     ranks = rankdata(np.concatenate([clean, attacked]))
     area = float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
-    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
-    variance = area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)
-    reach = Z95 * math.sqrt(max(variance, 0.0) / (n * m))
-    return {
-        "value": area,
-        "low": max(0.0, area - reach),
-        "high": min(1.0, area + reach),
-        "clean": n,
-        "attacked": m,
-    }
+    low, high = _area_interval(area, n, m)
+    return {"value": area, "low": low, "high": high, "clean": n, "attacked": m}
+
+
+def _area_interval(area: float, n: int, m: int) -> tuple[float, float]:
+    """Return Newcombe's 95% interval (2006, method 5) of an area under the ROC curve.
+
+    The areas that lie no further from what was found than 1.96 of their own standard errors: a
+    score interval, as Wilson's is of a share, and never of no width.
+    """
+    mean = (n + m) / 2 - 1  # images of either kind, as the method counts them
+
+    def apart(other: float) -> float:
+        spread = other * (1 - other)
+        spread *= 1 + mean * (1 - other) / (2 - other) + mean * other / (1 + other)
+        return abs(area - other) - Z95 * math.sqrt(max(spread, 0.0) / (n * m))
+
+    low = brentq(apart, 0.0, min(area, 1 - 1e-9)) if area > 1e-9 else 0.0
+    high = brentq(apart, max(area, 1e-9), 1.0) if area < 1 - 1e-9 else 1.0
+    return float(low), float(high)
 
 
 def quantile_above(scores: Floats, share: float) -> float:

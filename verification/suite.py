@@ -16,7 +16,7 @@ from training.data import Split, to_float
 from training.seeds import derive
 from verification import reference
 from verification.attack import Attack, apply_halves, craft, deliver, half_deltas, outside
-from verification.outcomes import VERSIONS, Outcomes, Scorer, Target
+from verification.outcomes import VERSIONS, Outcomes, Scorer, Target, soft_answers
 from verification.square import square
 from verification.statistics import Mask
 from verification.vault import keep
@@ -118,7 +118,9 @@ def start(target: Target, split: Split) -> Outcomes:
     scores = target.engine.run_all(to_float(split.images).cpu().numpy())
     finite: Mask = np.asarray(np.isfinite(scores.logits).all(axis=1))
     labels = split.labels.cpu().numpy()
-    return Outcomes({}, np.asarray(scores.predictions == labels), ~finite)
+    outcome = Outcomes({}, np.asarray(scores.predictions == labels), ~finite)
+    outcome.soft_clean = np.asarray(soft_answers(scores) == labels)
+    return outcome
 
 
 def score(
@@ -176,6 +178,8 @@ def note(
         missed = (scores.predictions != labels) & standing
         key = (attack.name, eps, version)
         outcome.survived[key] = ~missed & outcome.survived.get(key, np.True_)
+        soft = (soft_answers(scores) == labels) | ~standing
+        outcome.soft[key] = soft & outcome.soft.get(key, np.True_)
         wrong.append(missed)
     ran = outcome.ran.get((attack.name, eps), np.False_)
     outcome.ran[attack.name, eps] = np.asarray(standing | ran)
@@ -216,10 +220,17 @@ def _merge(before: Found | None, found: Found) -> Found:
 def _standing(
     attack: Attack, outcomes: Sequence[Outcomes], suite: Sequence[Attack], eps: float
 ) -> Mask:
-    """Return the images an attack is run on: all, or those some target still gets right."""
+    """Return the images an attack is run on: all, or those some target still gets right.
+
+    Whatever has a figure of its own skips no image for what fell to another threat.
+    """
     if not attack.standing_only:
         return np.ones(len(outcomes[0].clean), dtype=bool)
-    others = [each for each in suite if each.name != attack.name]
+    others = [
+        each
+        for each in suite
+        if each.name != attack.name and attack.threat in ("queries", each.threat)
+    ]
     return np.asarray(np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dverge_serve.contract import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import MAX_SEED, Config, Dverge, Verification
@@ -127,12 +128,13 @@ def surrogate_folder(kind: str, wanted: Config, data: TrainingData) -> Path:
     return cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
 
 
-def given_surrogates(folder: Path, labels: Sequence[str], device: torch.device) -> list[Surrogate]:
-    """Return the finished runs in a folder as surrogates.
+def given_surrogates(folder: Path, card: Card, device: torch.device) -> list[Surrogate]:
+    """Return the finished runs in a folder as surrogates for the model of `card`.
 
     Raises:
-        UserError: none there, or one with other classes.
+        UserError: none there, or one with other classes or another input.
     """
+    labels = card.labels
     runs = sorted(path.parent for path in folder.glob("*/checkpoint.json"))
     if not runs:
         raise UserError(f"no finished run in {folder}", "a folder of run directories")
@@ -143,6 +145,10 @@ def given_surrogates(folder: Path, labels: Sequence[str], device: torch.device) 
             raise UserError(
                 f"the surrogate {path} has {len(run.labels)} classes ({', '.join(run.labels[:3])})",
                 f"the model's {len(labels)} ({', '.join(labels[:3])})",
+            )
+        if (shape := run.config.data.preprocess.shape) != card.input_shape:
+            raise UserError(
+                f"the surrogate {path} takes {shape}", f"the model's {card.input_shape}"
             )
         found.append(_opened(path.name, run, device))
     return found

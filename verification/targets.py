@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from dverge_serve.engine import Engine
-from dverge_serve.errors import UserError
 from export.export import export
 from verification.evaluation import Setting
 from verification.gradients import find_run, ready
@@ -37,22 +36,14 @@ def find_targets(here: Setting) -> tuple[dict[str, Target], str]:
             members = [ready(member, device) for member in control.members(what)]
             weights = str(control.checkpoint[f"{what}_sha256"])
             targets["control"] = Target(Engine(path, device="cpu"), members, weights)
-    if here.asked.against is not None:
-        targets["against"] = _against(here, here.asked.against)
+    if here.against is not None:
+        targets["against"] = _against(here, here.against)
     if control is None:
         return targets, "none"
     return targets, "own" if what == "standard" else here.surrogates[0].name
 
 
-def _against(here: Setting, path: Path) -> Target:
-    engine = Engine(path, device="cpu")
-    if engine.card.labels != here.engine.card.labels or (
-        engine.card.input_shape != here.engine.card.input_shape
-    ):
-        raise UserError(
-            f"{path} has other classes or another input",
-            "a model of the same images and labels",
-        )
-    run = find_run(engine.card, None)
+def _against(here: Setting, engine: Engine) -> Target:
+    run = find_run(engine.card, engine.path, None)
     members = [ready(member, here.asked.device) for member in run.members()] if run else None
     return Target(engine, members, engine.card.weights_sha256)

@@ -7,6 +7,7 @@ attacked with the same surrogates and data.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def keep(key: Any, make: Callable[[], Arrays]) -> Arrays:
     try:
         with np.load(path) as stored:
             return dict(stored)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error, NotImplementedError):
         made = make()
     with atomic_path(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **made)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from dverge_serve.report import page_path, report_path
 from verification import presets
@@ -16,10 +17,10 @@ from verification.checks import check
 from verification.evaluation import Evaluation, find_setting
 from verification.evidence import Gathering, evidence_folder
 from verification.illustrations import illustrate
-from verification.live import Service, attack_service
+from verification.live import attack_service
 from verification.measures import measure
 from verification.page import page
-from verification.report import assemble
+from verification.report import assemble, nulls
 from verification.suite import run_suite
 from verification.targets import find_targets
 from verification.vault import prune
@@ -29,14 +30,11 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     """Attack a model file, write the report and its evidence beside it, and return the report.
 
     Raises:
-        UserError: no such model, no data for it, or data with other classes.
+        UserError: what `find_setting` raises; a live service that stopped answering, after all
+            else was written.
     """
     begun = time.time()
     here = find_setting(asked)
-    service = None
-    if asked.url is not None:
-        classes = len(here.engine.card.labels)
-        service = Service(asked.url, classes, asked.requests, asked.requests_a_second)
     targets, control = find_targets(here)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in here.surrogates}
     evidence = Gathering(evidence_folder(asked.model), here.split, here.holdout)
@@ -51,15 +49,19 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     measured = measure(here, targets["model"], outcomes["model"], evidence)
     report = assemble(here, outcomes, control, checks, measured)
     report["evidence"] = evidence.index
-    if service is not None:
-        report["live"] = attack_service(
-            service,
-            here.split,
-            outcomes["model"],
-            here.engine.sha256,
-            max(here.eps),
-            asked.seed,
-        )
+    unanswered = None
+    if here.service is not None:
+        try:
+            report["live"] = attack_service(
+                here.service,
+                here.split,
+                outcomes["model"],
+                here.engine.sha256,
+                max(here.eps),
+                asked.seed,
+            )
+        except UserError as error:  # what was found without it is worth keeping
+            unanswered, report["live"] = error, {"error": str(error)}
     report["run"] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - begun, 1),
@@ -70,12 +72,20 @@ def verify(asked: Evaluation) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    report = {key: nulls(value) for key, value in report.items()}
     model = targets["model"]
     drawn = illustrate(
         report, here.engine.card, here.engine, model.members, here.split, outcomes["model"]
     )
+    written, shown = pretty_json(report), page(report, drawn)
     evidence.finish(drawn)
-    write_atomic(report_path(asked.model), pretty_json(report))
-    write_atomic(page_path(asked.model), page(report, drawn))
+    write_atomic(report_path(asked.model), written)
+    write_atomic(page_path(asked.model), shown)
     prune()
+    if unanswered is not None:
+        raise UserError(
+            f"the live service: {unanswered.found}; {report_path(asked.model)} has all the rest",
+            unanswered.expected,
+            unanswered.next_step,
+        )
     return report

@@ -83,7 +83,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
         engine.card, model, run=run.path if run else None, checkpoint=checkpoint, device=device
     )
     assert gradients is not None
-    found = given_surrogates(surrogates, engine.card.labels, device)
+    found = given_surrogates(surrogates, engine.card, device)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in found}
     rules = under_attack(engine, gradients, suite, sources, split, protocol.eps, protocol.seed)
     outcome = Outcomes.from_json(report["outcomes"]["model"])

@@ -27,7 +27,7 @@ from training.train import train
 from verification.gradients import ready
 from verification.outcomes import Target
 from verification.planted import TorchScorer
-from verification.presets import suite
+from verification.presets import Variant, suite
 from verification.suite import run_suite
 from verification.surrogates import given_surrogates
 
@@ -75,7 +75,8 @@ def measure(
     run = train(config, evidence_cache() / "search" / key, device=device, resume=True, data=data)
     members = [ready(member, device) for member in run.members()]
     found = given_surrogates(surrogates, data.labels, device)
-    attacks = suite("quick", [each.name for each in found], protocol.eps, classes=len(data.labels))
+    variant = Variant(preset="quick", classes=len(data.labels))
+    attacks = suite(variant, [each.name for each in found], protocol.eps)
     attacks = [each for each in attacks if each.source not in ("target", "none")]
     outcome = run_suite(
         attacks,

@@ -60,7 +60,7 @@ def measure(plan: Plan, job: Job, device: torch.device) -> None:
     kind = job_named(surrogate).surrogate
     surrogates = [ready(member, device, lowered=True) for member in source.members()]
     eps = config.verification.eps
-    suite = presets.suite("quick", [kind], eps, classes=len(run.labels))
+    suite = presets.suite(presets.Variant(preset="quick", classes=len(run.labels)), [kind], eps)
     targets = {}
     for which in ("members", "standard"):
         members = [ready(member, device) for member in run.members(which)]

@@ -91,10 +91,14 @@ def verify_robustness(
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
     if at_eps is not None and radii and at_eps not in radii:
         raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
+    from dverge_serve.files import check_writable
     from training.device import pick_device
     from verification.evaluation import Evaluation
     from verification.verify import verify
 
+    for wanted in (junit, bom):
+        if wanted is not None:
+            check_writable(wanted)
     report = verify(
         Evaluation(
             model=model,
@@ -169,9 +173,9 @@ def _eps(text: str | None, norm: str) -> tuple[float, ...]:
     except ValueError:
         radii = (0.0,)
     most = 1.0 if norm == "linf" else math.inf
-    if not all(0 < radius <= most for radius in radii):
+    if not all(0 < radius <= most and math.isfinite(radius) for radius in radii):
         raise UserError(f"--eps {text}", "radii above 0 with commas between, e.g. 0.05,0.1")
-    return tuple(sorted(set(radii)))
+    return radii
 
 
 def _demand(

@@ -11,7 +11,7 @@ from dverge_serve.scores import Scores
 from training.data import Split
 from verification.attack import Attack
 from verification.outcomes import Outcomes, Target
-from verification.presets import suite
+from verification.presets import Variant, suite
 from verification.suite import run_suite
 
 EPS = 0.05  # 12.75 steps of 8 bits
@@ -91,7 +91,7 @@ def attack_linear(
     target: torch.nn.Module, values: list[int], eps: float = EPS, broken: bool = False
 ) -> tuple[Outcomes, list[Attack]]:
     """Run `quick` on a model, with an honest linear surrogate."""
-    chosen = suite("quick", ["surrogate"], [eps], classes=2)
+    chosen = suite(Variant(preset="quick", classes=2), ["surrogate"], [eps])
     outcomes = run_suite(
         chosen,
         {"surrogate": ([Linear()], "surrogate")},

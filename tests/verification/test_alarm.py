@@ -51,10 +51,11 @@ def test_the_threshold_is_exceeded_by_one_in_twenty() -> None:
     )
     members: list[torch.nn.Module] = [Linear(20), Linear(-30)]
     engine: Any = TorchEngine(members)
-    found = alarm.calibrate(engine, holdout)
+    found = alarm.calibrate(engine, holdout, holdout)
     told = engine.run_all(holdout.images.numpy().astype(np.float32) / 255)
     assert 0.04 <= (told.disagreement > found["threshold"]).mean() <= 0.05
     assert found["calibration_images"] == 200
+    assert found["measured_false_positive_rate"]["value"] <= 0.05
 
 
 class Corner(Linear):

@@ -26,7 +26,7 @@ from verification import gates
 from verification.gradients import flow
 from verification.outcomes import Outcomes, Target
 from verification.planted import planted
-from verification.presets import large, suite
+from verification.presets import Variant, large, suite
 from verification.suite import run_suite
 
 
@@ -166,7 +166,7 @@ def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
 
 
 def test_one_step_must_not_break_what_many_do_not() -> None:
-    chosen = suite("quick", ["s"], [EPS], classes=2)
+    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
     single, many = "fgsm-ce on mean-logits", "pgd-ce on mean-logits"
     outcome = outcome_of([1] * 10)
     for version in ("float", "delivered"):
@@ -181,7 +181,7 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
 
 
 def test_twice_the_effort_must_not_change_the_figure() -> None:
-    chosen = suite("quick", ["s"], [EPS], classes=2)
+    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
     (doubled,) = [attack for attack in chosen if attack.gate == "converged"]
     base = "pgd-cw on mean-logits"
     outcome = outcome_of([1] * 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,9 +24,12 @@ EPS = 0.05
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     engine = TorchEngine([Linear()])
     full = True
     count = 0
+    busy = 0  # requests still to be answered 503
+    hangs_up = False  # after every answer, without saying so
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -41,11 +45,14 @@ class Handler(BaseHTTPRequestHandler):
             ]
         allowed = self.headers.get("authorization") == "Bearer secret"
         text = json.dumps({"predictions": [answer]}).encode()
-        self.send_response(200 if allowed else 401)
+        busy = type(self).busy > 0
+        type(self).busy -= busy
+        self.send_response(503 if busy else 200 if allowed else 401)
         self.send_header("X-Model-Sha256", "abc")
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
+        self.close_connection = self.hangs_up
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -54,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Handler.count, Handler.full = 0, True
+    Handler.count, Handler.full, Handler.busy, Handler.hangs_up = 0, True, 0, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -84,6 +91,7 @@ def test_it_counts_what_it_asked_and_tells_what_was_exposed(url: str, full: bool
     assert told["clean_accuracy"]["value"] == 1.0
     assert told["transfer"]["value"] == 0.75
     square = told["square"]
+    assert square["broken"] in (0, 1)
     assert square["queries"] == Handler.count - 8
     assert square["images"] == 1
     assert square["queries_each_at_most"] == 100
@@ -109,6 +117,31 @@ def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch)
     assert Handler.count == 3
 
 
+def test_a_busy_service_is_asked_again_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("verification.live.time.sleep", slept.append)
+    images = linear_split([10]).images.numpy()
+    service = Service(url, 2, rate=1e6, token="secret")
+    Handler.busy = 2
+    assert service.scores(images).shape == (1, 2)
+    assert (service.asked, Handler.count) == (3, 3)  # all of them counted
+    assert [each for each in slept if each >= 1] == [1.0, 2.0]
+    Handler.busy = 9
+    with pytest.raises(UserError, match="answered 503"):
+        service.scores(images)
+    service.close()
+
+
+def test_a_connection_that_was_hung_up_while_idle_is_opened_again(url: str) -> None:
+    Handler.hangs_up = True
+    service = Service(url, 2, rate=1e6, token="secret")
+    for _ in range(3):
+        service.scores(linear_split([10]).images.numpy())
+        time.sleep(0.05)
+    service.close()
+    assert Handler.count == 3
+
+
 def test_a_service_that_refuses_or_is_not_there_is_told_in_one_line(url: str) -> None:
     images = linear_split([10]).images.numpy()
     service = Service(url, 2, token="wrong")
@@ -117,6 +150,8 @@ def test_a_service_that_refuses_or_is_not_there_is_told_in_one_line(url: str) ->
     service.close()
     with pytest.raises(UserError, match="http://host:port"):
         Service("ftp://somewhere", 2)
+    with pytest.raises(UserError, match="a port"):
+        Service("http://somewhere:99999", 2)
     nobody = Service("http://127.0.0.1:9", 2)
     with pytest.raises(UserError, match="a running service"):
         nobody.scores(images)

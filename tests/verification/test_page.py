@@ -49,6 +49,7 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
             "n": 100,
             "sha256": "1" * 64,
             "train_sha256": "2" * 64,
+            "training_known": True,
         },
         "clean_accuracy": rate(0.95),
         "robust_accuracy": [row],
@@ -67,6 +68,7 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
             "score": "jensen-shannon",
             "threshold": 0.1,
             "false_positive_rate": 0.05,
+            "measured_false_positive_rate": rate(0.06),
             "calibration_images": 144,
             "alarm": [
                 {
@@ -89,13 +91,19 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
         ],
         "members": {
             "gradient_norms": [1.0, 2.0],
-            "transferability": {"eps": 0.1, "success": [[0.9, 0.1, 0.2], [0.1, 0.9, 0.3]]},
+            "transferability": {
+                "eps": 0.1,
+                "images": 9,
+                "success": [[0.9, 0.1, 0.2], [0.1, 0.9, 0.3]],
+            },
             "diversity": {"nats": [[None, 3.0], [3.0, None]]},
         },
         "attacks": [
             {"name": "noise", "threat": "transfer", "steps": 0},
             {"name": "pgd", "threat": "white_box", "steps": 20},
         ],
+        "left_out": [{"what": "SGM", "why": "a surrogate has no <residual> branches"}],
+        "outcomes": {"model": {"survived": []}},
         "surrogates": [],
         "seed": 0,
         "configuration_sha256": "3" * 64,
@@ -157,11 +165,19 @@ def test_plain_words_say_what_was_not_measured() -> None:
     assert any("was not measured" in line for line in summary(report(white_box=False)))
 
 
+def test_what_says_nothing_is_not_drawn() -> None:
+    """A single member, and no image that it gets right."""
+    nothing = {"transferability": {"eps": 0.1, "images": 0, "success": [[]]}}
+    assert plots.heat_maps(nothing | {"diversity": {"nats": [[None]]}}) is None
+
+
 def test_plots_are_pictures() -> None:
     told = report()
     assert plots.curves(told).startswith(PNG)
     assert plots.curves(told) == plots.curves(told)
-    assert plots.heat_maps(told["members"]).startswith(PNG)
+    maps = plots.heat_maps(told["members"])
+    assert maps is not None
+    assert maps.startswith(PNG)
     answers = np.zeros((2, 3, 5, 5), np.int64)
     assert plots.regions(answers, 0.2, ["a", "b"], [0, 1]).startswith(PNG)
     for channels in (1, 3):

@@ -14,16 +14,27 @@ def told() -> dict[str, object]:
     return found  # type: ignore[no-any-return]
 
 
+def told_model() -> dict[str, object]:
+    return {"model": told()["model"]}
+
+
 def test_junit_counts_failures_and_what_was_not_run() -> None:
     suite = ET.fromstring(junit(told(), [("robust accuracy", False, "0.7 < 0.8")]))
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "1", "1")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "1", "1")
     cases = {case.get("name"): [part.tag for part in case] for case in suite.iter("testcase")}
     assert cases == {
         "finite": ["system-out"],
         "parity": ["skipped"],
+        "verdict": ["system-out"],
         "robust accuracy": ["failure"],
     }
     assert suite.find("testcase/system-out").text == "a < b & c"  # type: ignore[union-attr]
+
+
+def test_junit_fails_where_the_verdict_is_not_valid() -> None:
+    """No gate of it failed: one was not run. Who reads this file alone must see that."""
+    suite = ET.fromstring(junit(report(verdict="INCONCLUSIVE") | told_model()))
+    assert suite.get("failures") == "1"
 
 
 def test_the_bill_of_materials_carries_every_figure_with_its_interval() -> None:

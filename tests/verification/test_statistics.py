@@ -41,16 +41,29 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(
     assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
 
 
-def test_auroc_interval_is_hanley_and_mcneils() -> None:
-    # Their worked example: area 0.893, 58 normal and 51 abnormal images, standard error 0.032.
+def test_auroc_interval_ends_where_what_was_found_is_just_likely() -> None:
     rng = np.random.default_rng(0)
-    clean, attacked = rng.normal(0, 1, 58), rng.normal(1.757, 1, 51)
-    found = auroc(clean, attacked)
-    area = found["value"]
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    error = ((area * (1 - area) + 50 * (q1 - area**2) + 57 * (q2 - area**2)) / (58 * 51)) ** 0.5
-    assert found["low"] == pytest.approx(area - 1.96 * error, abs=1e-4)
-    assert auroc(clean, np.zeros(0))["value"] is None
+    found = auroc(rng.normal(0, 1, 58), rng.normal(1.757, 1, 51))
+    for end in (found["low"], found["high"]):
+        others = (58 + 51) / 2 - 1
+        spread = end * (1 - end) / (58 * 51)
+        spread *= 1 + others * (1 - end) / (2 - end) + others * end / (1 + end)
+        assert abs(found["value"] - end) == pytest.approx(1.96 * spread**0.5, rel=1e-3)
+
+
+def test_auroc_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    truth, held = 0.921, 0  # of two normal distributions two standard deviations apart
+    for _ in range(400):
+        found = auroc(rng.normal(0, 1, 60), rng.normal(2, 1, 25))
+        held += found["low"] <= truth <= found["high"]
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_auroc_of_few_images_is_never_certain() -> None:
+    assert auroc(np.zeros(300), np.ones(1))["low"] < 0.6
+    assert auroc(np.ones(300), np.zeros(2))["high"] > 0.3
+    assert auroc(np.zeros(3), np.zeros(0))["value"] is None
 
 
 def test_quantile_above_is_exceeded_by_at_most_that_share() -> None:

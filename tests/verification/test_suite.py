@@ -15,7 +15,7 @@ from verification import suite as suites
 from verification import vault
 from verification.attack import Attack, apply_halves, craft, deliver, half_deltas, outside
 from verification.outcomes import Target, line
-from verification.presets import suite
+from verification.presets import Variant, suite
 from verification.suite import run_suite
 
 
@@ -68,7 +68,7 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DVERGE_CACHE", str(tmp_path))
-    chosen = suite("quick", ["surrogate"], [EPS], classes=2)
+    chosen = suite(Variant(preset="quick", classes=2), ["surrogate"], [EPS])
     split = linear_split([120, 140])
     target = Target(TorchEngine([Linear()]), [Linear()], "weights of the model")
     made: list[str] = []
@@ -96,6 +96,11 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
     assert len(made) == crafted
     for damaged in (tmp_path / "attacks").glob("*.npz"):
         damaged.write_bytes(b"cut short")
+    assert run() == whole
+    for number, damaged in enumerate(sorted((tmp_path / "attacks").glob("*.npz"))):
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 3 + number] ^= 0xFF
+        damaged.write_bytes(data)
     assert run() == whole
 
 
@@ -126,6 +131,35 @@ def test_attacks_that_skip_the_fallen_are_told_apart_in_the_matrix() -> None:
     assert outcome.queries[square.name, EPS].tolist()[2] == square.queries
 
 
+def test_an_image_that_fell_to_another_threat_is_not_skipped() -> None:
+    """Each threat's figure is of its own attacks alone, whatever the others broke."""
+    first: dict[str, Any] = {"loss": "cw", "steps": 10}
+    chosen = [
+        Attack(name="pgd", threat="white_box", source="target", **first),
+        Attack(name="vmi", threat="transfer", source="s", standing_only=True, **first),
+        Attack(name="mora", threat="white_box", source="target", standing_only=True, **first),
+        Attack(
+            name="square",
+            threat="queries",
+            source="target",
+            kind="square",
+            queries=5,
+            standing_only=True,
+        ),
+    ]
+    target = Target(TorchEngine([Linear()]), [Linear()])
+    sources = {"s": ([Linear()], "s")}
+    split = linear_split([120, 137, 250])  # the last stands whatever happens
+    outcome = run_suite(chosen, sources, {"m": target}, split, [EPS], seed=0)["m"]
+    ran = {name: mask.tolist() for (name, _), mask in outcome.ran.items()}
+    assert ran == {
+        "pgd": [True, True, True],
+        "vmi": [True, True, True],
+        "mora": [False, False, True],
+        "square": [False, False, True],
+    }
+
+
 def test_a_target_is_not_its_own_surrogate() -> None:
     chosen = [
         Attack(name=f"from {name}", threat="transfer", source=name, loss="ce", steps=1)
@@ -139,7 +173,7 @@ def test_a_target_is_not_its_own_surrogate() -> None:
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])
 def test_presets_are_what_they_say(preset: str) -> None:
-    chosen = suite(preset, ["a", "b", "c"], [0.1, 0.2], classes=10, reference=True)
+    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"], [0.1, 0.2])
     names = [attack.name for attack in chosen]
     assert len(set(names)) == len(names)
     skipping = {"vmi", "square", "reweighted", "autoattack"}
@@ -161,17 +195,18 @@ def test_presets_are_what_they_say(preset: str) -> None:
     if preset == "full":
         (square,) = [attack for attack in chosen if attack.kind == "square"]
         assert square.queries == 5000
-    two = suite(preset, ["a"], [0.1], classes=2)
+    two = suite(Variant(preset=preset, classes=2), ["a"], [0.1])
     assert not any(attack.loss == "dlr" for attack in two)
     assert not any(
-        attack.kind == "square" for attack in suite(preset, ["a"], [1.0], classes=3, norm="l2")
+        attack.kind == "square"
+        for attack in suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
     )
 
 
 def test_every_kind_of_attack_of_the_full_preset_runs_and_finds_the_weak_image() -> None:
     chosen = [
         replace(attack, steps=min(attack.steps, 6), restarts=1, queries=min(attack.queries, 60))
-        for attack in suite("full", ["s"], [EPS], classes=2, skips=False)
+        for attack in suite(Variant(preset="full", classes=2, skips=False), ["s"], [EPS])
     ]
     chosen = [replace(attack, standing_only=False) for attack in chosen]
     split = linear_split([125, 200])

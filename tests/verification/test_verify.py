@@ -19,6 +19,7 @@ import torch
 
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
 from dverge_serve.report import page_path, read_report, report_path, report_schema
 from export.export import export
 from tests.conftest import TINY
@@ -110,7 +111,7 @@ def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, dict[str, Any]]) 
     schema = report_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert len(report["gates"]) == 13
+    assert len(report["gates"]) == 14
     assert {gate["name"] for gate in report["gates"]} == set(
         schema["properties"]["gates"]["items"]["properties"]["name"]["enum"]
     )
@@ -146,9 +147,74 @@ def test_a_replay_finds_every_figure_again(
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="not the file the report names"):
         replay(tmp_path / "model.report.json")
+    arrays = dict(np.load(kept.parent / "000.npz"))
+    arrays["delivered"][0] = 120
+    np.savez_compressed(kept.parent / "000.npz", **arrays)
+    changed = json.loads(json.dumps(report))
+    changed["evidence"]["adversarial"][0]["sha256"] = sha256((kept.parent / "000.npz").read_bytes())
+    (tmp_path / "model.report.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="1 images of 'noise' lie outside"):
+        replay(tmp_path / "model.report.json")
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError):
         replay(tmp_path / "model.report.json")
+
+
+def test_a_model_that_gives_no_numbers_gets_its_report_all_the_same(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """INVALID, with nulls for figures that do not exist; and a replay finds the same."""
+    graph = onnx.load(tiny_model)
+    weights = max(graph.graph.initializer, key=lambda each: len(each.raw_data))
+    broken = onnx.numpy_helper.to_array(weights).copy()
+    broken[0] = np.nan
+    weights.CopyFrom(onnx.numpy_helper.from_array(broken, weights.name))
+    onnx.save(graph, tmp_path / "model.onnx")
+    asked = Evaluation(model=tmp_path / "model.onnx", run=tiny_run, eps=EPS, images=32)
+    report = verify(asked)
+    jsonschema.validate(report, report_schema())
+    assert report["verdict"] == "INVALID"
+    assert next(gate["name"] for gate in report["gates"] if gate["passed"] is False) == "finite"
+    assert report["disagreement"]["threshold"] is None
+    assert read_report(asked.model, report["model"]["sha256"]) == report
+    assert replay(report_path(asked.model)).differences == []
+
+
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: object) -> None:
+        raise AssertionError("surrogates were asked for")
+
+    monkeypatch.setattr("verification.evaluation.surrogates", trained)
+    asked = Evaluation(model=tiny_model, run=tiny_run, eps=EPS, images=8)
+    for wrong, words in (
+        (replace(asked, against=tmp_path / "none.onnx"), "no model"),
+        (replace(asked, url="http://127.0.0.1:9"), "no answer"),
+        (replace(asked, at_eps=0.5), "--at-eps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            verify(wrong)
+    assert not report_path(tiny_model).exists()
+
+
+def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise UserError("no answer from somewhere", "a running service")
+
+    monkeypatch.setattr("verification.live.Service.scores", lambda *_: None)
+    monkeypatch.setattr("verification.verify.attack_service", gone)
+    shutil.copy(tiny_model, tmp_path / "model.onnx")
+    asked = Evaluation(
+        model=tmp_path / "model.onnx", run=tiny_run, eps=EPS, images=32, url="http://somewhere"
+    )
+    with pytest.raises(UserError, match=r"no answer from somewhere.*has all the rest"):
+        verify(asked)
+    report = json.loads(report_path(asked.model).read_bytes())
+    assert "no answer" in report["live"]["error"]
+    assert report["robust_accuracy"][0]["white_box"]
 
 
 def test_same_seed_same_report(
@@ -181,16 +247,21 @@ def test_the_matching_run_under_runs_is_found(
 ) -> None:
     card = Engine(tiny_model, device="cpu").card
     monkeypatch.chdir(tmp_path)
-    assert find_run(card, None) is None
+    assert find_run(card, tmp_path / "model.onnx", None) is None
     shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
-    found = find_run(card, None)
+    found = find_run(card, tmp_path / "model.onnx", None)
     assert found is not None
     assert found.path == Path("runs/mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # not under runs/ here, but beside the model
+    assert find_run(card, tmp_path / "model.onnx", None) is not None
+    assert find_run(card, tmp_path / "runs" / "model.onnx", None) is not None
+    monkeypatch.chdir(tmp_path)
     odd = Run.open_finished(tiny_run).checkpoint | {"members_sha256": "0" * 64}
     (tmp_path / "runs" / "mine" / "checkpoint.json").write_text(json.dumps(odd))
-    assert find_run(card, None) is None
+    assert find_run(card, tmp_path / "model.onnx", None) is None
     with pytest.raises(UserError, match="the run this model was exported from"):
-        find_run(card, Path("runs/mine"))
+        find_run(card, tiny_model, Path("runs/mine"))
 
 
 def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path) -> None:
@@ -236,15 +307,20 @@ def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -
         assert found.result()[0].run.path == folder
 
 
-def test_a_folder_of_surrogates_can_be_given(tiny_run: Path, tmp_path: Path) -> None:
-    labels, cpu = Run.open_finished(tiny_run).labels, torch.device("cpu")
+def test_a_folder_of_surrogates_can_be_given(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    card, cpu = Engine(tiny_model, device="cpu").card, torch.device("cpu")
     with pytest.raises(UserError, match="no finished run"):
-        given_surrogates(tmp_path, labels, cpu)
+        given_surrogates(tmp_path, card, cpu)
     shutil.copytree(tiny_run, tmp_path / "mine")
-    (found,) = given_surrogates(tmp_path, labels, cpu)
+    (found,) = given_surrogates(tmp_path, card, cpu)
     assert (found.name, len(found.members)) == ("mine", 3)
     with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
-        given_surrogates(tmp_path, ("cat", "dog"), cpu)
+        given_surrogates(tmp_path, replace(card, labels=("cat", "dog")), cpu)
+    colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))
+    with pytest.raises(UserError, match=r"the model's \(3, 8, 8\)"):
+        given_surrogates(tmp_path, colour, cpu)
 
 
 def test_another_model_is_compared_image_by_image(
@@ -292,17 +368,15 @@ def test_a_foreign_classifier_is_attacked_as_a_black_box(tiny_model: Path, tmp_p
     for node in graph.graph.node:
         node.input[:] = ["pixels" if name == "images" else name for name in node.input]
     onnx.save(graph, tmp_path / "foreign.onnx")
-    (tmp_path / "labels.txt").write_text("\n".join(map(str, range(10))))
-    labels = str(tmp_path / "labels.txt")
+    labels = tuple(map(str, range(10)))
     engine = ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
     x = np.random.default_rng(0).random((3, 1, 8, 8), np.float32)
     np.testing.assert_allclose(
         engine.run_all(x).logits, Engine(tiny_model, device="cpu").run_all(x).logits, rtol=1e-5
     )
     assert engine.card.members == 1
-    (tmp_path / "labels.txt").write_text("a\nb")
     with pytest.raises(UserError, match="10 scores"):
-        ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
+        ForeignEngine(tmp_path / "foreign.onnx", ("a", "b"), "digits")
 
 
 def test_a_foreign_classifier_gets_a_whole_report(
@@ -326,3 +400,11 @@ def test_a_foreign_classifier_gets_a_whole_report(
     assert report["verdict"] == "INCONCLUSIVE"
     assert report["robust_accuracy"][0]["white_box"] is None
     assert report["robust_accuracy"][0]["transfer"]["value"] < report["clean_accuracy"]["value"]
+    assert {"what": "white-box attacks", "why": "no weights to take gradients from"} in report[
+        "left_out"
+    ]
+    # What it was trained on is not known: the alarm stands on test images that are not attacked.
+    assert not report["data"]["training_known"]
+    assert report["disagreement"]["calibration_images"] == 360 - 32
+    again = replay(tmp_path / "foreign.report.json")
+    assert again.differences == []
