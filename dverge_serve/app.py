@@ -17,6 +17,7 @@ from itertools import count
 
 from dverge_serve.answer import TEXT, Answer, Refusal, json_answer
 from dverge_serve.classifier import Classifier
+from dverge_serve.cores import cores
 from dverge_serve.decoder import Decoder
 from dverge_serve.inference import BASE, InferenceProtocol
 from dverge_serve.logs import LOGGER, RequestLog
@@ -25,7 +26,7 @@ from dverge_serve.openapi import openapi
 from dverge_serve.pages import demo_page, start_page
 from dverge_serve.prediction import Predict, model_card
 from dverge_serve.request import CallerGone, Intake, Receive, Request, Scope, Send
-from dverge_serve.served import ServedModel, cores
+from dverge_serve.served import ServedModel
 from dverge_serve.settings import Exposure
 from dverge_serve.worker import Worker
 
@@ -223,7 +224,7 @@ class App:
 
     async def _start(self, _: Request) -> Answer:
         # Whoever has no token sees the page, but nothing of the model on it.
-        return start_page(None if self._token else self.worker.served)
+        return start_page(None if self._token else self.worker.served, self.expose)
 
     async def _demo(self, _: Request) -> Answer:
         return demo_page()

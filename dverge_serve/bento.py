@@ -14,12 +14,14 @@ from pathlib import Path
 
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.files import sha256 as file_sha256
 from dverge_serve.files import write_atomic
-from dverge_serve.report import read_report, report_path
+from dverge_serve.report import page_path, read_report, report_path
 
 SERVICE = "dverge_serve.service:Dverge"
 PACKAGE = Path(__file__).parent
 MODEL = "model.onnx"
+REPORTS = ("model.report.json", "model.report.html")
 REQUIREMENTS = "requirements.txt"
 CONTAINER = "Dockerfile"
 # `bentoml containerize` works too, but the image that it makes is never asked whether it is ready.
@@ -58,17 +60,25 @@ def write_bento(model: Path, out: Path) -> list[Path]:
     with Engine(model, device="cpu") as engine:
         card, sha256 = engine.card, engine.sha256
     _check_folder(out)
+    # Read before anything is written: the model may lie in this very folder.
+    data = model.read_bytes()
+    if file_sha256(data) != sha256:
+        raise UserError(f"{model} changed while it was read", "a file that nobody writes to")
+    reports: dict[str, bytes] = {}
+    if read_report(model, sha256) is not None:
+        for source, name in zip((report_path(model), page_path(model)), REPORTS, strict=True):
+            reports |= {name: source.read_bytes()} if source.is_file() else {}
     written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
-    write_atomic(out / MODEL, model.read_bytes())
+    write_atomic(out / MODEL, data)
     write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements()).encode())
     python = ".".join(str(part) for part in sys.version_info[:2])
     write_atomic(out / CONTAINER, DOCKERFILE.format(python=python).encode())
-    reports = [report_path(model), report_path(model).with_suffix(".html")]
-    for source, name in zip(reports, ("model.report.json", "model.report.html"), strict=True):
-        (out / name).unlink(missing_ok=True)
-        if read_report(model, sha256) is not None and source.is_file():
-            write_atomic(out / name, source.read_bytes())
+    for name in REPORTS:
+        if name in reports:
+            write_atomic(out / name, reports[name])
             written.append(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
     package = out / PACKAGE.name
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
@@ -125,7 +135,7 @@ def requirements() -> list[str]:
 
 def _check_folder(out: Path) -> None:
     ours = {"bentofile.yaml", MODEL, REQUIREMENTS, CONTAINER, PACKAGE.name}
-    ours |= {"model.report.json", "model.report.html"}
+    ours |= set(REPORTS)
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if (out.exists() and not out.is_dir()) or found - ours or (found and MODEL not in found):
         raise UserError(

@@ -100,7 +100,7 @@ class Card:
             version = int(value["schema_version"])
             if version <= SCHEMA_VERSION:
                 return cls._from_json(value)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{file} has damaged '{METADATA_KEY}' metadata ({type(error).__name__}: {error})",
                 "a model written by `dverge export`",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ class Decoder:
 
     Args:
         max_pixels: largest image, width x height.
-        threads: most images decoded at a time off the event loop; each may need 16 bytes a pixel.
+        threads: most images decoded at a time off the event loop; each may need 24 bytes a pixel.
     """
 
     def __init__(self, max_pixels: int, threads: int) -> None:
@@ -50,7 +51,13 @@ class Decoder:
             except Refusal as refusal:
                 if refusal.code != "image_too_large" or self._max_pixels <= INLINE_PIXELS:
                     raise
-        return await self.off_loop(partial(decode, files, preprocess, self._max_pixels))
+        given_up = threading.Event()
+        try:
+            return await self.off_loop(
+                partial(decode, files, preprocess, self._max_pixels, given_up)
+            )
+        finally:  # whoever asked may be gone: the thread stops after the image it is at
+            given_up.set()
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Do any other long work in one of the threads."""
@@ -61,10 +68,24 @@ class Decoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def decode(files: list[bytes], preprocess: Preprocess, max_pixels: int) -> Pixels:
-    """Decode and preprocess `files` in this thread; returns and raises as `Decoder.decode`."""
+def decode(
+    files: list[bytes],
+    preprocess: Preprocess,
+    max_pixels: int,
+    given_up: threading.Event | None = None,
+) -> Pixels:
+    """Decode and preprocess `files` in this thread; returns and raises as `Decoder.decode`.
+
+    Args:
+        files: PNG, JPEG or WebP bytes.
+        preprocess: the model's.
+        max_pixels: largest image, width x height.
+        given_up: once set, nobody waits for the answer and no further image is decoded.
+    """
     arrays = []
     for position, data in enumerate(files, start=1):
+        if given_up is not None and given_up.is_set():
+            raise CancelledError
         try:
             arrays.append(load(data, preprocess, max_pixels=max_pixels))
         except ImageError as error:

@@ -11,10 +11,11 @@ import onnxruntime as ort
 
 from dverge_serve.buckets import Buckets
 from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card
+from dverge_serve.cores import cores
 from dverge_serve.device import CPU, CUDA, TENSORRT, Device, check_device, check_provider, providers
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
-from dverge_serve.lanes import Lanes, cores
+from dverge_serve.lanes import Lanes
 from dverge_serve.scores import Scores
 
 __all__ = ["Device", "Engine", "check_device"]

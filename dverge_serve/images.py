@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,9 @@ from dverge_serve.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 16_777_216
+# A progressive JPEG may repeat its scans without end, each a few bytes of file and a pass over all
+# pixels. Encoders write about ten; the rest is room for the previews that phones put inside.
+START_OF_SCAN, MOST_SCANS = b"\xff\xda", 128
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -115,6 +119,10 @@ def load(
             # Phones write JPEGs that hold a preview or a depth map behind the photo (MPO).
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ImageError("animated_image", "the image is animated; expected a single frame")
+            if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
+                raise ImageError(
+                    "broken_image", f"the JPEG has more than {MOST_SCANS} scans; expected about ten"
+                )
             image.load()
             return _array(_upright(image), preprocess)
     except ImageError:
@@ -128,6 +136,20 @@ def load(
         raise ImageError(
             "broken_image", "the image is truncated or corrupt; expected a complete file"
         ) from error
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Return the image files under `folder`, sorted; nothing hidden is looked at.
+
+    File managers and notebooks keep copies and previews in hidden files and folders.
+    """
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    )
 
 
 def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -153,8 +175,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _opaque(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit L or RGB (or CMYK), alpha composited on white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grayscale
-        wide = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.rint(wide / 257), 0, 255).astype(np.uint8))
+        wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -6,7 +6,6 @@ for all of them, a session of one thread serves each core its own part, and nobo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card, together
+from dverge_serve.cores import cores
 from dverge_serve.scores import Scores
 
 # A layer's features stay in the cache while about so many pixels, counted for each member that runs
@@ -61,10 +61,3 @@ def part(card: Card) -> int:
     members = together(card.members) if card.form == "grouped" else 1
     fits = PIXELS // (members * height * width)
     return 1 << max(0, fits.bit_length() - 1)
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

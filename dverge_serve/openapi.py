@@ -259,12 +259,13 @@ def _card() -> Schema:
         "precision": _STRING,
         "tool_version": _STRING,
         "sha256": _SHA256,
-        "report": {
-            "type": ["object", "null"],
-            "properties": {"verdict": _STRING, "clean_accuracy": figure},
-        },
     }
     required = list(card)
+    card["report"] = {
+        "type": ["object", "null"],
+        "properties": {"verdict": _STRING, "clean_accuracy": figure},
+        "description": "its headline; null: there is none; not there under DVERGE_EXPOSE=label",
+    }
     card["training"] = {"type": "object", "description": "only under DVERGE_EXPOSE=full"}
     card["provider"] = _STRING
     # A card says more as models do; what is named here stays.

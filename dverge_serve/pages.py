@@ -12,6 +12,7 @@ from typing import Any
 
 from dverge_serve.answer import HTML, Answer
 from dverge_serve.served import ServedModel
+from dverge_serve.settings import Exposure
 
 MOST_LABELS = 100
 # Pictures drawn for the demo page, 8x8 as the embedded digits are; no data set holds them.
@@ -21,14 +22,14 @@ EXAMPLES = {
 }
 
 
-def start_page(served: ServedModel | None) -> Answer:
+def start_page(served: ServedModel | None, expose: Exposure) -> Answer:
     """Return the start page; of the model it shows nothing where `served` is None."""
     style = _template("start.css")
     title = served.card.name if served else "DVERGE Serve"
     page = Template(_template("start.html")).substitute(
         title=html.escape(title),
         style=style,
-        model=_model(served) if served else "",
+        model=_model(served, expose) if served else "",
         example="http://localhost:3000",
     )
     policy = _policy(f"style-src {_source(style)}")
@@ -64,7 +65,7 @@ def _example(name: str) -> str:
     )
 
 
-def _model(served: ServedModel) -> str:
+def _model(served: ServedModel, expose: Exposure) -> str:
     card = served.card
     channels, height, width = card.input_shape
     labels = ", ".join(card.labels[:MOST_LABELS])
@@ -76,7 +77,7 @@ def _model(served: ServedModel) -> str:
         ("Members", f"{card.members}, answering by the mean of their logits"),
         ("Trained on", card.dataset),
         ("Model file", f"sha256 {served.sha256}"),
-        *_report(served.headline),
+        *([] if expose == "label" else _report(served.headline)),
     ]
     cells = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>\n'

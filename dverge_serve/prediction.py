@@ -88,7 +88,8 @@ def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:
         del card["training"]
     card["sha256"] = served.sha256
     card["provider"] = served.engine.provider
-    card["report"] = served.headline
+    if expose != "label":
+        card["report"] = served.headline
     return card
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 from dverge_serve.batching import Batcher, Images, Part
 from dverge_serve.contract import Card
+from dverge_serve.cores import cores
+from dverge_serve.device import CPU
 from dverge_serve.engine import Engine
 from dverge_serve.images import FORMATS, load, to_float
 from dverge_serve.metrics import Metrics
@@ -27,8 +29,7 @@ from dverge_serve.settings import Settings
 
 TOP = 5
 # Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
-MAX_BATCH, MAX_BATCH_CUDA = 32, 64
-CUDA = "CUDAExecutionProvider"
+MAX_BATCH, MAX_BATCH_GPU = 32, 64
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,9 +71,8 @@ class ServedModel:
         self._batcher: Batcher[Rows] | None = None
         self._metrics: Metrics | None = None
         self._users, self._retired = 0, False
-        self._pads = self.engine.provider == CUDA
-        self._max_batch = MAX_BATCH_CUDA if self._pads else MAX_BATCH
-        self.engine.warm_up(_powers(self._max_batch) if self._pads else (1, 2))
+        self._max_batch = MAX_BATCH if self.engine.provider == CPU else MAX_BATCH_GPU
+        self.engine.warm_up((1, 2))
         _warm_up_codecs(self.card)
 
     @property
@@ -95,7 +95,10 @@ class ServedModel:
 
     @cached_property
     def headline(self) -> dict[str, Any] | None:
-        """The report's figures that arm nobody: verdict and accuracies; None without a report."""
+        """The report's figures for anybody but callers who see the label alone.
+
+        Verdict and accuracies, which arm nobody; None without a report.
+        """
         if self.report is None:
             return None
         keys = ("verdict", "clean_accuracy", "robust_accuracy")
@@ -147,7 +150,7 @@ class ServedModel:
     def _run(self, parts: Sequence[Images]) -> Rows:
         images = _joined(parts)
         begun = time.perf_counter()
-        scores = self._scores(images)
+        scores = self.engine.run_all(images)
         seconds = time.perf_counter() - begun
         order = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP]
         rows = Rows(
@@ -161,18 +164,6 @@ class ServedModel:
         )
         self._count(rows, seconds)
         return rows
-
-    def _scores(self, images: npt.NDArray[np.float32]) -> Scores:
-        count = len(images)
-        if not self._pads:
-            return self.engine.run_all(images)
-        # CUDA plans its kernels anew for every batch size it has not met.
-        size = next((power for power in _powers(self._max_batch) if power >= count), count)
-        if size > count:
-            blank = np.zeros((size - count, *images.shape[1:]), dtype=np.float32)
-            images = np.concatenate([images, blank])
-        scores = self.engine.run_all(images, self._max_batch)
-        return Scores(scores.logits[:count], scores.member_logits[:count])
 
     def _count(self, rows: Rows, seconds: float) -> None:
         metrics, batcher = self._metrics, self._batcher
@@ -192,18 +183,6 @@ class ServedModel:
         return self.threshold is not None and disagreement > self.threshold
 
 
-def cores() -> int:
-    """Return how many cores this process may use: its affinity, and its cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = count or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max": no quota
-        pass
-    return count
-
-
 def gpus() -> int:
     """Return how many NVIDIA GPUs this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -219,10 +198,6 @@ def _warm_up_codecs(card: Card) -> None:
         file = io.BytesIO()
         blank.save(file, kind)
         load(file.getvalue(), card.preprocess)
-
-
-def _powers(limit: int) -> tuple[int, ...]:
-    return tuple(1 << bit for bit in range(limit.bit_length()))
 
 
 def _joined(parts: Sequence[Images]) -> npt.NDArray[np.float32]:

@@ -88,11 +88,17 @@ class Settings:
                 values[field.name] = _parse(field.name, text, field.default)
         return cls(**values)
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables that `from_environment` reads back as these settings."""
-        return {
-            PREFIX + field.name.upper(): str(value)
-            for field in dataclasses.fields(self)
+    def environment(self, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return `environ` with the variables that `from_environment` reads back as these settings.
+
+        Args:
+            environ: none by default; whatever settings it names give way.
+        """
+        fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(self)}
+        others = {key: value for key, value in (environ or {}).items() if key not in fields}
+        return others | {
+            key: str(value)
+            for key, field in fields.items()
             if (value := getattr(self, field.name)) != field.default
         }
 

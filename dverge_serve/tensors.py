@@ -72,8 +72,8 @@ def read_inference(
     if not (low >= 0.0 and high <= 1.0):  # also false for NaN
         raise _bad(f"'{name}' holds values from {low:g} to {high:g}; expected numbers in [0, 1]")
     identity = request.get("id")
-    if identity is not None and not isinstance(identity, str):
-        raise _bad("'id' is not a string")
+    if identity is not None and not (isinstance(identity, str) and _encodes(identity)):
+        raise _bad("'id' is not a string of Unicode characters")
     return Inference(images, _outputs(request, outputs), identity)
 
 
@@ -166,9 +166,9 @@ def _outputs(request: dict[str, Any], known: Sequence[str]) -> dict[str, bool]:
         name = output.get("name")
         if name not in known or name in found:
             raise _bad(f"output {_shown(name)}; expected some of {', '.join(known)}, each once")
+        found[name] = _flag(output, "binary_data", every)
         if "classification" in (output.get("parameters") or {}):
             raise _bad("the classification extension is not served; ask for 'probabilities'")
-        found[name] = _flag(output, "binary_data", every)
     return found
 
 
@@ -186,6 +186,11 @@ def _bytes(array: Array) -> bytes:
         parts = [text.encode() for text in array.ravel()]
         return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     return array.tobytes()
+
+
+def _encodes(text: str) -> bool:
+    """Return whether there is UTF-8 for `text`: JSON's escapes can spell half a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(value: Any) -> str:

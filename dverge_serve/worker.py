@@ -116,15 +116,20 @@ class Worker:
         begun = time.perf_counter()
         try:
             served = await loop.run_in_executor(None, reloader.load_current)
-        except UserError as error:
-            LOGGER.error("cannot serve: %s", error)
+        except Exception as error:
+            cause = error if isinstance(error, UserError) else self._unforeseen(error)
+            LOGGER.error("cannot serve: %s", cause, exc_info=None if cause is error else error)
             if self._on_failure:
-                self._on_failure(error)
+                self._on_failure(cause)
             return
         self._serve(served)
         LOGGER.info("worker %d is ready after %.1f s", self.number, time.perf_counter() - begun)
         reloader.announce(served)
         self._watch = loop.create_task(reloader.watch())
+
+    def _unforeseen(self, error: Exception) -> UserError:
+        told = f"cannot load {self.settings.model} ({type(error).__name__}: {error})"
+        return UserError(told, "a model, and memory for it")
 
     def _serve(self, served: ServedModel) -> None:
         """Put a model in service; requests that hold the old one finish with it."""

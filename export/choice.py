@@ -14,14 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from dverge_serve.contract import Card, Form
-from dverge_serve.device import Device, providers
+from dverge_serve.device import CPU, Device, providers
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from export.fusing import can_group
@@ -81,7 +81,8 @@ def build_best(
         )
     if ask != "auto" or not groupable:
         form: Form = "branches" if ask == "auto" else ask
-        choice = Choice(form, "cuda" if target == "cuda" else "cpu")
+        # A form that was named needs no device here to be measured on.
+        choice = Choice(form, where_of(providers("auto")) if target == "auto" else target)
         return choice, build_graph(members, replace(card, form=form, target=choice.target))
     try:
         on = providers(target)
@@ -89,7 +90,7 @@ def build_best(
         raise UserError(
             error.found, error.expected, "measure there, or name a form: --form grouped|branches"
         ) from error
-    where = "cpu" if on[0] == "CPUExecutionProvider" else "cuda"
+    where = where_of(on)
     forms = {
         form: build_graph(members, replace(card, form=form, target=where))
         for form in get_args(Form)
@@ -98,6 +99,11 @@ def build_best(
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
     return Choice(chosen, where, found), forms[chosen]
+
+
+def where_of(on: list[Any]) -> Device:
+    """Return the device that ONNX Runtime's providers stand for, the first of them deciding."""
+    return "cpu" if on[0] == CPU else "cuda"
 
 
 def speedups(slow: bytes, fast: bytes, target: Device) -> dict[int, float]:

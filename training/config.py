@@ -11,6 +11,14 @@ from training.table import assign, build, check
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
 EMBEDDED = ("digits",)
+# Mode and size of the images of each named set; they are not resized.
+NATIVE = {
+    "digits": ("L", (8, 8)),
+    "cifar10": ("RGB", (32, 32)),
+    "cifar100": ("RGB", (32, 32)),
+    "fashion-mnist": ("L", (28, 28)),
+    "svhn": ("RGB", (32, 32)),
+}
 DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
 FREE = {
     "data.memory_gb",
@@ -50,6 +58,13 @@ class Data:
             value = getattr(self, key)
             check(f"data.{key}", value, value is None or value >= 0, "0 or more")
         check("data.crop", self.crop, min(self.crop) >= 8, "at least 8 by 8 pixels")
+        if self.name in NATIVE:
+            mode, size = NATIVE[self.name]
+            told = f"{mode} and {list(size)}, as the images of '{self.name}' are"
+            check("data.mode", self.mode, self.mode == mode, told)
+            check("data.crop", list(self.crop), self.crop == size, told)
+            told = f"none: the images of '{self.name}' are not resized"
+            check("data.resize", self.resize, self.resize in (None, size), told)
         channels = self.preprocess.shape[0]
         for key in ("mean", "std"):
             value = getattr(self, key)

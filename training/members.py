@@ -221,7 +221,8 @@ def build(
     if architecture.startswith("torchvision:"):
         from training.zoo import build_torchvision
 
-        return build_torchvision(architecture.partition(":")[2], classes, mean, std)
+        shape = config.data.preprocess.shape
+        return build_torchvision(architecture.partition(":")[2], classes, mean, std, shape)
     match = re.fullmatch(r"resnet(\d+)", architecture)
     depth = int(match[1]) if match else 0
     if depth < 8 or (depth - 2) % 6:

@@ -12,6 +12,18 @@ from dverge_serve.errors import UserError, nearest
 from training.config import DATASETS, Config
 from training.table import assign
 
+# A data set's recipe, and what differs from it. No published recipe is for the last three.
+SUITED: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("digits", {}),
+    "cifar10": ("cifar10", {}),
+    "cifar100": ("images", {"name": "cifar100"}),
+    "svhn": ("images", {"name": "svhn", "data.flip": False}),
+    "fashion-mnist": (
+        "images",
+        {"name": "fashion-mnist", "data.mode": "L", "data.crop": [28, 28]},
+    ),
+}
+
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes inside the package."""
@@ -51,6 +63,15 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
     for key, value in (overrides or {}).items():
         assign(table, key, value, f"--set {key}")
     return Config.from_json(table, source)
+
+
+def recipe_for(data: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the recipe that suits what `--data` names, and what it changes there.
+
+    Args:
+        data: a data set by name, or a folder of images; none: the embedded digits.
+    """
+    return SUITED.get(data or "digits", ("images", {}))
 
 
 def data_overrides(data: str) -> dict[str, Any]:

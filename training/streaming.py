@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dverge_serve.cores import cores
 from dverge_serve.errors import UserError
 from dverge_serve.images import Preprocess
 from dverge_serve.progress import Progress
@@ -120,8 +121,7 @@ def streams(files: ImageFiles, data: Data) -> bool:
 
 def streamed(files: ImageFiles, data: Data) -> Streamed:
     """Return the images of `files` as a stream with the workers that `data.workers` asks for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, MOST_WORKERS) if data.workers is None else data.workers
+    workers = min(cores(), MOST_WORKERS) if data.workers is None else data.workers
     return Streamed(files, workers)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -16,6 +17,7 @@ from training.dropout import NamedDropout, name_dropout
 from training.members import Member
 
 PREFIX = "torchvision:"
+AUXILIARY = ("googlenet", "inception_v3")
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -86,19 +88,26 @@ class TorchvisionMember(Member):
 
 
 def build_torchvision(
-    name: str, classes: int, mean: Sequence[float], std: Sequence[float]
+    name: str,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    shape: tuple[int, int, int],
 ) -> TorchvisionMember:
     """Return `torchvision:<name>` with random weights from torch's global generator.
 
     Raises:
-        UserError: torchvision has no such classifier, or it cannot be cut into layers.
+        UserError: torchvision has no such classifier, it cannot be cut into layers, or it does not
+            take images of `shape`: channels, height, width.
     """
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(
             f"unknown architecture '{PREFIX}{name}'", next_step=nearest(name, known)[:300]
         )
-    network = models.get_model(name, weights=None, num_classes=classes)
+    # The one classifier at the end is what is trained; two networks have more of them.
+    single = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+    network = models.get_model(name, weights=None, num_classes=classes, **single)
     open_blocks(network)
     name_dropout(network)
     try:
@@ -108,7 +117,18 @@ def build_torchvision(
             f"'{PREFIX}{name}' cannot be cut into layers ({type(error).__name__})",
             "a network that torchvision's feature extraction can trace",
         ) from error
-    return TorchvisionMember(network, layers, mean, std)
+    member = TorchvisionMember(network, layers, mean, std)
+    try:
+        with torch.no_grad():
+            member.eval()(torch.zeros(1, *shape))
+    except (RuntimeError, AssertionError) as error:  # pooled to nothing, or made for one size
+        size = "x".join(map(str, shape[1:]))
+        raise UserError(
+            f"'{PREFIX}{name}' does not take images of {size}",
+            "a size it was made for",
+            "set data.crop, e.g. --set 'data.crop=[224,224]'",
+        ) from error
+    return member.train()
 
 
 def whole() -> dict[str, Any]:

@@ -5,6 +5,7 @@ Nothing heavy is imported here; each command reaches for its room when it runs.
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -19,6 +20,9 @@ TRAIN = (
     "matplotlib",
 )
 EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(("onnx2torch", "pyautoattack"), "audit")
+
+# What the machine says no to; other errors of files are mistakes of ours.
+NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 app = typer.Typer(
     name="dverge",
@@ -68,7 +72,14 @@ def run(arguments: list[str]) -> int:
         verb = next((word for word in arguments if not word.startswith("-")), "this command")
         text = f"`dverge {verb}` needs {error.name}, which is not installed; "
         return _say(text + f"pip install 'dverge-serve[{extra}]'", Exit.USER)
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            return _bug()
+        return _say(f"cannot use {error.filename or 'the disk'} ({error.strerror})", Exit.USER)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
+            told = "the device's memory is full; lower batch_size, or use --device cpu"
+            return _say(told, Exit.USER)
         # Usage errors know how to say themselves, whichever click Typer stands on.
         describe = getattr(error, "format_message", None)
         return _say(f"{describe()} (see --help)", Exit.USER) if callable(describe) else _bug()

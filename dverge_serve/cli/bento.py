@@ -28,7 +28,7 @@ def bento(
     written = packing.write_bento(model, out)
     report = any(path.suffix == ".json" for path in written)
     with_report = "with its report" if report else "without a report: none beside it is about it"
-    typer.echo(f"wrote {written[0]} and {model} beside it, {with_report}")
+    typer.echo(f"wrote {written[0]} and {packing.MODEL} beside it, {with_report}")
     if build:
         tag = packing.build(out)
         typer.echo(f"built {tag}; serve it with: bentoml serve {tag}")

@@ -20,7 +20,7 @@ DEMO_EPS = 0.1
 
 Recipe = Annotated[
     str | None,
-    typer.Option(help="A recipe's name or a TOML file. [default: digits; with --data: images]"),
+    typer.Option(help="A recipe's name or a TOML file. [default: what suits --data]"),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe key, e.g. dverge.epochs=10. Repeats.")
@@ -61,11 +61,10 @@ def train(
     """
     from training.config import MAX_SEED
 
-    config = _config(recipe, data, members, seed, set_, start)
     if resume and out is None:
         out = _latest()
-    if resume and config == _config(None, None, None, None, None):
-        config = _begun(out) or config  # nothing was asked for: go on with what was begun
+    begun = _begun(out) if resume and out is not None and recipe is None else None
+    config = _config(begun, recipe, data, members, seed, set_, start)
     if config.seed > MAX_SEED:
         raise UserError(
             f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
@@ -120,14 +119,16 @@ def demo(
 
 
 def _config(
+    begun: Config | None,
     recipe: str | None,
     data: str | None,
     members: int | None,
     seed: int | None,
     settings: list[str] | None,
-    start: list[Path] | None = None,
+    start: list[Path] | None,
 ) -> Config:
-    from training.recipe import data_overrides, load_recipe, parse_settings
+    """Return what is asked for: a recipe's settings, or those a run was begun with, overridden."""
+    from training.recipe import data_overrides, load_recipe, parse_settings, recipe_for
 
     overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
     if members is not None:
@@ -137,8 +138,13 @@ def _config(
     if start:
         named = [str(path.resolve()) for path in start]
         overrides["start"] = named if len(named) > 1 else named[0]
-    default = "images" if overrides.get("data.name") == "imagefolder" else "digits"
-    return load_recipe(recipe or default, overrides | parse_settings(settings or []))
+    overrides |= parse_settings(settings or [])
+    if begun is not None:
+        return begun.overridden(overrides)
+    if recipe is not None:
+        return load_recipe(recipe, overrides)
+    suited, own = recipe_for(data)
+    return load_recipe(suited, own | overrides)
 
 
 def _say_cost(config: Config, device: str) -> None:
@@ -149,8 +155,10 @@ def _say_cost(config: Config, device: str) -> None:
     chosen = pick_device(device)
     try:
         cost = estimate(config, chosen)
-    except UserError as error:  # the settings are still worth printing
-        typer.echo(f"no estimate: {error}", err=True)
+    except UserError as error:
+        if config.data.path:
+            raise
+        typer.echo(f"no estimate: {error}", err=True)  # the recipe's settings were asked for
         return
     for line in cost["notes"]:
         typer.echo(line, err=True)
@@ -169,10 +177,10 @@ def _latest() -> Path:
     return latest
 
 
-def _begun(out: Path | None) -> Config | None:
+def _begun(out: Path) -> Config | None:
     """Return the settings a run was begun with, if it was."""
     from training.latest import follow
     from training.run import Run
 
-    run = Run(follow(out or _latest()))
+    run = Run(follow(out))
     return run.config if (run.path / "config.json").is_file() else None

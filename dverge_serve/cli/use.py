@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dverge_serve.cli import app
-from dverge_serve.cli.options import AsJson, Device, Model
+from dverge_serve.cli.options import AsJson, Model
 from dverge_serve.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,17 +21,32 @@ PREDICT_BATCH = 64
 
 @app.command(epilog="Example: dverge serve model.onnx --port 8080")
 def serve(
-    model: Model = Path("model.onnx"),
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The model file. [default: DVERGE_MODEL, else model.onnx]", metavar="MODEL.onnx"
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port.")] = 3000,
-    workers: Annotated[int, typer.Option(help="How many processes.")] = 1,
-    token: Annotated[str | None, typer.Option(help="Ask callers for this bearer token.")] = None,
-    device: Device = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="How many processes. [default: DVERGE_WORKERS, else 1]")
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Ask callers for this bearer token. [default: DVERGE_TOKEN, else none]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda. [default: DVERGE_DEVICE, else auto]")
+    ] = None,
 ) -> None:
-    """Serve the model over HTTP."""
+    """Serve the model over HTTP.
+
+    What is not given here is taken from the environment, as with `bentoml serve`.
+    """
     from dverge_serve.launch import serve as launch
 
-    launch(model, host=host, port=port, workers=workers, token=token, device=device)
+    launch(host, port, model=model, workers=workers, token=token, device=device)
 
 
 @app.command(epilog="Example: dverge predict model.onnx photos/ --csv answers.csv")
@@ -51,7 +66,10 @@ def predict(
     rows = _predict(Engine(model, device="cpu"), files)
     if csv_file is not None:
         names = ["image", "label", "index", "probability", "agreement", "disagreement", "error"]
-        with atomic_path(csv_file) as part, part.open("w", newline="") as file:
+        with (
+            atomic_path(csv_file) as part,
+            part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
@@ -113,12 +131,12 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
-    from dverge_serve.images import SUFFIXES
+    from dverge_serve.images import image_paths
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+            found = image_paths(path)
             if not found:
                 raise UserError(f"no image in {path}", "PNG, JPEG or WebP files")
             files += found

@@ -92,6 +92,7 @@ function figure(value) {
 }
 
 function verdict(report) {
+  if (report === undefined) return "not shown by this service";
   if (!report) return "not verified: no report lies beside this model";
   return report.verdict === "VALID" ? "VALID" : `${report.verdict}: do not rely on the figures below`;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dverge_serve.cli import run
-from training.recipe import recipe_names
+from training.config import NATIVE
+from training.recipe import data_overrides, load_recipe, recipe_for, recipe_names
 
 
 @pytest.fixture
@@ -125,6 +128,86 @@ def test_dry_run_says_what_the_run_will_cost(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "svhn", "fashion-mnist"])
+def test_a_named_set_has_a_recipe_that_suits_it(data: str) -> None:
+    name, own = recipe_for(data)
+    config = load_recipe(name, own | data_overrides(data))
+    assert (config.name, config.data.name) == (data, data)
+    mode, size = NATIVE[data]
+    assert (config.data.mode, config.data.crop) == (mode, size)
+
+
+def test_a_recipe_of_another_size_than_the_named_set_is_refused_before_any_download(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["train", "--recipe", "digits", "--data", "cifar10"]) == 2
+    assert "as the images of 'cifar10' are" in capsys.readouterr().err
+
+
+def test_a_wrong_folder_is_a_mistake_on_a_dry_run_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["train", "--data", str(tmp_path / "nowhere"), "--dry-run"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["name"] == "images"
+    assert "no folder" in told.err
+
+
+def test_an_architecture_that_does_not_take_the_images_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = ["--set", "data.train_limit=64", "--set", "architecture=torchvision:alexnet"]
+    assert run(["train", "--out", str(tmp_path / "run"), *few]) == 2
+    assert "does not take images of 8x8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/locked"), "cannot use /locked"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch_size"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_and_exit_2(
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.recipe.load_recipe", fail)
+    assert run(["train", "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert len(told.splitlines()) == 1
+
+
+def test_hidden_files_are_no_images(
+    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "deep/b.png"):
+        (photos / name).parent.mkdir(exist_ok=True, parents=True)
+        (photos / name).write_bytes(digit.read_bytes())
+    (photos / "folder.png").mkdir()
+    assert run(["predict", str(tiny_model), str(photos), "--json"]) == 0
+    found = [Path(row["image"]).name for row in json.loads(capsys.readouterr().out)]
+    assert found == ["a.png", "b.png"]
+
+
+def test_a_file_name_that_is_not_utf8_does_not_lose_the_answers(
+    tiny_model: Path, digit: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"gr\xfcn.png")
+    odd.write_bytes(digit.read_bytes())
+    answers = tmp_path / "answers.csv"
+    assert run(["predict", str(tiny_model), str(odd), "--csv", str(answers)]) == 0
+    assert "gr\\udcfcn.png" in answers.read_text(encoding="utf-8")
+
+
 def test_predict_in_three_forms(
     tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +255,9 @@ def test_the_four_commands_and_the_gate(
     assert Path("runs/latest").resolve().parent == (tmp_path / "runs").resolve()
     assert run(["train", "--resume", *small, *epochs]) == 0  # finished: nothing to do
     assert run(["train", "--resume"]) == 0  # the settings it was begun with
-    assert run(["train", "--resume", *small]) == 2  # other settings
+    assert run(["train", "--resume", "--set", "data.workers=1"]) == 0  # may change on the way
+    assert run(["train", "--resume", "--set", "width=2"]) == 2  # other settings
+    assert run(["train", "--resume", "--recipe", "digits"]) == 2  # a recipe's: width 16
     assert run(["export", "model.onnx"]) == 0
     gate = ["--eps", "0.1,0.4", "--at-eps", "0.1", "--min-accuracy"]
     assert run(["verify-robustness", *gate, "0.0"]) == 0

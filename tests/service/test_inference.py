@@ -129,6 +129,8 @@ WRONG: dict[str, Any] = {
     "below zero": request(data=[0.5] * 63 + [-0.0001]),
     "eight-bit values": request(data=[128] * 64),
     "unknown output": {**request(), "outputs": [{"name": "gradients"}]},
+    "parameters no object": {**request(), "outputs": [{"name": "label", "parameters": 5}]},
+    "id half a character": {**request(), "id": "\ud800"},
     "output twice": {**request(), "outputs": [{"name": "index"}, {"name": "index"}]},
     "outputs no list": {**request(), "outputs": {"name": "index"}},
     "classification": {

@@ -38,7 +38,10 @@ async def test_the_report_is_shown_as_far_as_exposed(start: Start) -> None:
     scores = (await (await start(expose="scores")).get("/report")).json()
     assert scores["verdict"] == "VALID"
     assert "disagreement" not in scores
-    refusal(await (await start(expose="label")).get("/report"), "not_exposed")
+    labels = await start(expose="label")
+    refusal(await labels.get("/report"), "not_exposed")
+    assert "report" not in (await labels.get("/model")).json()
+    assert "accuracy" not in (await labels.get("/")).text
 
 
 async def test_a_report_about_another_file_is_not_shown(start: Start, tmp_path: Path) -> None:

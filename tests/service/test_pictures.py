@@ -119,6 +119,14 @@ SOUND: dict[str, tuple[Picture, str]] = {
     "large": (lambda: encode(Image.new("RGB", (2000, 1500), RED), "JPEG"), "red"),
 }
 
+
+def scans_without_end() -> bytes:
+    """A JPEG that repeats its last scan 200 times: a few bytes each, a pass over all pixels."""
+    data = encode(corner(RED, 0, 0), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + 200 * data[at:-2] + data[-2:]
+
+
 UNSOUND: dict[str, tuple[Picture, str]] = {
     "empty": (lambda: b"", "empty_image"),
     "junk": (lambda: b"not an image at all", "not_an_image"),
@@ -142,6 +150,7 @@ UNSOUND: dict[str, tuple[Picture, str]] = {
     "animated webp": (lambda: animated("WEBP"), "animated_image"),
     "claims to be huge": (lambda: png_claiming(60000, 60000), "image_too_large"),
     "bomb": (lambda: png_claiming(20000, 20000, bytes(1_000_000)), "image_too_large"),
+    "scans without end": (scans_without_end, "broken_image"),
     "just too large": (lambda: encode(Image.new("1", (4097, 4096))), "image_too_large"),
 }
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dverge_serve import served
+from dverge_serve.cores import cores
 from dverge_serve.engine import Engine
-from dverge_serve.scores import Scores
-from dverge_serve.served import ServedModel, cores, gpus
+from dverge_serve.served import ServedModel, gpus
 from dverge_serve.settings import Settings
 
 
@@ -56,25 +55,3 @@ def test_the_cores_are_shared_out_among_the_workers(
     settings = Settings(model=gray_model, threads=threads, workers=min(workers, 256))
     ServedModel(settings)
     assert seen == [expected]
-
-
-def test_padded_batches_give_the_same_answers(
-    gray_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On CUDA batches are padded to powers of two; the blanks must not show."""
-    model = ServedModel(Settings(model=gray_model, threads=1))
-    images = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
-    plain = model._scores(images)
-    sizes: list[int] = []
-    run = Engine.run
-
-    def counted(engine: Engine, batch: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Scores:
-        sizes.append(len(batch))
-        return run(engine, batch)
-
-    monkeypatch.setattr(Engine, "run", counted)
-    model._pads = True
-    padded = model._scores(images)
-    assert sizes == [8]
-    assert np.allclose(padded.member_logits, plain.member_logits)
-    assert len(padded) == 5

@@ -61,7 +61,7 @@ def test_every_dropout_of_a_network_is_replaced() -> None:
 def test_a_copy_drops_alike(name: str) -> None:
     """Features are computed by a network cut from the whole, which holds the same layers."""
     torch.manual_seed(0)
-    member = build_torchvision(name, 3, [0.5] * 3, [0.5] * 3).train()
+    member = build_torchvision(name, 3, [0.5] * 3, [0.5] * 3, (3, 32, 32)).train()
     assert any(isinstance(layer, NamedDropout) and layer.p > 0 for layer in member.modules())
     x, layer = torch.rand(4, 3, 32, 32), member.depth - 1
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def folder(tmp_path: Path) -> Path:
 
 def from_folder(path: Path, **more: Any) -> Data:
     return Data(name="imagefolder", path=str(path), crop=(8, 8), holdout=0.12, **more)
+
+
+def test_what_is_hidden_is_no_image(folder: Path) -> None:
+    (folder / "train" / "ant" / "._0.png").write_bytes(b"a file manager's note")
+    (folder / "train" / "ant" / ".cache").mkdir()
+    (folder / "train" / "ant" / ".cache" / "0.png").write_bytes(picture(1))
+    data = load_training(from_folder(folder))
+    assert len(data.train) + len(data.holdout) == 9
+
+
+def test_a_class_that_utf8_cannot_spell_is_refused_before_training(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "bee").rename(folder / part / os.fsdecode(b"gr\xfcn"))
+    assert "is not UTF-8" in refusal(from_folder(folder))
 
 
 def test_a_folder_of_images_becomes_classes_and_pixels(folder: Path) -> None:

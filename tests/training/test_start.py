@@ -166,7 +166,7 @@ def test_a_torchvision_state_dict_starts_torchvision_members(tmp_path: Path) -> 
     assert torch.equal(
         state["network.classifier.0.weight"].half(), tensors["classifier.0.weight"]
     )  # not its last layer
-    same = build_torchvision("mobilenet_v3_small", 7, [0.5] * 3, [0.5] * 3)
+    same = build_torchvision("mobilenet_v3_small", 7, [0.5] * 3, [0.5] * 3, (3, 32, 32))
     alone = Start.read(Config(name="t", method="standard", members=1, start=config.start))
     assert alone is not None
     assert alone.complete([same])
