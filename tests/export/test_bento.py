@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dverge_serve.bento import write_bento
 from dverge_serve.cli import run
 from dverge_serve.files import sha256
 from tests.service.server import ROOT, Server, clean_environment, free_port, serving
@@ -52,6 +53,22 @@ def answers(server: Server) -> dict[str, tuple[int, object]]:
         **{path: httpx.get(f"{server.url}/{path}") for path in ("model", "report", "openapi.json")},
     }
     return {name: (answer.status_code, answer.json()) for name, answer in asked.items()}
+
+
+def test_a_bento_written_again_from_its_own_folder_keeps_the_report(
+    elsewhere: Path, tiny_model: Path
+) -> None:
+    folder = elsewhere / "bento"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(tiny_model.read_bytes())
+    digest = sha256(tiny_model.read_bytes())
+    report = json.dumps({"schema_version": 1, "model": {"sha256": digest}})
+    (folder / "model.report.json").write_text(report)
+    for _ in range(2):
+        written = write_bento(folder / "model.onnx", folder)
+        assert folder / "model.report.json" in written
+    assert (folder / "model.report.json").read_text() == report
+    assert sha256((folder / "model.onnx").read_bytes()) == digest
 
 
 @pytest.mark.parametrize("source", ["tree", pytest.param("wheel", marks=pytest.mark.long)])

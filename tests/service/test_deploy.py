@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,37 @@ def test_kserve_reaches_our_v2_routes() -> None:
     container = runtime["containers"][0]
     port = container["args"][container["args"].index("--port") + 1]
     assert container["ports"][0]["containerPort"] == int(port)
+
+
+def test_the_image_copies_what_the_package_is_made_of_and_nothing_else() -> None:
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    root = DEPLOY.parent
+    lines = re.findall(r"^COPY (.*) /src", dockerfile, re.MULTILINE)
+    copied = {name for line in lines for name in line.split()}
+    for name in copied:
+        assert (root / name).exists(), name
+    ignored = (root / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert set(wheel["targets"]["wheel"]["packages"]) <= copied
+
+
+def test_grafana_finds_its_dashboard_and_prometheus() -> None:
+    volumes = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["grafana"][
+        "volumes"
+    ]
+    mounted = {volume.split(":")[1]: volume.split(":")[0] for volume in volumes}
+    (source,) = _provisioned("datasources/prometheus.yaml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = _provisioned("dashboards/dverge.yaml")["providers"]
+    (shown,) = [inside for inside in mounted if inside.startswith(provider["options"]["path"])]
+    assert json.loads((DEPLOY / mounted[shown]).read_text())["panels"]
+    assert mounted["/etc/grafana/provisioning"] == "./grafana/provisioning"
+
+
+def _provisioned(name: str) -> Any:
+    return yaml.safe_load((DEPLOY / "grafana" / "provisioning" / name).read_text())
 
 
 def test_compose_hides_the_service_behind_the_proxy() -> None:

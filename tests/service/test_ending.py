@@ -13,6 +13,9 @@ import onnx
 import psutil
 import pytest
 
+from dverge_serve.errors import UserError
+from dverge_serve.settings import Settings
+from dverge_serve.worker import Worker
 from tests.service import tiny
 from tests.service.server import (
     ROOT,
@@ -110,6 +113,24 @@ def test_what_cannot_be_served_is_one_line_and_exit_2(
     assert len(lines) == 1, server.log
     assert lines[0].startswith("dverge: ")
     assert words in lines[0]
+
+
+@pytest.mark.anyio
+async def test_a_load_that_fails_unforeseen_is_told_and_ends_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU out of memory, say: without this the worker would be starting for ever."""
+
+    def fail(_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    monkeypatch.setattr("dverge_serve.reload.Reloader.load_current", fail)
+    told: list[UserError] = []
+    worker = Worker(Settings(model=tmp_path / "model.onnx"), on_failure=told.append)
+    await worker.start()
+    await worker.stop()
+    assert ["RuntimeError: out of memory" in str(error) for error in told] == [True]
 
 
 def test_a_model_that_fails_only_in_the_worker_ends_the_server(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from dverge_serve.errors import UserError
+from dverge_serve.launch import serve
 from dverge_serve.settings import Settings
+from tests.service.server import free_port
 
 
 def test_nothing_set_gives_the_documented_defaults() -> None:
@@ -41,6 +43,42 @@ def test_every_field_is_read_from_its_variable() -> None:
     for field in dataclasses.fields(Settings):
         assert getattr(settings, field.name) != getattr(defaults, field.name), field.name
     assert Settings.from_environment(settings.environment()) == settings
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, gray_model: Path) -> list[Settings]:
+    """What `dverge serve` would have become, instead of becoming it."""
+    found: list[Settings] = []
+
+    def become(_: str, __: list[str], environment: dict[str, str]) -> None:
+        found.append(Settings.from_environment(environment))
+        raise SystemExit
+
+    monkeypatch.setattr("os.execve", become)
+    monkeypatch.setattr("os.name", "posix")
+    monkeypatch.setenv("DVERGE_MODEL", str(gray_model))
+    monkeypatch.setenv("DVERGE_TOKEN", "secret")
+    monkeypatch.setenv("DVERGE_WORKERS", "4")
+    return found
+
+
+def test_serve_takes_from_the_environment_what_it_is_not_given(
+    launched: list[Settings], gray_model: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        serve("127.0.0.1", free_port(), model=None, workers=None, token=None, device=None)
+    (settings,) = launched
+    assert (settings.model, settings.token, settings.workers) == (gray_model, "secret", 4)
+
+
+def test_what_serve_is_given_wins_over_the_environment(
+    launched: list[Settings], gray_model: Path
+) -> None:
+    """Also where what is given is a default."""
+    with pytest.raises(SystemExit):
+        serve("127.0.0.1", free_port(), model=gray_model, workers=1, token="", device="auto")
+    (settings,) = launched
+    assert (settings.workers, settings.token, settings.device) == (1, "", "auto")
 
 
 def test_empty_and_unknown_variables_are_left_alone() -> None:
