@@ -92,14 +92,19 @@ def comparison(
 
 
 def combinations(
-    outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
+    outcome: Outcomes, soft: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Set mean-logits beside mean-softmax, clean and under each threat: the very same attacks.
 
     An image counts for a rule as it does in the report's accuracies: answered rightly when clean
     and after every attack, as floats and as delivered.
+
+    Args:
+        outcome: of the model as it is, by the mean of logits.
+        soft: the same by the mean of softmax.
+        suite: the attacks.
+        eps: the radii.
     """
-    soft = outcome.by_softmax()
     rows = [_beside("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
     for threat in THREATS:
         attacks = [attack for attack in suite if attack.threat == threat]

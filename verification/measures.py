@@ -45,7 +45,7 @@ def measure(here: Setting, model: Target, outcome: Outcomes, evidence: Gathering
     found["disagreement"] = alarm.calibrate(here.engine, here.holdout, here.split) | {
         "alarm": alarm.measure(here.engine, here.holdout, here.split, attacked)
     }
-    found["combination"] = combinations(outcome, here.suite, here.eps)
+    found["combination"] = combinations(outcome, outcome.by_softmax(), here.suite, here.eps)
     return found
 
 

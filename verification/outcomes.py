@@ -15,6 +15,7 @@ from verification.attack import Attack
 from verification.statistics import Mask
 
 VERSIONS = ("float", "delivered")
+SOFT = "mean-softmax"  # among a report's outcomes: the model's, had softmax been averaged
 Pixels = npt.NDArray[np.uint8]
 
 

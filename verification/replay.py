@@ -22,7 +22,7 @@ from verification.evidence import evidence_folder, read_evidence
 from verification.figures import THREATS, combinations, comparison, figures
 from verification.foreign import ForeignEngine
 from verification.gates import Gate, verdict
-from verification.outcomes import Outcomes, Pixels, Target
+from verification.outcomes import SOFT, Outcomes, Pixels, Target
 from verification.report import nulls
 from verification.suite import note, start
 
@@ -48,7 +48,8 @@ def replay(path: Path) -> Replay:
     """Score the images saved with a report again and compare every figure that follows.
 
     The model's figures are made anew from the images, which must lie in their balls; those of the
-    control and of another model from their outcome matrices, the verdict from the gates. The
+    control, of another model and of the mean of softmax from their outcome matrices (of several
+    starts the images kept are those that broke the model), the verdict from the gates. The
     members' matrices need the weights and are not looked at.
 
     Args:
@@ -110,7 +111,9 @@ def replay(path: Path) -> Replay:
     again["disagreement"] = alarm.calibrate(engine, holdout, split) | {
         "alarm": alarm.measure(engine, holdout, split, attacked)
     }
-    again["combination"] = combinations(outcome, chosen, eps)
+    again["combination"] = combinations(
+        outcome, Outcomes.from_json(report["outcomes"][SOFT]), chosen, eps
+    )
     for name in ("control", "against"):
         if report[name] is not None:
             other = Outcomes.from_json(report["outcomes"][name])

@@ -13,7 +13,7 @@ from verification import gates
 from verification.evaluation import Setting
 from verification.figures import comparison, figures
 from verification.gates import Gate
-from verification.outcomes import Outcomes
+from verification.outcomes import SOFT, Outcomes
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
@@ -86,7 +86,8 @@ def assemble(
         "surrogates": [surrogate.to_json() for surrogate in here.surrogates],
         "left_out": list(here.left_out),
         "seed": asked.seed,
-        "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()},
+        "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()}
+        | {SOFT: outcomes["model"].by_softmax().to_json()},
         "out_of_scope": [*OUT_OF_SCOPE, *([] if queries else [NO_QUERIES])],
         "tool_version": __version__,
     }

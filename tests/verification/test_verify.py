@@ -52,7 +52,7 @@ def short() -> Iterator[None]:
 
     def fewer(*positional: Any, **named: Any) -> list[Attack]:
         return [
-            replace(attack, steps=min(attack.steps, 5), restarts=1, queries=min(attack.queries, 20))
+            replace(attack, steps=min(attack.steps, 5), queries=min(attack.queries, 20))
             for attack in whole(*positional, **named)
         ]
 
