@@ -62,6 +62,7 @@ def page(records: Sequence[Record]) -> str:
         progress=_progress(records),
         resamples=f"{RESAMPLES:,}",
         methods_claim=claims.more_robust_than_earlier_methods(digits),
+        adversarial=claims.beside_adversarial_training(digits),
         methods=tables.accuracies(digits, METHODS),
         methods_plot=_plot("methods", "Accuracy against eps") if "methods" in plots else "",
         methods_differences=tables.differences(digits, AGAINST, "against"),
