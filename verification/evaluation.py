@@ -60,7 +60,7 @@ class Evaluation:
     at_eps: float | None = None  # a radius that must be among those evaluated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What an evaluation works with, once everything is found."""
 
@@ -131,20 +131,20 @@ def find_setting(asked: Evaluation) -> Setting:
         reference=reference.available(),
     )
     return Setting(
-        asked,
-        engine,
-        gradients,
-        config,
-        data,
-        split,
-        holdout.take(slice(0, CALIBRATION_IMAGES)),
-        known,
-        eps,
-        made,
-        presets.suite(variant, [surrogate.name for surrogate in made], eps),
-        _left_out(asked, variant, config, gradients),
-        against,
-        service,
+        asked=asked,
+        engine=engine,
+        gradients=gradients,
+        config=config,
+        data=data,
+        split=split,
+        holdout=holdout.take(slice(0, CALIBRATION_IMAGES)),
+        training_known=known,
+        eps=eps,
+        surrogates=made,
+        suite=presets.suite(variant, [surrogate.name for surrogate in made], eps),
+        left_out=_left_out(asked, variant, config, gradients),
+        against=against,
+        service=service,
     )
 
 

@@ -68,23 +68,26 @@ def each_attack(report: dict[str, Any]) -> str:
     eps = [f"eps {row['eps']:g}" for row in report["robust_accuracy"]]
     return (
         table(["attack", "threat", *eps], rows, numbers=range(2, 2 + len(eps)))
-        + "<p>Images answered rightly untouched and under this attack alone, %. Attacks marked "
-        "“standing only” below were run only on images that had survived the others: "
-        "in brackets, how many.</p>"
+        + "<p>Images answered rightly untouched and under this attack alone, %. Of attacks "
+        "that were run only on images that had survived the others: how many of those "
+        "stood.</p>"
     )
 
 
 def _alone(found: float | None, outcome: dict[str, Any], attack: str, eps: float) -> str:
-    """Return what an attack alone leaves, and on how many images it was run if not on all."""
+    """Return what an attack alone leaves; run on some images alone, how many of those stood."""
     lines = [
         each["images"]
         for each in outcome["survived"]
         if (each["attack"], each["eps"]) == (attack, eps)
     ]
-    ran = len(lines[0]) - lines[0].count("-") if lines else 0
+    ran = sum(each != "-" for each in lines[0]) if lines else 0
     if found is None or not ran:
         return "-"
-    return f"{100 * found:.1f}" + (f" ({ran})" if ran < len(lines[0]) else "")
+    if ran == len(lines[0]):
+        return f"{100 * found:.1f}"
+    stood = sum(set(image) == {"1"} for image in zip(*lines, strict=True))
+    return f"{stood} of {ran}"
 
 
 def alarm(report: dict[str, Any]) -> str:
@@ -106,12 +109,13 @@ def alarm(report: dict[str, Any]) -> str:
             "<p>No threshold: there are no clean images that no training saw and no attack uses. "
             "With <code>--images N</code> the other test images serve.</p>"
         )
-    share = 100 * found["false_positive_rate"]
+    share, realised = 100 * found["false_positive_rate"], found["measured_false_positive_rate"]
+    span = f"{100 * realised['low']:.1f} to {100 * realised['high']:.1f}"
     text = (
         f"<p>The service calls an image suspicious where the members' Jensen-Shannon divergence "
         f"exceeds {found['threshold']:.4f}, which at most {share:g}% of "
         f"{found['calibration_images']} clean images that no training saw do; of the test images "
-        f"{interval(found['measured_false_positive_rate'])} do. How well that and other scores "
+        f"{percent(realised)} do ({span}). How well that and other scores "
         "find attacked images that fool the model, at the largest eps; <em>detector-aware</em> "
         "attackers know the alarm and lower that divergence while they attack (not the other "
         "scores).</p>"
