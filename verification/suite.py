@@ -44,6 +44,7 @@ def run_suite(
     *,
     seed: int,
     evidence: Evidence | None = None,
+    label: str = "attacking",
 ) -> dict[str, Outcomes]:
     """Attack every target with every attack at every radius.
 
@@ -58,6 +59,7 @@ def run_suite(
         eps_grid: radii.
         seed: of every random draw.
         evidence: keeps the first target's adversarial images.
+        label: of the progress.
     """
     outcomes = {name: start(target, split) for name, target in targets.items()}
     first = next(iter(targets))
@@ -69,7 +71,7 @@ def run_suite(
     ]
     units = [attack.work * max(len(source[0]), 1) for attack, _, source, _ in jobs]
     work = sum(unit * job[0].restarts for unit, job in zip(units, jobs, strict=True))
-    with Progress(f"attacking, {len(split)} images", work) as progress:
+    with Progress(f"{label}, {len(split)} images", work) as progress:
         for (attack, names, source, eps), unit in zip(jobs, units, strict=True):
             kept: Found | None = None
             for restart in range(attack.restarts):

@@ -20,6 +20,7 @@ from verification.illustrations import illustrate
 from verification.live import attack_service
 from verification.measures import measure
 from verification.page import page
+from verification.planted import CHECKING
 from verification.report import assemble, nulls
 from verification.suite import run_suite
 from verification.targets import find_targets
@@ -43,7 +44,13 @@ def verify(asked: Evaluation) -> dict[str, Any]:
     )
     hidden, hidden_eps = presets.large(asked.norm, here.split.images[0].numel())
     last = run_suite(
-        [hidden], {}, {"model": targets["model"]}, here.split, [hidden_eps], seed=asked.seed
+        [hidden],
+        {},
+        {"model": targets["model"]},
+        here.split,
+        [hidden_eps],
+        seed=asked.seed,
+        label=CHECKING,
     )["model"]
     checks = check(here, targets["model"], outcomes, control, (last, hidden, hidden_eps))
     measured = measure(here, targets["model"], outcomes["model"], evidence)
