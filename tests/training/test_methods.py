@@ -178,7 +178,8 @@ def test_methods_without_a_standard_start_begin_from_new_weights(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vgg11_bn", "convnext_tiny"])
 def test_torchvision_members_show_every_layer_and_compute_nothing_past_it(name: str) -> None:
-    config = tiny_config(architecture=f"torchvision:{name}", data__mode="RGB", data__name="imagefolder")
+    colour = {"data__name": "svhn", "data__mode": "RGB", "data__crop": [32, 32]}
+    config = tiny_config(architecture=f"torchvision:{name}", **colour)
     member = build_members(config, 4, [0.5] * 3, [0.2] * 3)[0].eval()
     images = torch.rand(2, 3, 32, 32)
     whole = member(images)
