@@ -89,7 +89,6 @@ def find_setting(asked: Evaluation) -> Setting:
         UserError: no such model, no data for it, data with other classes, a folder that cannot be
             written, a service that does not answer.
     """
-    check_writable(report_path(asked.model))
     engine: Engine | ForeignEngine
     gradients = None
     if asked.labels is not None:
@@ -107,6 +106,7 @@ def find_setting(asked: Evaluation) -> Setting:
         )
         if gradients is None:
             say("no weights of this model were found: no white-box attacks. Give --run DIR")
+    check_writable(report_path(asked.model))
     config = training_config(engine.card, gradients, asked.data)
     if asked.norm == "l2" and not asked.eps:
         raise UserError("--norm l2 without --eps", "L2 radii, e.g. --eps 0.25,0.5")

@@ -192,10 +192,12 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
         (replace(asked, against=tmp_path / "none.onnx"), "no model"),
         (replace(asked, url="http://127.0.0.1:9"), "no answer"),
         (replace(asked, at_eps=0.5), "--at-eps"),
+        (replace(asked, model=tmp_path / "no" / "model.onnx"), "no model"),
     ):
         with pytest.raises(UserError, match=words):
             verify(wrong)
     assert not report_path(tiny_model).exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
