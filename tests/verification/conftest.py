@@ -1,0 +1,43 @@
+"""A small model and its whole report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verification import presets
+from verification.attack import Attack
+from verification.evaluation import Evaluation
+from verification.verify import verify
+
+EPS = (0.03, 0.3)
+
+
+@pytest.fixture(scope="package")
+def short() -> Iterator[None]:
+    """The whole preset with fewer steps: what is tested here is not the attacks' strength."""
+
+    def fewer(*positional: Any, **named: Any) -> list[Attack]:
+        return [
+            replace(attack, steps=min(attack.steps, 5), queries=min(attack.queries, 20))
+            for attack in whole(*positional, **named)
+        ]
+
+    whole = presets.suite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "suite", fewer)
+        yield
+
+
+@pytest.fixture(scope="package")
+def evaluated(
+    short: None, tiny_model: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    model = tmp_path_factory.mktemp("verify") / "model.onnx"
+    shutil.copy(tiny_model, model)
+    return model, verify(Evaluation(model=model, run=tiny_run, eps=EPS))
