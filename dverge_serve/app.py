@@ -222,9 +222,10 @@ class App:
     async def _reload(self, _: Request) -> Answer:
         return json_answer(await self.worker.reload())
 
-    async def _start(self, _: Request) -> Answer:
+    async def _start(self, request: Request) -> Answer:
         # Whoever has no token sees the page, but nothing of the model on it.
-        return start_page(None if self._token else self.worker.served, self.expose)
+        served = None if self._token else self.worker.served
+        return start_page(served, self.expose, request.headers.get(b"host", b"").decode("latin-1"))
 
     async def _demo(self, _: Request) -> Answer:
         return demo_page()

@@ -11,7 +11,7 @@ class Exit(enum.IntEnum):
     """Exit codes of the `dverge` command."""
 
     DONE = 0
-    NOT_MET = 1  # a gate or a parity check
+    NOT_MET = 1  # --min-accuracy, a replay that differs, an export unlike its network
     USER = 2  # the user's or the environment's mistake
     NOT_VALID = 3  # a verification that is INCONCLUSIVE or INVALID
     BUG = 70
@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class NotMetError(UserError):
-    """A check that ran and was not met: parity at export, a gate at verification."""
+    """A check that ran and was not met: parity at export, `--min-accuracy` at verification."""
 
     exit_code = Exit.NOT_MET
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from functools import cache
 from importlib.resources import files
 from string import Template
@@ -15,6 +16,8 @@ from dverge_serve.served import ServedModel
 from dverge_serve.settings import Exposure
 
 MOST_LABELS = 100
+# A name that does no harm in the shell into which the page's example is pasted.
+PLAIN_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 # Pictures drawn for the demo page, 8x8 as the embedded digits are; no data set holds them.
 EXAMPLES = {
     **{str(digit): f"a {digit}" for digit in range(10)},
@@ -22,15 +25,21 @@ EXAMPLES = {
 }
 
 
-def start_page(served: ServedModel | None, expose: Exposure) -> Answer:
-    """Return the start page; of the model it shows nothing where `served` is None."""
+def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Answer:
+    """Return the start page; of the model it shows nothing where `served` is None.
+
+    Args:
+        served: the model.
+        expose: how much of it callers may see.
+        host: by which name the caller reached the service, as the header has it.
+    """
     style = _template("start.css")
     title = served.card.name if served else "DVERGE Serve"
     page = Template(_template("start.html")).substitute(
         title=html.escape(title),
         style=style,
         model=_model(served, expose) if served else "",
-        example="http://localhost:3000",
+        host=html.escape(host if PLAIN_HOST.fullmatch(host) else "localhost:3000"),
     )
     policy = _policy(f"style-src {_source(style)}")
     return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))

@@ -13,10 +13,12 @@ export async function predict(url, images, token) {
   for (let attempt = 1; ; attempt++) {
     const signal = AbortSignal.timeout(60_000);
     const response = await fetch(`${url}/predict`, { method: "POST", headers, body, signal });
-    const answer = await response.json();
-    if (response.ok) return answer.predictions;
+    if (response.ok) return (await response.json()).predictions;
     if (response.status !== 503 || attempt === ATTEMPTS) {
-      throw new Error(`${answer.error.code}: ${answer.error.message}`);
+      const ours = response.headers.get("content-type")?.startsWith("application/json");
+      if (!ours) throw new Error(`${response.status} ${response.statusText}`); // a proxy's own page
+      const { error } = await response.json();
+      throw new Error(`${error.code}: ${error.message}`);
     }
     const seconds = Number(response.headers.get("retry-after") ?? 1);
     await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));

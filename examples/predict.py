@@ -24,13 +24,16 @@ def predict(connection: http.client.HTTPConnection, image: bytes) -> dict:
     for attempt in range(1, ATTEMPTS + 1):
         connection.request("POST", f"{URL.path.rstrip('/')}/predict", image, HEADERS)
         response = connection.getresponse()
-        answer = json.load(response)
+        body = response.read()
         if response.status == 200:
-            return answer["predictions"][0]
+            return json.loads(body)["predictions"][0]
         if response.status != 503 or attempt == ATTEMPTS:
             break
         time.sleep(float(response.headers["Retry-After"] or 1))
-    raise ValueError(f"{answer['error']['code']}: {answer['error']['message']}")
+    if response.headers.get_content_type() != "application/json":  # a proxy's own page
+        raise ValueError(f"{response.status} {response.reason}")
+    error = json.loads(body)["error"]
+    raise ValueError(f"{error['code']}: {error['message']}")
 
 
 def main(paths: list[str]) -> int:

@@ -7,14 +7,27 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-CAPTIONS = {
-    "curves": "Accuracy on the test images as the attacker is allowed more change. Bands are "
-    "Wilson 95% intervals. The control is the same kind of ensemble without the defence.",
-    "matrices": "Left: how often an image made to fool one member (row) also fools another "
-    "(column), on images that all get right. Right: how differently two members see.",
-    "regions": "What each member answers around a test image (the cross): one colour a class, "
-    "the horizontal axis along the sign of the ensemble's gradient, in units of pixel change.",
-    "pictures": "Test images, versions that fool the model, and what was changed (grey is none).",
+# Of each plot: the words that stand for it where it is not seen, and its caption.
+PLOTS = {
+    "curves": (
+        "Chart: accuracy against eps; the tables give the figures.",
+        "Accuracy on the test images as the attacker is allowed more change. Bands are "
+        "Wilson 95% intervals. The control is the same kind of ensemble without the defence.",
+    ),
+    "matrices": (
+        "Two grids of numbers, members by members.",
+        "Left: how often an image made to fool one member (row) also fools another "
+        "(column), on images that all get right. Right: how differently two members see.",
+    ),
+    "regions": (
+        "Maps of the answers around some test images, one for each member and one for all.",
+        "What each member answers around a test image (the cross): one colour a class, "
+        "the horizontal axis along the sign of the ensemble's gradient, in units of pixel change.",
+    ),
+    "pictures": (
+        "Rows of pictures: clean, attacked, difference.",
+        "Test images, versions that fool the model, and what was changed (grey is none).",
+    ),
 }
 
 
@@ -24,24 +37,39 @@ def plot(name: str, plots: Mapping[str, bytes], heading: str = "") -> str:
         return ""
     data = base64.b64encode(plots[name]).decode()
     above = f"<h2>{escape(heading)}</h2>" if heading else ""
+    unseen, caption = map(escape, PLOTS[name])
     return (
-        f'{above}<figure><img alt="{escape(CAPTIONS[name])}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+        f'{above}<figure><img alt="{unseen}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Return a table of escaped cells; columns in `numbers` are set to the right."""
+    """Return a table of escaped cells, the first of a row its heading, `numbers` to the right."""
 
-    def cells(tag: str, row: Sequence[str]) -> str:
+    def cells(row: Sequence[str], scope: str = "") -> str:
         return "".join(
-            f"<{tag}{' class=n' if at in numbers else ''}>{escape(cell)}</{tag}>"
-            for at, cell in enumerate(row)
+            _cell(escape(text), scope or ("" if at else "row"), "n" if at in numbers else "")
+            for at, text in enumerate(row)
         )
 
-    top = f"<tr>{cells('th', head)}</tr>" if any(head) else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table>{top}{body}</table></div>'
+    top = [cells(head, "col")] if any(head) else []
+    return scrolled([*top, *map(cells, rows)], ", ".join(filter(None, head)))
+
+
+def _cell(inside: str, scope: str, kind: str) -> str:
+    shown = f' class="{kind}"' if kind else ""
+    return f'<th scope="{scope}"{shown}>{inside}</th>' if scope else f"<td{shown}>{inside}</td>"
+
+
+def scrolled(rows: Sequence[str], told: str) -> str:
+    """Return a table of finished rows in a box that scrolls, by keyboard too, if it is wide."""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    name = f"Table: {escape(told)}" if told else "Table"
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{name}">'
+        f"<table>{body}</table></div>"
+    )
 
 
 def bullets(items: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from verification.outcomes import Pixels
 
@@ -20,6 +21,7 @@ INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 # Told apart by hue and by lightness, in print too; each line is labelled where it ends.
 COLOURS = {"transfer": "#0b6e99", "white_box": "#b3400e", "control": "#7b8794"}
 NAMES = {"transfer": "transfer", "white_box": "white-box", "control": "control, transfer"}
+OPACITY = 0.75  # of the regions' colours, so that the cross stands out
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -30,6 +32,8 @@ STYLE: Any = {
     "ytick.color": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $_$
 }
 
 
@@ -137,23 +141,27 @@ def regions(
     """
     with mpl.rc_context(STYLE):
         rows, columns = answers.shape[:2]
-        figure = Figure(figsize=(1.65 * columns, 1.75 * rows + 0.3), dpi=150, layout="constrained")
+        shown, places = np.unique(answers, return_inverse=True)
+        places = places.reshape(answers.shape)
+        lines = -(-len(shown) // columns)
+        size = (1.65 * columns, 1.75 * rows + 0.3 + 0.18 * lines)
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         tab = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        palette = ListedColormap([tab[(2 * c) % 20 + (2 * c >= 20)] for c in range(len(labels))])
+        colours = [tab[(2 * at) % 20 + (2 * at >= 20)] for at in range(len(shown))]
         extent = (-reach, reach, -reach, reach)
         for row in range(rows):
             for column in range(columns):
                 axes = figure.add_subplot(rows, columns, row * columns + column + 1)
                 axes.imshow(
-                    answers[row, column],
-                    cmap=palette,
+                    places[row, column],
+                    cmap=ListedColormap(colours),
                     vmin=-0.5,
-                    vmax=len(labels) - 0.5,
+                    vmax=len(shown) - 0.5,
                     origin="lower",
                     extent=extent,
                     interpolation="nearest",
-                    alpha=0.75,
+                    alpha=OPACITY,
                 )
                 axes.plot(0, 0, marker="+", color="black", markersize=8)
                 axes.set_xticks([-reach, 0, reach])
@@ -166,6 +174,11 @@ def regions(
                     axes.set_ylabel(f"'{labels[truth[row]]}'\nrandom", fontsize=7)
                 if row == rows - 1:
                     axes.set_xlabel("along the gradient", fontsize=7)
+        named = [
+            Patch(color=colour, alpha=OPACITY, label=f"'{labels[answer]}'")
+            for colour, answer in zip(colours, shown, strict=True)
+        ]
+        figure.legend(handles=named, loc="outside lower center", ncols=columns, fontsize=7)
         return _png(figure)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from verification.markup import interval, percent, plot, table, versions
+from verification.markup import interval, percent, plot, scrolled, table, versions
 
 
 def accuracy(report: dict[str, Any]) -> str:
@@ -158,24 +158,42 @@ def gates(report: dict[str, Any]) -> str:
     for gate in report["gates"]:
         word, kind = words[gate["passed"]]
         rows.append(
-            f"<tr><td><code>{escape(gate['name'])}</code></td>"
-            f'<td class="{kind}">{word}</td><td>{escape(gate["detail"])}</td></tr>'
+            f'<th scope="row"><code>{escape(gate["name"])}</code></th>'
+            f'<td class="{kind}">{word}</td><td>{escape(gate["detail"])}</td>'
         )
-    head = "<tr><th>check</th><th>result</th><th>found</th></tr>"
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    head = ("check", "result", "found")
+    top = "".join(f'<th scope="col">{name}</th>' for name in head)
+    return scrolled([top, *rows], ", ".join(head))
 
 
 def live(report: dict[str, Any]) -> str:
     """Return what the attack on a running service found, where one was asked for."""
     if "live" not in report:
         return ""
-    rows = [[key.replace("_", " "), str(value)] for key, value in report["live"].items()]
+    found = report["live"]
+    square = found["square"]
+    rows = [
+        ["eps", f"{found['eps']:g}"],
+        ["it serves", "this very file" if found["same_model"] else "ANOTHER model file"],
+        ["it exposes", f"{found['exposure']}: {', '.join(found['exposed'])}"],
+        ["requests made", str(found["requests"])],
+        ["clean accuracy, %", interval(found["clean_accuracy"])],
+        ["transfer-robust accuracy, %", interval(found["transfer"])],
+        [
+            "Square, by its answers alone",
+            f"broke {square['broken']} of {square['images']} images in {square['queries']} "
+            f"queries, {square['queries_each_at_most']} an image at most",
+        ],
+    ]
     return "<h2>The live service</h2>" + table(["", ""], rows)
 
 
 def threat(report: dict[str, Any]) -> str:
     """Return what the attacker knows, the data, the seeds and the hashes."""
-    rows = [[key.replace("_", " "), str(value)] for key, value in report["threat_model"].items()]
+    words = report["threat_model"] | {
+        "eps": ", ".join(f"{eps:g}" for eps in report["threat_model"]["eps"])
+    }
+    rows = [[key.replace("_", " "), value] for key, value in words.items()]
     data = report["data"]
     rows += [
         ["images", f"{data['n']} of {data['name']}, {data['part']} part"],

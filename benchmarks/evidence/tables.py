@@ -154,23 +154,23 @@ def alarm(variants: Variants, names: Mapping[str, str]) -> str:
 
 def costs(variants: Variants, exact: str) -> str:
     """Return gradient evaluations, how they compare, and the seconds of the fastest seed."""
-    head = ["", "gradient evaluations", "of exact", "first stage", "second stage"]
+    head = ["", "gradient evaluations", "of exact", "first stage", "second stage", "load before"]
     whole = gradients(variants[exact]) if exact in variants else None
     rows = []
     for name, told in COSTS.items():
         if name not in variants:
             continue
         spent = gradients(variants[name])
-        stages = [list(each["training"]["seconds"].values()) for each in variants[name]]
-        first = min(each[0] for each in stages)
-        second = [each[1] for each in stages if len(each) > 1]
+        fastest = min(variants[name], key=lambda each: sum(each["training"]["seconds"].values()))
+        first, *second = fastest["training"]["seconds"].values()
         rows.append(
             [
                 told,
                 f"{spent / 1e6:.2f} million",
                 f"{spent / whole:.0%}" if whole else NONE,
                 f"{first:.0f} s",
-                f"{min(second):.0f} s" if second else NONE,
+                f"{second[0]:.0f} s" if second else NONE,
+                f"{fastest['machine']['load_average_before']:.1f}",
             ]
         )
     return table(head, rows) if rows else "Not run yet.\n"

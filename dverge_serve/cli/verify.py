@@ -15,7 +15,7 @@ from dverge_serve.errors import Exit, NotMetError, UserError
 
 @app.command(
     "verify-robustness",
-    epilog="Example: dverge verify-robustness model.onnx --min-accuracy 0.8 --at-eps 0.1",
+    epilog="Example: dverge verify-robustness model.onnx --min-accuracy 0.6 --at-eps 0.03",
 )
 def verify_robustness(
     model: Model = Path("model.onnx"),

@@ -212,8 +212,9 @@ function showAnswer(found, image) {
   find("withheld").textContent = found.votes ? "" : found.top
     ? "This service keeps the members' votes to itself."
     : "This service tells the label alone.";
-  find("status").replaceChildren(element("p",
-    `Answered: ${found.label}${"probability" in found ? `, ${percent(found.probability)}` : ""}.`, "spoken"));
+  const probability = "probability" in found ? `, ${percent(found.probability)}` : "";
+  const alarm = find("alarm").hidden ? "" : ` ${find("alarm").textContent}`;
+  find("status").replaceChildren(element("p", `Answered: ${found.label}${probability}.${alarm}`, "spoken"));
   find("answer").hidden = false;
   reveal(find("probability"));
 }
@@ -248,8 +249,8 @@ function showAlarm(found) {
     alarm.textContent = "Not suspicious: the members disagree no more than they do about ordinary images.";
   } else {
     alarm.className = "unknown";
-    alarm.textContent = "No alarm is set: this model has not been verified, so nobody knows how much " +
-      "its members usually disagree.";
+    alarm.textContent = "No alarm is set: no report on this model tells how much its members " +
+      "usually disagree.";
   }
 }
 

@@ -62,6 +62,7 @@ def test_an_example_shows_label_probability_votes_and_card(look: Open, digits: S
     expect(page.locator("#votes tr")).to_have_count(3)
     expect(page.locator("#agreement")).to_contain_text("All 3 members")
     expect(page.locator("#alarm")).to_contain_text("Not suspicious")
+    expect(page.get_by_role("status")).to_contain_text("Not suspicious")  # a screen reader says it
     assert page.locator("#picture").evaluate("image => image.naturalWidth") == 8
     expect(page.get_by_role("heading", level=1)).to_have_text("digits")
     expect(page.locator("#facts")).to_contain_text("VALID")
@@ -145,6 +146,12 @@ def test_a_token_is_asked_for_and_names_stay_text(look: Open, guarded: Server) -
     assert overflowing(page) == []
 
 
+def test_the_start_page_fits_a_small_screen(look: Open, digits: Server) -> None:
+    page = look(digits.url, width=320)
+    expect(page.locator("table")).to_contain_text("sha256")
+    assert overflowing(page) == []
+
+
 def test_a_server_that_goes_away_is_told(look: Open, tmp_path: Path) -> None:
     save_digits_model(tmp_path / "model.onnx")
     with serving(tmp_path) as server:
@@ -177,7 +184,7 @@ def test_what_is_not_told_is_not_shown(look: Open, digits: Server) -> None:
         expect(page.locator(part)).to_be_hidden()
     expect(page.locator("#withheld")).to_have_text("This service tells the label alone.")
     example.click()  # a model without a report
-    expect(page.locator("#alarm")).to_contain_text("has not been verified")
+    expect(page.locator("#alarm")).to_contain_text("No alarm is set")
     expect(page.locator("#agreement")).to_have_text(
         "All 2 members give this answer (agreement 100%)."
     )

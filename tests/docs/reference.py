@@ -46,9 +46,10 @@ def cli() -> str:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         parts.append(f"## dverge {name}\n\n```\n{_help(command, f'dverge {name}')}\n```\n")
     parts.append(
-        "## Exit codes\n\n0 done (verification: VALID); 1 a gate or a parity check not met; 2 a "
-        "mistake of the user or\nthe environment, told in one line; 3 verification INCONCLUSIVE or "
-        "INVALID; 70 a bug of ours; 130\ninterrupted.\n\n"
+        "## Exit codes\n\n0 done (verification: VALID); 1 a demand not met (`--min-accuracy`, a "
+        "replay that differs, an export\nunlike its network); 2 a mistake of the user or the "
+        "environment, told in one line; 3 verification\nINCONCLUSIVE or INVALID, whatever was "
+        "demanded; 70 a bug of ours; 130 interrupted.\n\n"
         "## Shell completion\n\n`dverge --install-completion` installs it for the shell it is "
         "called from;\n`dverge --show-completion` prints it.\n"
     )
@@ -198,7 +199,8 @@ def http() -> str:
         kind = schema["type"] + (f": {words}" if words else "")
         parts.append(f"| `{name}` | {levels} | {kind} |")
     parts.append(
-        "\n`suspicious` is there only where a report about this very file lies beside it.\n"
+        "\n`suspicious` is there only where a report about this very file, with a threshold, lies "
+        "beside it.\n"
         '\n## Errors\n\n`{"error": {"code": "...", "message": "..."}}`; under `/v2` the '
         "protocol's "
         'own `{"error": "..."}` with\nthe code in `X-Error-Code`.\n\n| status | codes |\n|---|---|'

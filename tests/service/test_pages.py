@@ -54,6 +54,16 @@ async def test_a_report_about_another_file_is_not_shown(start: Start, tmp_path: 
     assert "not verified" in (await client.get("/")).text
 
 
+async def test_the_example_names_the_service_as_it_was_reached(start: Start) -> None:
+    client = await start()
+    for host, shown in (
+        ("models.example:8080", "models.example:8080"),
+        ("[::1]:3000", "[::1]:3000"),
+        ("x$(id)", "localhost:3000"),  # it is pasted into a shell
+    ):
+        assert f" {shown}/predict" in (await client.get("/", headers={"host": host})).text
+
+
 async def test_pages_escape_everything_and_carry_a_strict_policy(
     start: Start, tmp_path: Path
 ) -> None:

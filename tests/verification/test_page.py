@@ -165,6 +165,39 @@ def test_plain_words_say_what_was_not_measured() -> None:
     assert any("was not measured" in line for line in summary(report(white_box=False)))
 
 
+def test_the_live_service_is_told_in_words() -> None:
+    live = {
+        "eps": 0.1,
+        "model_sha256": "0" * 64,
+        "same_model": False,
+        "exposure": "label",
+        "exposed": ["index", "label"],
+        "requests": 30,
+        "clean_accuracy": rate(0.97),
+        "transfer": rate(0.5),
+        "square": {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17},
+    }
+    text = page(report() | {"live": live}, {}).decode()
+    for said in (
+        "ANOTHER model file",
+        "label: index, label",
+        "97.0 (92.0-100.0)",
+        "broke 1 of 5 images in 17 queries, 9 an image at most",
+    ):
+        assert said in text
+    assert "{&#x27;" not in text
+
+
+def test_a_table_scrolls_by_keyboard_and_names_its_rows() -> None:
+    tags = Tags()
+    tags.feed(page(report(), {}).decode())
+    boxes = [found for tag, found in tags.seen if found.get("class") == "wide"]
+    assert boxes
+    assert all(found["tabindex"] == "0" and found["aria-label"] for found in boxes)
+    headings = [found["scope"] for tag, found in tags.seen if tag == "th"]
+    assert {"row", "col"} <= set(headings)
+
+
 def test_what_says_nothing_is_not_drawn() -> None:
     """A single member, and no image that it gets right."""
     nothing = {"transferability": {"eps": 0.1, "images": 0, "success": [[]]}}
@@ -179,7 +212,8 @@ def test_plots_are_pictures() -> None:
     assert maps is not None
     assert maps.startswith(PNG)
     answers = np.zeros((2, 3, 5, 5), np.int64)
-    assert plots.regions(answers, 0.2, ["a", "b"], [0, 1]).startswith(PNG)
+    for names in (["a", "b"], ["$^$", "_a$_$b"]):  # matplotlib would read the latter as formulas
+        assert plots.regions(answers, 0.2, names, [0, 1]).startswith(PNG)
     for channels in (1, 3):
         images = np.zeros((2, channels, 8, 8), np.uint8)
         assert plots.pictures(images, images + 5, [("a", "b")] * 2, 0.1).startswith(PNG)
