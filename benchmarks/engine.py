@@ -36,7 +36,8 @@ from dverge_serve.images import Preprocess
 from export.choice import build_best
 from export.graph import build_graph
 from export.published import from_checkpoint
-from training.members import Member, cifar_resnet_stages
+from training.members import Member
+from training.resnet import resnet_stages
 
 CHECKPOINT = "official_dverge_3xresnet20_eps0.07.pth"
 FASTER, NEVER_BELOW, OVERHEAD = 1.25, 0.97, 1.05
@@ -51,7 +52,7 @@ def random_members(count: int) -> tuple[list[nn.Module], Card]:
     """Return `count` ResNet-20 for 32x32 colour and ten classes."""
     torch.manual_seed(0)
     members: list[nn.Module] = [
-        Member(cifar_resnet_stages(20, 3, 16, 10), [0.5] * 3, [0.25] * 3).eval()
+        Member(resnet_stages("resnet20", 3, 16, 10), [0.5] * 3, [0.25] * 3).eval()
         for _ in range(count)
     ]
     card = Card(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dverge_serve.contract import Form, together
 from training.folding import folded
-from training.members import Head, Member
+from training.members import Member
+from training.resnet import Head
 
 # What may stand before the last layer of a member that is to be grouped, beside convolutions:
 # layers that treat channels independently. Anything else stays in branches.
@@ -104,6 +105,7 @@ class _Last(nn.Module):
 
     def __init__(self, heads: Sequence[Head], total: int) -> None:
         super().__init__()
+        self.active = heads[0].active
         layers = [head.linear for head in heads]
         features, self.shape = layers[0].in_features, (len(layers), layers[0].out_features)
         weights = [layer.weight.detach() for layer in layers]
@@ -117,7 +119,7 @@ class _Last(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         # A pooling layer, not a mean over two axes: runtimes and importers know it better.
-        pooled = F.avg_pool2d(F.relu(features), features.shape[-2:]).flatten(1)
+        pooled = F.avg_pool2d(self.active(features), features.shape[-2:]).flatten(1)
         return self.mean(pooled), self.own(pooled).unflatten(1, self.shape)
 
 

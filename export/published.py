@@ -21,8 +21,9 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from export.source import Source, config_json, without_images
 from training.config import Config
-from training.members import BlockMiddle, Member, bottleneck_resnet_stages, cifar_resnet_stages
+from training.members import Member
 from training.recipe import load_recipe
+from training.resnet import BlockMiddle, resnet_stages
 
 CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -43,13 +44,13 @@ class Published:
     Args:
         members: in evaluation mode, on the CPU.
         sha256: of the file.
-        depth, width, channels, classes: as inferred.
+        architecture, width, channels, classes: as inferred.
         mean, std: per channel; the file's own, or the published code's.
     """
 
     members: list[Member]
     sha256: str
-    depth: int
+    architecture: str
     width: int
     channels: int
     classes: int
@@ -106,8 +107,8 @@ def read_published(path: Path) -> Published:
         kinds.append((kind, mean, std))
     if len(set(kinds)) > 1:
         raise UserError(f"{path} holds members of different shapes", "members of one architecture")
-    (depth, width, channels, classes), mean, std = kinds[0]
-    return Published(members, digest, depth, width, channels, classes, mean, std)
+    (architecture, width, channels, classes), mean, std = kinds[0]
+    return Published(members, digest, architecture, width, channels, classes, mean, std)
 
 
 def read_labels(labels: str, classes: int | None = None) -> tuple[str, ...]:
@@ -196,8 +197,8 @@ def _floats(tensor: Tensor) -> tuple[float, ...]:
 
 def _architecture(
     tensors: Tensors, path: Path, index: int
-) -> tuple[list[torch.nn.Module], tuple[int, int, int, int]]:
-    """Return the stages that these tensors fit, and depth, width, channels and classes."""
+) -> tuple[list[torch.nn.Module], tuple[str, int, int, int]]:
+    """Return the stages that these tensors fit, and architecture, width, channels and classes."""
     blocks = [
         len({name.split(".")[1] for name in tensors if name.startswith(f"layer{third}.")})
         for third in (1, 2, 3)
@@ -213,12 +214,11 @@ def _architecture(
     assert last is not None
     (width, channels), classes = first.shape[:2], len(last)
     if "layer1.0.conv3.weight" in tensors:
-        depth = 9 * blocks[0] + 2
-        stages = bottleneck_resnet_stages(blocks[0], channels, width, classes)
+        architecture = f"resnet{9 * blocks[0] + 2}-bottleneck"
     else:
-        depth = 6 * blocks[0] + 2
-        stages = cifar_resnet_stages(depth, channels, width, classes)
-    return stages, (depth, width, channels, classes)
+        architecture = f"resnet{6 * blocks[0] + 2}"
+    stages = resnet_stages(architecture, channels, width, classes)
+    return stages, (architecture, width, channels, classes)
 
 
 def _fill(member: Member, tensors: Tensors, path: Path, index: int) -> None:
@@ -270,7 +270,7 @@ def _config(path: Path, found: Published, mode: str, labels: str) -> Config:
     """Return the published recipe with what the file shows: the file itself says no more."""
     known = {
         "name": path.stem,
-        "architecture": f"resnet{found.depth}",
+        "architecture": found.architecture,
         "width": found.width,
         "members": len(found.members),
         "method": "dverge" if len(found.members) > 1 else "standard",

@@ -132,7 +132,8 @@ def gal_step(
 ) -> Tensor:
     """Train the members together with gradient alignment loss (Kariyappa & Qureshi, 2019, eq. 8).
 
-    `mean_k CE(F_k) + lambda * GAL`, see `gal_term`.
+    `mean_k CE(F_k) + lambda * GAL`, see `gal_term`. Its authors take members with leaky ReLU: where
+    ReLU is flat, a gradient's gradient is zero.
     """
     x = source.detach().requires_grad_()
     mine = team.mine(len(members))

@@ -203,7 +203,8 @@ class Config:
     method: Literal["dverge", "standard", "adversarial", "dverge+adversarial", "adp", "gal"] = (
         "dverge"
     )
-    # resnet<6n+2> or torchvision:<name>; or a list with one for each member
+    # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -leaky behind it, or torchvision:<name>;
+    # or a list with one for each member
     architecture: str | tuple[str, ...] = "resnet20"
     # safetensors files with starting weights: one of a run, whose members replace ordinary
     # training; one of a single model, from which all begin it; or a list of such. Empty: random

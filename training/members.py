@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dverge_serve.errors import UserError
 from training.config import Config
 from training.folding import Folded
+from training.resnet import resnet_stages
 from training.seeds import derive
 
 
@@ -89,123 +87,6 @@ class Member(nn.Module):
         return features
 
 
-class Stem(nn.Module):
-    """Layer 1: the first convolution and its BatchNorm."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, images: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features; the skip is not used yet."""
-        return self.norm(self.conv(images)), skip
-
-
-class BlockEntry(nn.Module):
-    """First part of a block: its output, and the input that the shortcut takes past it."""
-
-    def __init__(self, inside: int, outside: int, stride: int, kernel: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outside)
-
-    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this part's output and the block's input."""
-        active = F.relu(features)
-        return self.norm(self.conv(active)), active
-
-
-class BlockMiddle(nn.Module):
-    """The 3x3 convolution in the middle of a bottleneck block."""
-
-    def __init__(self, within: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(within, within, 3, stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(within)
-
-    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this part's output; the block's input passes by."""
-        return self.norm(self.conv(F.relu(features))), skip
-
-
-class BlockExit(nn.Module):
-    """Last part of a block: the residual sum.
-
-    Args:
-        inside, outside: channels of the block's input and output.
-        stride: of the whole block, which the shortcut takes in one step.
-        within: channels that the last convolution reads; 0: as many as it gives.
-        kernel: of that convolution.
-    """
-
-    def __init__(
-        self, inside: int, outside: int, stride: int, within: int = 0, kernel: int = 3
-    ) -> None:
-        super().__init__()
-        within = within or outside
-        self.conv = nn.Conv2d(within, outside, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outside)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inside != outside:
-            self.shortcut.append(nn.Conv2d(inside, outside, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(outside))
-
-    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum before its ReLU."""
-        total = self.norm(self.conv(F.relu(features))) + self.shortcut(skip)
-        return total, total
-
-
-class Head(nn.Module):
-    """The last layer: global average pooling and the logits."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, features: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `[batch, classes]`."""
-        logits = self.linear(F.relu(features).mean((2, 3)))
-        return logits, logits
-
-
-def cifar_resnet_stages(depth: int, channels: int, width: int, classes: int) -> list[nn.Module]:
-    """Return the CIFAR ResNet of He et al. (2016), section 4.2: depth 6n+2, thirds w, 2w, 4w."""
-    stages: list[nn.Module] = [Stem(channels, width)]
-    inside = width
-    for third in range(3):
-        outside = width * 2**third
-        for block in range((depth - 2) // 6):
-            stride = 2 if third and not block else 1
-            stages += [BlockEntry(inside, outside, stride), BlockExit(inside, outside, stride)]
-            inside = outside
-    return [*stages, Head(inside, classes)]
-
-
-def bottleneck_resnet_stages(
-    blocks: int, channels: int, width: int, classes: int
-) -> list[nn.Module]:
-    """Return the CIFAR ResNet of bottleneck blocks, depth 9n+2 (the blocks of He et al. 2016).
-
-    Each third has `blocks` blocks of 1x1, 3x3 and 1x1 convolutions and gives four times the
-    channels that its blocks have within.
-    """
-    stages: list[nn.Module] = [Stem(channels, width)]
-    inside = width
-    for third in range(3):
-        within, outside = width * 2**third, 4 * width * 2**third
-        for block in range(blocks):
-            stride = 2 if third and not block else 1
-            stages += [
-                BlockEntry(inside, within, 1, kernel=1),
-                BlockMiddle(within, stride),
-                BlockExit(inside, outside, stride, within, kernel=1),
-            ]
-            inside = outside
-    return [*stages, Head(inside, classes)]
-
-
 def build(
     config: Config,
     architecture: str,
@@ -223,15 +104,8 @@ def build(
 
         shape = config.data.preprocess.shape
         return build_torchvision(architecture.partition(":")[2], classes, mean, std, shape)
-    match = re.fullmatch(r"resnet(\d+)", architecture)
-    depth = int(match[1]) if match else 0
-    if depth < 8 or (depth - 2) % 6:
-        raise UserError(
-            f"unknown architecture '{architecture}'",
-            "resnet<depth> with depth 6n+2, e.g. resnet8 or resnet20, or torchvision:<name>",
-        )
     channels = config.data.preprocess.shape[0]
-    member = Member(cifar_resnet_stages(depth, channels, config.width, classes), mean, std)
+    member = Member(resnet_stages(architecture, channels, config.width, classes), mean, std)
     for module in member.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

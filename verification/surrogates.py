@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -17,6 +16,7 @@ from dverge_serve.files import canonical_json, sha256
 from training.config import MAX_SEED, Config, Dverge, Verification
 from training.data import TrainingData
 from training.members import Member
+from training.resnet import deeper
 from training.run import Run
 from training.train import train
 from verification.gradients import ready
@@ -90,8 +90,8 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
     if method == "standard":
         return base
     if method == "deeper":
-        depth = re.fullmatch(r"resnet(\d+)", architectures[0])
-        return replace(base, architecture=f"resnet{int(depth[1]) + 6}") if depth else None
+        other = deeper(architectures[0])
+        return replace(base, architecture=other) if other else None
     if method == "dverge":
         return replace(base, method="dverge", dverge=config.dverge)
     if method == "adversarial":

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from dverge_serve.contract import Card
 from dverge_serve.engine import Engine
 from dverge_serve.images import Preprocess
 from training.config import Config
-from training.members import Member, bottleneck_resnet_stages, build_members
+from training.members import build_members
 
 
 def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:
@@ -49,23 +48,15 @@ def lively(members: Sequence[nn.Module]) -> list[nn.Module]:
 def ensemble(
     architecture: str | tuple[str, ...], count: int, channels: int, size: int, width: int = 4
 ) -> tuple[list[nn.Module], Card]:
-    if architecture == "bottleneck":
-        torch.manual_seed(count)
-        stages = [bottleneck_resnet_stages(1, channels, width, 3) for _ in range(count)]
-        made: Sequence[nn.Module] = [
-            Member(each, [0.4] * channels, [0.3] * channels) for each in stages
-        ]
-    else:
-        table: dict[str, Any] = {
-            "name": "parity",
-            "method": "standard",
-            "architecture": architecture,
-            "width": width,
-            "members": count,
-            "data": {"mode": "RGB" if channels == 3 else "L", "crop": [size, size]},
-        }
-        config = Config.from_json(table, "test")
-        made = build_members(config, 3, [0.4] * channels, [0.3] * channels)
+    table: dict[str, Any] = {
+        "name": "parity",
+        "method": "standard",
+        "architecture": architecture,
+        "width": width,
+        "members": count,
+        "data": {"mode": "RGB" if channels == 3 else "L", "crop": [size, size]},
+    }
+    made = build_members(Config.from_json(table, "test"), 3, [0.4] * channels, [0.3] * channels)
     return lively(made), card_of(channels, size, size, 3, count)
 
 

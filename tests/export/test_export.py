@@ -19,7 +19,8 @@ from dverge_serve.scores import Scores
 from export.export import export
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
-from training.members import Member, cifar_resnet_stages
+from training.members import Member
+from training.resnet import resnet_stages
 from training.run import Run
 
 
@@ -28,7 +29,7 @@ def random_members(
 ) -> tuple[list[Member], Card]:
     torch.manual_seed(seed)
     members = [
-        Member(cifar_resnet_stages(8, channels, 3, classes), [0.4] * channels, [0.3] * channels)
+        Member(resnet_stages("resnet8", channels, 3, classes), [0.4] * channels, [0.3] * channels)
         for _ in range(count)
     ]
     for member in members:

@@ -15,7 +15,8 @@ from dverge_serve.errors import UserError
 from export.export import export_source
 from export.listed import from_list
 from export.parity import torch_scores
-from training.members import Member, cifar_resnet_stages
+from training.members import Member
+from training.resnet import resnet_stages
 
 LIST = """
 labels = ["cat", "dog", "owl"]
@@ -40,7 +41,7 @@ def members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Member]:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     made = [
-        Member(cifar_resnet_stages(depth, 1, width, 3), [0.4], [0.3]).eval()
+        Member(resnet_stages(f"resnet{depth}", 1, width, 3), [0.4], [0.3]).eval()
         for depth, width in ((8, 4), (14, 3))
     ]
     save_file(made[0].state_dict(), "a.safetensors")

@@ -23,7 +23,8 @@ from export.fusing import can_group, fuse
 from export.graph import build_graph
 from export.parity import check, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
-from training.members import Member, cifar_resnet_stages
+from training.members import Member
+from training.resnet import resnet_stages
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ from training.members import Member, cifar_resnet_stages
         ("resnet8", 5, 1, 17, "grouped"),
         ("resnet8", 8, 3, 9, "grouped"),
         ("resnet8", 2, 3, 224, "grouped"),
-        ("bottleneck", 3, 3, 16, "grouped"),
+        ("resnet11-bottleneck", 3, 3, 16, "grouped"),
+        ("resnet8-leaky", 3, 3, 16, "grouped"),
         (("resnet8", "resnet14"), 2, 3, 16, "branches"),
         ("torchvision:mobilenet_v3_small", 2, 3, 224, "branches"),
         ("torchvision:resnet18", 1, 3, 64, "branches"),
@@ -64,9 +66,9 @@ def test_what_can_be_grouped() -> None:
     assert not can_group([alike[0], other[0]])
     assert not can_group([alike[0], wide[0]])
     assert not can_group([alike[0], nn.Flatten()])
-    shifted = Member(cifar_resnet_stages(8, 3, 4, 3), [0.5] * 3, [0.3] * 3).eval()
+    shifted = Member(resnet_stages("resnet8", 3, 4, 3), [0.5] * 3, [0.3] * 3).eval()
     assert not can_group([alike[0], shifted])
-    with_norm = Member(cifar_resnet_stages(8, 3, 4, 3), [0.4] * 3, [0.3] * 3).eval()
+    with_norm = Member(resnet_stages("resnet8", 3, 4, 3), [0.4] * 3, [0.3] * 3).eval()
     with_norm.stages[2].add_module("extra", nn.GroupNorm(2, 4))
     assert not can_group([with_norm, with_norm])
 
@@ -127,7 +129,7 @@ def random_ensemble(shape: dict[str, int], folder: Path) -> None:
     members = lively(
         [
             Member(
-                cifar_resnet_stages(shape["depth"], channels, shape["width"], classes),
+                resnet_stages(f"resnet{shape['depth']}", channels, shape["width"], classes),
                 [0.4] * channels,
                 [0.3] * channels,
             )

@@ -22,6 +22,7 @@ from dverge_serve.images import Preprocess, load, to_float
 from export.export import export_source
 from export.parity import torch_scores
 from export.published import CIFAR10, from_checkpoint, read_published
+from training.members import build_members
 
 PUBLISHED = "official_dverge_3xresnet20_eps0.07.pth"
 Table = dict[str, Any]
@@ -116,7 +117,11 @@ def test_the_file_says_what_the_published_network_says(
     made = nets(count, bottleneck=bottleneck, blocks=blocks)
     torch.save(table(made, key), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
     source = from_checkpoint(tmp_path / "c.pth", "cifar10")
-    assert source.config.architecture == f"resnet{(9 if bottleneck else 6) * blocks + 2}"
+    named = f"resnet{9 * blocks + 2}-bottleneck" if bottleneck else f"resnet{6 * blocks + 2}"
+    assert source.config.architecture == named
+    (again, *_) = build_members(source.config, 10, [0.3] * 3, [0.5] * 3)  # as surrogates are
+    shapes = [tuple(tensor.shape) for tensor in again.state_dict().values()]
+    assert shapes == [tuple(tensor.shape) for tensor in source.members[0].state_dict().values()]
     form = "grouped" if count > 1 else "branches"
     export_source(source, tmp_path / "m.onnx", form=form)  # type: ignore[arg-type]
     engine = Engine(tmp_path / "m.onnx", device="cpu")
@@ -228,7 +233,8 @@ def test_the_published_checkpoint_on_real_images(test_data: Path, tmp_path: Path
     if not file.is_file() or not archive.is_file():
         pytest.skip(f"no {file.name} and {archive.name} in {test_data}")
     found = read_published(file)
-    assert (found.depth, found.width, found.classes, len(found.members)) == (20, 16, 10, 3)
+    assert (found.architecture, found.width, found.classes) == ("resnet20", 16, 10)
+    assert len(found.members) == 3
     assert found.mean == pytest.approx((0.4914, 0.4822, 0.4465))
     pixels, labels = real_images(archive, 200)
     export_source(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="grouped")

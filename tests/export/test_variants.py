@@ -24,7 +24,7 @@ ERROR = {"fp16": 0.01, "int8": 0.25}
     [
         ("resnet8", 8, 1, 8, "grouped"),
         ("resnet20", 3, 3, 16, "branches"),
-        ("bottleneck", 3, 3, 16, "grouped"),
+        ("resnet11-bottleneck", 3, 3, 16, "grouped"),
         (("resnet8", "resnet14"), 2, 3, 16, "branches"),
         ("resnet8", 2, 3, 224, "grouped"),
         ("torchvision:resnet18", 1, 3, 64, "branches"),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from training import attacks as core
 from training.members import Member as Network
-from training.members import cifar_resnet_stages
 from training.residual import residual_ends, skip_gradient
+from training.resnet import resnet_stages
 
 SHAPE = (3, 1, 4, 4)
 LABELS = torch.tensor([0, 1, 2])
@@ -195,7 +195,7 @@ def test_sgm_scales_residual_branches_and_nothing_else(gamma: float) -> None:
 
 
 def test_sgm_finds_every_block_of_our_members() -> None:
-    member = Network(cifar_resnet_stages(14, 1, 2, 3), [0.5], [0.5]).eval()
+    member = Network(resnet_stages("resnet14", 1, 2, 3), [0.5], [0.5]).eval()
     assert len(residual_ends([member])) == 6
     x0 = images().float()
     whole = core.gradient(core.cross_entropy(member, LABELS), x0)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.verification.models import linear_split
 from training.data import Split
 from training.folding import folded
-from training.members import Member, cifar_resnet_stages
+from training.members import Member
+from training.resnet import resnet_stages
 from verification.attack import Attack, craft
 from verification.batches import LARGEST, batch_size, in_batches
 from verification.gradients import _Shared
@@ -33,7 +34,7 @@ ATTACK = Attack(
 
 def network(seed: int) -> Member:
     torch.manual_seed(seed)
-    return folded(Member(cifar_resnet_stages(8, 3, 8, 4), [0.5] * 3, [0.25] * 3))
+    return folded(Member(resnet_stages("resnet8", 3, 8, 4), [0.5] * 3, [0.25] * 3))
 
 
 def pictures(count: int) -> Split:
