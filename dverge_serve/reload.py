@@ -8,7 +8,9 @@ generation), and `state.json`, which says which one is current and which one is 
 2. If all are ready it names the copy as current, and every worker swaps; otherwise it withdraws
    it, and nobody has noticed anything.
 
-A worker that is started anew loads the current copy, whatever lies at the model's path by then.
+No number is given twice, withdrawn ones included: a note is about one file for ever, however late a
+worker leaves it. A worker that is started anew loads the current copy, whatever lies at the model's
+path by then; one that finds it serves another than the current one loads that.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from dverge_serve.answer import Refusal
 from dverge_serve.errors import UserError
@@ -40,6 +43,21 @@ LOAD_S = 300.0
 READY, FAILED, SERVING = "ready", "failed", "serving"
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What the workers of one server agree on.
+
+    Args:
+        current: the generation in service; -1 before the first.
+        next: the one that is to be, while a reload is under way.
+        last: the highest number that was ever given.
+    """
+
+    current: int = -1
+    next: int | None = None
+    last: int = -1
+
+
 class Generations:
     """The folder that the workers of one server share.
 
@@ -53,25 +71,33 @@ class Generations:
         (folder / "notes").mkdir(exist_ok=True)
 
     @property
-    def state(self) -> tuple[int, int | None]:
-        """The current generation, and the one that is to be next, if any; -1 before the first."""
+    def state(self) -> State:
+        """What all workers go by."""
         try:
-            value = json.loads((self.folder / "state.json").read_bytes())
+            return State(**json.loads((self.folder / "state.json").read_bytes()))
         except FileNotFoundError:
-            return -1, None
-        return int(value["current"]), value["next"]
+            return State()
 
-    def write_state(self, current: int, following: int | None) -> None:
-        """Say which generation is current, and which one is to be next."""
-        data = json.dumps({"current": current, "next": following}).encode()
-        write_atomic(self.folder / "state.json", data)
+    def write_state(self, state: State) -> None:
+        """Tell the others."""
+        write_atomic(self.folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())
+
+    def begin(self, model: Path) -> None:
+        """Make `model` the first generation, unless there is one.
+
+        Raises:
+            UserError: it cannot be copied.
+        """
+        if self.state.current < 0:
+            self.add(0, model)
+            self.write_state(State(current=0, last=0))
 
     def path(self, generation: int) -> Path:
         """Return where a generation's model file lies; its report lies beside it."""
         return self.folder / f"{generation}.onnx"
 
     def add(self, generation: int, model: Path) -> None:
-        """Copy `model` and its report as a generation, and drop those nobody can need.
+        """Copy `model` and its report as a generation, and drop those but the current one.
 
         Raises:
             UserError: it cannot be read or written.
@@ -84,12 +110,14 @@ class Generations:
                 shutil.copyfile(report_path(model), report)
         except OSError as error:
             raise UserError(f"cannot copy {model} ({error.strerror or error})") from error
-        # The last one stays: a worker that is just starting may be about to read it.
-        for old in range(generation - 2, -1, -1):
-            if not self.path(old).exists():
-                break
-            self.path(old).unlink()
-            report_path(self.path(old)).unlink(missing_ok=True)
+        # The one before it goes with the next reload: a worker that starts may be about to read it.
+        kept = {self.path(each) for each in (generation, self.state.current)}
+        for old in set(self.folder.glob("*.onnx")) - kept:
+            old.unlink()
+            report_path(old).unlink(missing_ok=True)
+        for note in (self.folder / "notes").iterdir():
+            if f"-{SERVING}-" not in note.name:
+                note.unlink()
 
     def register(self) -> None:
         """Say that this process is one of the workers."""
@@ -118,19 +146,13 @@ class Generations:
         Raises:
             Refusal: another one has it.
         """
-        lock = self.folder / "lock"
-        with contextlib.suppress(OSError, ValueError):
-            if not _lives(int(lock.read_text())):
-                lock.unlink()
         try:
-            with lock.open("x") as file:
-                file.write(str(os.getpid()))
-        except FileExistsError as error:
+            # The system lets go of it when its holder dies.
+            lock = FileLock(self.folder / "lock").acquire(blocking=False)
+        except Timeout as error:
             raise Refusal("reload_refused", "another reload is under way") from error
-        try:
+        with lock:
             yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 class Reloader:
@@ -163,13 +185,9 @@ class Reloader:
             UserError: it cannot be served.
         """
         self._generations.register()
-        current, _ = self._generations.state
-        if current < 0:
-            self._generations.add(0, self._settings.model)
-            self._generations.write_state(0, None)
-            current = 0
-        self._mine = current
-        return self._load(current)
+        self._generations.begin(self._settings.model)
+        self._mine = self._generations.state.current
+        return self._load(self._mine)
 
     def announce(self, served: ServedModel) -> None:
         """Leave a note that this worker serves the generation it loaded."""
@@ -207,22 +225,20 @@ class Reloader:
         generations = self._generations
         loop = asyncio.get_running_loop()
         with generations.alone():
-            current, _ = generations.state
-            following = current + 1
+            state = generations.state
+            following = state.last + 1
             try:
                 copy = partial(generations.add, following, self._settings.model)
                 await loop.run_in_executor(None, copy)
             except UserError as error:
                 raise Refusal("reload_refused", str(error)) from error
-            for note in (generations.folder / "notes").glob(f"{following}-*"):
-                note.unlink()  # of an attempt that was withdrawn
-            generations.write_state(current, following)
+            generations.write_state(State(state.current, following, following))
             try:
                 await self._all(following, READY)
             except BaseException:
-                generations.write_state(current, None)
+                generations.write_state(State(state.current, None, following))
                 raise
-            generations.write_state(following, None)
+            generations.write_state(State(following, None, following))
             workers = await self._all(following, SERVING)
         return {"generation": following, "workers": workers}
 
@@ -244,16 +260,18 @@ class Reloader:
             raise Refusal("reload_refused", text) from error
 
     async def _follow(self) -> None:
-        current, following = self._generations.state
-        if self._prepared and self._prepared[0] == current:
+        state = self._generations.state
+        if self._prepared and self._prepared[0] == state.current:
             self._mine, served = self._prepared
             self._prepared = None
             self._swap(served)
-            self._generations.note(current, SERVING, served.sha256)
-        elif following is None:
-            self._prepared = self._given_up = None
-        elif following not in (self._given_up, self._prepared and self._prepared[0], self._mine):
-            await self._prepare(following)
+            self._generations.note(self._mine, SERVING, served.sha256)
+        elif state.current not in (self._mine, self._given_up):  # it started in between
+            await self._prepare(state.current)
+        elif state.next is None:
+            self._prepared = None
+        elif state.next not in (self._given_up, self._prepared and self._prepared[0]):
+            await self._prepare(state.next)
 
     async def _prepare(self, generation: int) -> None:
         loop = asyncio.get_running_loop()

@@ -107,7 +107,6 @@ class ServedModel:
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""
         self._metrics = metrics
-        metrics.model(self.card.name, self.sha256, serving=True)
         self._batcher = Batcher(
             self._run, loop, max_batch=self._max_batch, max_queue=self._max_queue
         )
@@ -129,9 +128,8 @@ class ServedModel:
             self._end()
 
     def _end(self) -> None:
-        if self._batcher and self._metrics:
+        if self._batcher:
             self._batcher.close()
-            self._metrics.model(self.card.name, self.sha256, serving=False)
             self._batcher = None
 
     def submit(self, images: Images) -> asyncio.Future[Part[Rows]]:

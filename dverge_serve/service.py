@@ -218,9 +218,7 @@ def _share(folder: Path, settings: Settings) -> None:
 
     folder.chmod(0o700)
     (folder / SUPERVISOR).write_text(str(os.getpid()))
-    generations = Generations(folder)
-    generations.add(0, settings.model)
-    generations.write_state(0, None)
+    Generations(folder).begin(settings.model)
 
 
 def _clean_up(folder: Path) -> None:

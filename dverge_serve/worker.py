@@ -66,7 +66,7 @@ class Worker:
         if self._watch:
             self._watch.cancel()
         if self.served:
-            self.served.retire()
+            self._retire(self.served)
         if self._own_folder:
             self._own_folder.cleanup()
 
@@ -131,12 +131,17 @@ class Worker:
         told = f"cannot load {self.settings.model} ({type(error).__name__}: {error})"
         return UserError(told, "a model, and memory for it")
 
+    def _retire(self, served: ServedModel) -> None:
+        self.metrics.model(served.card.name, served.sha256, serving=False)
+        served.retire()
+
     def _serve(self, served: ServedModel) -> None:
         """Put a model in service; requests that hold the old one finish with it."""
         served.start(asyncio.get_running_loop(), self.metrics)
         old, self.served = self.served, served
         if old:
-            old.retire()
+            self._retire(old)
+        self.metrics.model(served.card.name, served.sha256, serving=True)
         LOGGER.info(
             "worker %d serves %s (%s, sha256 %s) on %s",
             self.number,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dverge_serve.reload import READY, Generations, State
+from dverge_serve.settings import Settings
+from dverge_serve.worker import Worker
 from tests.service import tiny
 from tests.service.conftest import Start
 from tests.service.server import Server, serving
@@ -166,6 +171,60 @@ async def test_reload_exists_only_with_a_token(start: Start) -> None:
     assert (await client.post("/admin/reload", headers=TOKEN)).status_code == 200
     described = (await client.get("/openapi.json")).json()["paths"]
     assert "/admin/reload" in described
+
+
+@pytest.mark.anyio
+async def test_no_number_is_given_twice_and_the_same_file_counts_once(
+    start: Start, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    tiny.save_gray_model(model)
+    client = await start(token="secret", model=model)
+    numbers = []
+    for data in (b"rubbish", model.read_bytes(), model.read_bytes()):
+        (tmp_path / "new.onnx").write_bytes(data)
+        (tmp_path / "new.onnx").replace(model)
+        answer = await client.post("/admin/reload", headers=TOKEN)
+        numbers.append(answer.json().get("generation"))
+    assert numbers == [None, 2, 3]
+    lines = (await client.get("/metrics", headers=TOKEN)).text.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("dverge_model_info{")] == ["1.0"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_reload_whose_caller_died_and_one_that_was_missed_do_no_harm(
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "model.onnx"
+    first = tiny.save_gray_model(model)
+    worker = Worker(Settings(model=model), folder=tmp_path / "shared")
+    await worker.start()
+    generations = Generations(tmp_path / "shared")
+    assert worker.loading is not None
+    await worker.loading
+    # Another worker began a reload, and died of it.
+    tiny.save_gray_model(generations.path(1), ("withdrawn", "dark"))
+    generations.write_state(State(current=0, next=1, last=1))
+    await until(lambda: generations.read_note(1, READY, os.getpid()) is not None)
+    assert worker.model().sha256 == first
+    second = tiny.save_gray_model(model, ("second", "dark"))
+    assert await worker.reload() == {
+        "sha256": second,
+        "previous_sha256": first,
+        "generation": 2,
+        "workers": 1,
+    }
+    # Others went on while this one did not look.
+    third = tiny.save_gray_model(generations.path(3), ("third", "dark"))
+    generations.write_state(State(current=3, last=3))
+    await until(lambda: worker.model().sha256 == third)
+    await worker.stop()
 
 
 @pytest.mark.anyio
