@@ -49,7 +49,7 @@ def write_bento(model: Path, out: Path) -> list[Path]:
 
     Args:
         model: the model file.
-        out: a folder that is not there, empty, or was written by this.
+        out: a folder that is not there, empty, was written by this, or holds the model alone.
 
     Returns:
         the files beside the package.
@@ -134,10 +134,13 @@ def requirements() -> list[str]:
 
 
 def _check_folder(out: Path) -> None:
-    ours = {"bentofile.yaml", MODEL, REQUIREMENTS, CONTAINER, PACKAGE.name}
-    ours |= set(REPORTS)
+    """Refuse a folder with anything that this would overwrite or pack and has not written."""
+    models = {MODEL, *REPORTS}
+    packed = models | {"bentofile.yaml", REQUIREMENTS, CONTAINER, PACKAGE.name}
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if (out.exists() and not out.is_dir()) or found - ours or (found and MODEL not in found):
+    file = out / "bentofile.yaml"
+    written = file.is_file() and json.dumps(SERVICE) in file.read_text()
+    if (out.exists() and not out.is_dir()) or not found <= (packed if written else models):
         raise UserError(
             f"{out} holds something else", "a new or empty folder", "give another --out"
         )

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from torch import nn
 
 from dverge_serve.contract import Card, Form
-from dverge_serve.device import CPU, Device, providers
+from dverge_serve.device import CPU, providers
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from export.fusing import can_group
@@ -34,6 +34,7 @@ LEAST_ROUNDS = 9
 SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
 
 Ask = Literal["auto", "branches", "grouped"]
+Target = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Choice:
 
 
 def build_best(
-    members: Sequence[nn.Module], card: Card, ask: Ask, target: Device
+    members: Sequence[nn.Module], card: Card, ask: Ask, target: Target
 ) -> tuple[Choice, bytes]:
     """Return the chosen form and the model file's bytes in it.
 
@@ -95,18 +96,19 @@ def build_best(
         form: build_graph(members, replace(card, form=form, target=where))
         for form in get_args(Form)
     }
-    found = speedups(forms["branches"], forms["grouped"], target)
+    # By its name, so that a GPU that is there and does not work is told, not replaced by the CPU.
+    found = speedups(forms["branches"], forms["grouped"], where)
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
     return Choice(chosen, where, found), forms[chosen]
 
 
-def where_of(on: list[Any]) -> Device:
+def where_of(on: list[Any]) -> Target:
     """Return the device that ONNX Runtime's providers stand for, the first of them deciding."""
     return "cpu" if on[0] == CPU else "cuda"
 
 
-def speedups(slow: bytes, fast: bytes, target: Device) -> dict[int, float]:
+def speedups(slow: bytes, fast: bytes, target: Target) -> dict[int, float]:
     """Return batch size to how many times faster the engine runs `fast` than `slow`.
 
     The two take turns, and the fastest call of each counts: whatever else the machine does only

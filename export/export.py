@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dverge_serve.contract import Precision
-from dverge_serve.device import Device
 from dverge_serve.engine import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import atomic_path
-from export.choice import Ask, Choice, build_best
+from export.choice import Ask, Choice, Target, build_best
 from export.graph import build_graph
 from export.parity import Parity, check
 from export.precision import (
@@ -52,7 +51,7 @@ def export(
     *,
     which: Which = "members",
     form: Ask = "auto",
-    target: Device = "auto",
+    target: Target = "auto",
     precision: Precision = "fp32",
 ) -> Exported:
     """Fuse a finished run's members into `path`, after parity with torch has been checked.
@@ -80,7 +79,7 @@ def export_source(
     path: Path,
     *,
     form: Ask = "auto",
-    target: Device = "auto",
+    target: Target = "auto",
     precision: Precision = "fp32",
 ) -> Exported:
     """Fuse any source's members into `path`; see `export`."""

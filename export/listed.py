@@ -56,6 +56,10 @@ def from_list(path: Path) -> Source:
                 f"cannot read {file} ({error.strerror})", f"a member of {path}"
             ) from error
         tensors = parse(read, file)
+        if any(name.startswith("member1.") for name in tensors):
+            raise UserError(
+                f"{file} holds several members", "a file with one", "export its run instead"
+            )
         if not any(name.startswith("member0.") for name in tensors):
             tensors = {f"member0.{name}": tensor for name, tensor in tensors.items()}
         made = build_members(config, len(labels), config.data.mean, config.data.std)

@@ -108,8 +108,9 @@ def agreement(parent: Engine, variant: Engine, pixels: Pixels, precision: str) -
 
 
 def at_hand(config: Config) -> bool:
-    """Whether the training images can be read without a download."""
-    return config.data.name in EMBEDDED or bool(config.data.path)
+    """Whether the training images can be read here, without a download."""
+    path = config.data.path
+    return config.data.name in EMBEDDED or (bool(path) and Path(path).exists())
 
 
 def need_images(config: Config) -> tuple[Pixels, Pixels]:

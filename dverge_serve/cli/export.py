@@ -54,11 +54,10 @@ def export(
     if model.suffix != ".onnx":
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")
     from dverge_serve.contract import Precision
-    from dverge_serve.device import Device
-    from export.choice import Ask
+    from export.choice import Ask, Target
     from export.export import export_source
 
-    on: Device = _one_of(Device, "--target", target)
+    on: Target = _one_of(Target, "--target", target)
     ask: Ask = _one_of(Ask, "--form", form)
     kind: Precision = _one_of(Precision, "--precision", precision)
     source = _source(run, checkpoint, labels)

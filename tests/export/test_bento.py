@@ -156,11 +156,15 @@ def test_written_twice_it_is_the_same_and_an_old_report_goes(
 def test_refusals(elsewhere: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
+    Path("theirs").mkdir()
+    for name in ("model.onnx", "Dockerfile", "bentofile.yaml"):
+        Path("theirs", name).write_text("mine")
     Path("bad.onnx").write_text("no model")
     for arguments, words in (
         (["bento", "none.onnx"], "no model at"),
         (["bento", "bad.onnx"], "cannot be loaded"),
         (["bento", str(tiny_model), "--out", "full"], "holds something else"),
+        (["bento", str(tiny_model), "--out", "theirs"], "holds something else"),
         (["bento", str(tiny_model), "--out", "bad.onnx"], "holds something else"),
         (["bench", "none.onnx"], "no model at"),
         (["bench", str(tiny_model), "--batches", "0"], "sizes from 1"),
@@ -170,7 +174,8 @@ def test_refusals(elsewhere: Path, tiny_model: Path, capsys: pytest.CaptureFixtu
         assert run(arguments) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
-    assert Path("full/notes.txt").read_text() == "mine"
+    for kept in ("full/notes.txt", "theirs/Dockerfile"):
+        assert Path(kept).read_text() == "mine"
 
 
 def test_bench(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

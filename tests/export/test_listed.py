@@ -50,6 +50,8 @@ def members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Member]:
     save_file(
         {k: v for k, v in tensors.items() if not k.endswith((".mean", ".std"))}, "b.safetensors"
     )
+    first = made[0].state_dict().items()
+    save_file({f"member{k}.{n}": t.clone() for k in (0, 1) for n, t in first}, "run.safetensors")
     Path("list.toml").write_text(LIST)
     return made
 
@@ -69,6 +71,7 @@ def test_members_of_different_architectures_become_one_file(members: list[Member
     [
         ('"a.safetensors"', '"none.safetensors"', "cannot read none.safetensors"),
         ('"a.safetensors"', '"list.toml"', "list.toml is damaged"),
+        ('"a.safetensors"', '"run.safetensors"', "holds several members"),
         ("resnet8", "resnet14", "do not fit"),
         ("width = 4", "widht = 4", "did you mean 'width'"),
         ("labels = ", "names = ", "unknown key 'names'"),

@@ -18,10 +18,11 @@ from dverge_serve.contract import Form
 from dverge_serve.engine import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
+from dverge_serve.scores import Scores
 from export.choice import build_best
 from export.fusing import can_group, fuse
 from export.graph import build_graph
-from export.parity import check, torch_scores
+from export.parity import check, compare, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
 from training.members import Member
 from training.resnet import resnet_stages
@@ -55,6 +56,14 @@ def test_parity(
     assert found.holds, found
     scores = engine.run_all(to_float(probe(card)), batch=5)
     np.testing.assert_allclose(scores.member_logits.mean(1), scores.logits, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_not_a_number_is_never_alike() -> None:
+    sound = Scores(np.zeros((1, 2), np.float32), np.zeros((1, 3, 2), np.float32))
+    assert compare(sound, sound).holds
+    for logits, own in ((np.nan, 0.0), (0.0, np.nan)):
+        broken = Scores(np.full((1, 2), logits, np.float32), np.full((1, 3, 2), own, np.float32))
+        assert not compare(sound, broken).holds
 
 
 def test_what_can_be_grouped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from dverge_serve.engine import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import sha256
 from export import precision as precisions
-from export.export import export
-from export.precision import agreement
+from export.export import export, export_source
+from export.precision import agreement, at_hand
+from export.source import from_run
 from training.data import load_test
 from training.run import Run
 
@@ -102,6 +104,15 @@ def test_agreement_counts_answers() -> None:
     assert not found.holds
 
 
+def test_fp16_needs_no_images(tiny_run: Path, tmp_path: Path) -> None:
+    source = from_run(Run.open_finished(tiny_run))
+    gone = source.config.overridden({"data.name": "imagefolder", "data.path": "/gone"})
+    assert at_hand(source.config)
+    assert not at_hand(gone)
+    export_source(replace(source, config=gone), tmp_path / "m.onnx", precision="fp16")
+    assert Engine(tmp_path / "m.onnx", device="cpu").card.precision == "fp16"
+
+
 def test_refusals(
     tiny_run: Path,
     tmp_path: Path,
@@ -116,6 +127,7 @@ def test_refusals(
         (["--precision", "int8", "--data", "nowhere"], "calibrated on training images"),
         (["--form", "round"], "auto, branches, grouped"),
         (["--target", "tpu"], "auto, cpu, cuda"),
+        (["--target", "tensorrt"], "auto, cpu, cuda"),
     ):
         assert command([*here, *options]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
