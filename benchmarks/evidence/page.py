@@ -25,6 +25,10 @@ SIZES = {
     for method, told in (("dverge", "DVERGE"), ("standard", "standard"))
     for size in (2, 3, 5, 8)
 }
+GROWN = {
+    told: (f"{method}-8", f"{method}-2")
+    for method, told in (("dverge", "DVERGE"), ("standard", "standard"))
+}
 RULED = {"dverge-3": "DVERGE", "standard-3": "standard", "dverge-8": "DVERGE, 8 members"}
 ALARMED = {**METHODS, "dverge-8": "DVERGE, 8 members"}
 AGAINST = {told: ("dverge-3", name) for name, told in METHODS.items() if name != "dverge-3"}
@@ -68,6 +72,7 @@ def page(records: Sequence[Record]) -> str:
         methods_differences=tables.differences(digits, AGAINST, "against"),
         sizes_claim=claims.grows_with_members(digits),
         sizes=tables.accuracies(digits, SIZES),
+        sizes_differences=tables.differences(digits, GROWN, "ensemble"),
         sizes_plot=_plot("members", "Accuracy against members") if "members" in plots else "",
         rules_claim=claims.rules_are_alike(digits),
         rules=tables.combination_rules(digits, RULED),

@@ -24,6 +24,7 @@ def application(model: Path, threads: int) -> FastAPI:
     app = FastAPI()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours
     classifier = Classifier(ort.InferenceSession(model, options, ["CPUExecutionProvider"]))
 
     @app.get("/health")

@@ -21,6 +21,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: str) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = int(sys.argv[3])
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours
         session = ort.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
         self.classifier = Classifier(session)
 
