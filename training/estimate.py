@@ -14,9 +14,9 @@ from training import data as datasets
 from training.balance import balance
 from training.config import Config
 from training.members import Member
-from training.methods import Stage, draw_layer, stages
+from training.methods import Stage, draw_layer, epoch_batches, stages
 from training.start import Start, skipped
-from training.train import epoch_batches, prepare
+from training.train import prepare
 
 TIMED_STEPS = 3
 

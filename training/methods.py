@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim import SGD
 
 from training import baselines, config, dverge, graphs
+from training.data import Split, batches
 from training.members import Member
 from training.seeds import generator
+from training.streaming import Streamed
 from training.team import ALONE, Batch, Team
 
 Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> own losses [members]
@@ -130,6 +132,21 @@ def stages(
     }[chosen.method]
     first = Stage("standard", chosen.standard, standard_step)
     return [first] if second is None else [first, second]
+
+
+def epoch_batches(
+    split: Split | Streamed, chosen: config.Config, stage: Stage, epoch: int
+) -> Iterator[Batch]:
+    """Yield source batches, with independently shuffled and augmented targets where needed."""
+    names = (chosen.seed, stage.name, epoch)
+    sources = batches(split, chosen.batch_size, chosen.data, *names, "source")
+    if not stage.pairs:
+        for source, labels in sources:
+            yield source, labels, source
+        return
+    targets = batches(split, chosen.batch_size, chosen.data, *names, "target")
+    for (source, labels), (target, _) in zip(sources, targets, strict=True):
+        yield source, labels, target
 
 
 def draw_layer(chosen: config.Config, depth: int, *when: int | str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from training.events import Log, logged, require_tensorboard
 from training.latest import follow
 from training.losses import Losses
 from training.members import Member, build_members, mean_logits
-from training.methods import Stage, stages
+from training.methods import Stage, epoch_batches, stages
 from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
 from training.run import Run
 from training.start import Start, skipped
 from training.streaming import Streamed
-from training.team import ALONE, Batch, Team
+from training.team import ALONE, Team
 from training.weights import load_members, members_tensors
 
 SAVE_EVERY_S = 10.0
@@ -154,7 +154,7 @@ def prepare(
         UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
             the hardware lacks.
     """
-    mean, std = _normalisation(config, data.train)
+    mean, std = datasets.normalisation(config.data, data.train)
     members = build_members(config, len(data.labels), mean, std, draw)
     if start is not None:
         start.put_into(members)
@@ -262,35 +262,9 @@ def _note(record: dict[str, Any]) -> str:
     return f"loss {loss:.3f}, held-out {held:.3f}, {speed:.0f} img/s"
 
 
-def epoch_batches(
-    split: Split | Streamed, config: Config, stage: Stage, epoch: int
-) -> Iterator[Batch]:
-    """Yield source batches, with independently shuffled and augmented targets where needed."""
-    names = (config.seed, stage.name, epoch)
-    sources = datasets.batches(split, config.batch_size, config.data, *names, "source")
-    if not stage.pairs:
-        for source, labels in sources:
-            yield source, labels, source
-        return
-    targets = datasets.batches(split, config.batch_size, config.data, *names, "target")
-    for (source, labels), (target, _) in zip(sources, targets, strict=True):
-        yield source, labels, target
-
-
 def _measures_diversity(epoch: int, epochs: int) -> bool:
     """Whether the pairs' diversity is measured after this epoch: ten times a stage, and last."""
     return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
-
-
-def _normalisation(config: Config, train: Split | Streamed) -> tuple[list[float], list[float]]:
-    if config.data.mean and config.data.std:
-        return list(config.data.mean), list(config.data.std)
-    # Counting levels is exact, whatever the thread count, and needs no wider copy of the images.
-    levels = torch.arange(256, dtype=torch.float64)
-    shares = train.levels / train.levels.sum(1, keepdim=True)
-    mean = (shares * levels).sum(1)
-    std = ((shares * levels**2).sum(1) - mean**2).clamp_min(1.0).sqrt()
-    return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
 
 
 def _finish(training: Training, data: TrainingData, begun: float) -> None:

@@ -16,9 +16,9 @@ from training.config import Dverge
 from training.data import load_training
 from training.graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
 from training.members import Member
-from training.methods import stages
+from training.methods import epoch_batches, stages
 from training.team import Batch
-from training.train import epoch_batches, prepare
+from training.train import prepare
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 

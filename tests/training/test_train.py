@@ -16,12 +16,12 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training import dverge, losses
 from training.config import Data, Dverge
-from training.data import Split, load_training
+from training.data import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import Stage, draw_layer
+from training.methods import Stage, draw_layer, epoch_batches
 from training.run import Run
 from training.team import Team
-from training.train import _normalisation, accuracy, epoch_batches, train
+from training.train import accuracy, train
 
 CPU = torch.device("cpu")
 PAIRS = Stage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
@@ -266,13 +266,13 @@ def test_measured_normalisation_is_the_training_images_mean_and_deviation() -> N
     pixels = torch.randint(0, 256, (50, 3, 8, 8), generator=draw, dtype=torch.uint8)
     pixels[:, 2] = 7  # a channel that never changes
     split = Split(pixels, torch.zeros(50, dtype=torch.int64))
-    mean, std = _normalisation(tiny_config(), split)
+    mean, std = normalisation(tiny_config().data, split)
     exact = pixels.double().transpose(0, 1).flatten(1) / 255
     assert mean == pytest.approx(exact.mean(1).tolist(), abs=5.1e-5)
     assert std[:2] == pytest.approx(exact.std(1, unbiased=False).tolist()[:2], abs=5.1e-5)
     assert std[2] == round(1 / 255, 4)  # no division by zero
-    given = replace(tiny_config(), data=Data(mode="L", mean=(0.1,), std=(0.2,)))
-    assert _normalisation(given, split) == ([0.1], [0.2])
+    given = Data(mode="L", mean=(0.1,), std=(0.2,))
+    assert normalisation(given, split) == ([0.1], [0.2])
 
 
 def test_accuracy_is_of_the_mean_logits_over_every_batch() -> None:
