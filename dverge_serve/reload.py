@@ -261,6 +261,8 @@ class Reloader:
 
     async def _follow(self) -> None:
         state = self._generations.state
+        if state.current < 0:  # the folder is gone: the server ends
+            return
         if self._prepared and self._prepared[0] == state.current:
             self._mine, served = self._prepared
             self._prepared = None

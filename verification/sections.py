@@ -171,6 +171,8 @@ def live(report: dict[str, Any]) -> str:
     if "live" not in report:
         return ""
     found = report["live"]
+    if "error" in found:
+        return f"<h2>The live service</h2><p>It stopped answering: {escape(found['error'])}</p>"
     square = found["square"]
     rows = [
         ["eps", f"{found['eps']:g}"],

@@ -186,6 +186,8 @@ def test_the_live_service_is_told_in_words() -> None:
     ):
         assert said in text
     assert "{&#x27;" not in text
+    gone = page(report() | {"live": {"error": "no answer from <host>"}}, {}).decode()
+    assert "It stopped answering: no answer from &lt;host&gt;" in gone
 
 
 def test_a_table_scrolls_by_keyboard_and_names_its_rows() -> None:
