@@ -64,6 +64,9 @@ def train(
     if resume and out is None:
         out = _latest()
     begun = _begun(out) if resume and out is not None and recipe is None else None
+    if resume and begun is None and recipe is None and data is None:
+        # Neither a run nor anything that one could be begun with: a mistyped --out.
+        raise UserError(f"no run at {out}", "one that `dverge train` began", "look at --out")
     config = _config(begun, recipe, data, members, seed, set_, start)
     if config.seed > MAX_SEED:
         raise UserError(

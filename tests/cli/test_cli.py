@@ -53,6 +53,7 @@ def complains(capsys: pytest.CaptureFixture[str], arguments: list[str], words: s
         (["train", "--data", "nowhere"], "no folder"),
         (["train", "--device", "tpu"], "auto, cpu or cuda"),
         (["train", "--resume"], "no runs/latest"),
+        (["train", "--resume", "--out", "nowhere"], "no run at nowhere"),
         (["export", "model.onnx"], "no run at runs/latest"),
         (["export", "model"], "ending in .onnx"),
         (["verify-robustness"], "no model at model.onnx"),
