@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
@@ -56,6 +57,25 @@ class BlockMiddle(nn.Module):
         return self.norm(self.conv(self.active(features))), skip
 
 
+class NarrowShortcut(nn.Conv2d):
+    """A strided 1x1 convolution of fewer than 8 channels, computed in contiguous memory.
+
+    On CPUs without AVX-512, torch's backward pass of such a convolution writes beyond its buffers
+    if a tensor is channels-last (seen in torch 2.11 to 2.15, with oneDNN).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+        """Convolve `[B, C, H, W]`; parameters and results are those of `Conv2d`."""
+        return self._conv_forward(_contiguous(input), _contiguous(self.weight), self.bias)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor in torch's default layout; with one channel it may be in two at once."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()
+
+
 class BlockExit(nn.Module):
     """Last part of a block: the residual sum.
 
@@ -82,7 +102,8 @@ class BlockExit(nn.Module):
         self.norm = nn.BatchNorm2d(outside)
         self.shortcut = nn.Sequential()
         if stride != 1 or inside != outside:
-            self.shortcut.append(nn.Conv2d(inside, outside, 1, stride, bias=False))
+            kind = NarrowShortcut if inside < 8 and stride != 1 else nn.Conv2d
+            self.shortcut.append(kind(inside, outside, 1, stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(outside))
         self.active = active
 

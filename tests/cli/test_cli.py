@@ -250,14 +250,14 @@ def test_the_four_commands_and_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--set", "width=4", "--set", "data.train_limit=320", "--set", "data.test_limit=64"]
+    small = ["--set", "width=8", "--set", "data.train_limit=320", "--set", "data.test_limit=64"]
     epochs = ["--set", "standard.epochs=2", "--set", "dverge.epochs=1"]
     assert run(["train", *small, *epochs]) == 0
     assert Path("runs/latest").resolve().parent == (tmp_path / "runs").resolve()
     assert run(["train", "--resume", *small, *epochs]) == 0  # finished: nothing to do
     assert run(["train", "--resume"]) == 0  # the settings it was begun with
     assert run(["train", "--resume", "--set", "data.workers=1"]) == 0  # may change on the way
-    assert run(["train", "--resume", "--set", "width=2"]) == 2  # other settings
+    assert run(["train", "--resume", "--set", "width=16"]) == 2  # other settings
     assert run(["train", "--resume", "--recipe", "digits"]) == 2  # a recipe's: width 16
     assert run(["export", "model.onnx"]) == 0
     gate = ["--eps", "0.1,0.4", "--at-eps", "0.1", "--min-accuracy"]

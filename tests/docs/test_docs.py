@@ -106,7 +106,7 @@ def test_the_walk_through_of_your_own_images(
     commands = commands_of("images.md")
     verbs = [command[0] for command in commands]
     assert verbs == ["train", "export", "verify-robustness", "inspect", "predict", "serve"]
-    smaller = ["architecture=resnet8", "width=4", "standard.epochs=1", "dverge.epochs=1"]
+    smaller = ["architecture=resnet8", "width=8", "standard.epochs=1", "dverge.epochs=1"]
     smaller += [
         "data.crop=[8,8]",
         "data.pad=1",
@@ -129,7 +129,7 @@ def test_the_walk_through_of_your_own_images(
 def test_every_training_of_the_training_page(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    smaller = ["width=4", "standard.epochs=1", "dverge.epochs=1", "dverge.steps=1"]
+    smaller = ["width=8", "standard.epochs=1", "dverge.epochs=1", "dverge.steps=1"]
     smaller += ["data.crop=[16,16]", "batch_size=32", "members=2"]
     commands = commands_of("training.md")
     runs = set()

@@ -19,7 +19,7 @@ from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    "width": 4,
+    "width": 8,
     "standard.epochs": 2,
     "dverge.epochs": 1,
     "data.train_limit": 320,

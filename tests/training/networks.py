@@ -20,7 +20,7 @@ def tiny_members(
     count: int,
     *,
     channels: int = 1,
-    width: int = 2,
+    width: int = 8,
     classes: int = 4,
     architecture: str = "resnet8",
 ) -> list[Member]:
@@ -58,7 +58,7 @@ def tiny_images(count: int, *, channels: int = 1, size: int = 8, seed: int = 0) 
 def tiny_config(**overrides: Any) -> Config:
     """Return a run on a few digits that trains in about a second; `__` stands for a dot."""
     settings: dict[str, Any] = {
-        "width": 2,
+        "width": 8,
         "members": 2,
         "batch_size": 16,
         "standard.epochs": 2,

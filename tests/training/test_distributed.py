@@ -150,7 +150,7 @@ def test_the_first_process_alone_writes_and_all_end_alike(
 
 SETTINGS = {
     "members": 3,
-    "width": 2,
+    "width": 8,
     "batch_size": 16,
     "standard.epochs": 1,
     "dverge.epochs": 8,

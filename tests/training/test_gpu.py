@@ -40,7 +40,7 @@ for name in ("bentoml", "_bentoml_sdk", "onnxruntime", "onnxscript", "typer", "s
 """
 SETTINGS = {
     "architecture": "resnet8",
-    "width": 2,
+    "width": 8,
     "batch_size": 16,
     "precision": "fp32",
     "data.crop": [8, 8],

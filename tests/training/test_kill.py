@@ -318,7 +318,7 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
 
 
 def test_ctrl_c_ends_the_command_in_one_line_and_resume_goes_on(tmp_path: Path) -> None:
-    settings = {"standard.epochs": 2, "dverge.epochs": 150, "data.train_limit": 100, "width": 2}
+    settings = {"standard.epochs": 2, "dverge.epochs": 150, "data.train_limit": 100, "width": 8}
     settings |= {"members": 2, "batch_size": 32, "dverge.steps": 1}
     arguments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "runs" / "mine"

@@ -121,7 +121,7 @@ def test_normalisation_is_inside_and_travels_with_the_weights() -> None:
 
 def test_starting_weights_follow_seed_and_member_and_leave_torchs_generator_alone() -> None:
     def weights(seed: int, count: int) -> list[Tensor]:
-        members = build_members(config(seed=seed, members=count, width=4), 3, [0.5] * 3, [0.5] * 3)
+        members = build_members(config(seed=seed, members=count, width=8), 3, [0.5] * 3, [0.5] * 3)
         return [
             torch.cat([p.detach().flatten() for p in member.parameters()]) for member in members
         ]

@@ -47,7 +47,7 @@ def config(count: int, batchnorm: Norm, *, attacked: bool, steps: int) -> Config
         name="oracle",
         method="dverge+adversarial" if attacked else "dverge",
         architecture="resnet8",
-        width=2,
+        width=8,
         members=count,
         data=Data(mode="L", crop=(8, 8)),
         dverge=Dverge(eps=0.07, step_size=0.011, steps=steps, weight=0.7, batchnorm=batchnorm),

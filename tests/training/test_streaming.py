@@ -201,7 +201,7 @@ def tiny(data: Data, **more: Any) -> Config:
     return Config(
         name="tiny",
         architecture="resnet8",
-        width=2,
+        width=8,
         members=2,
         batch_size=16,
         precision="fp32",

@@ -142,7 +142,7 @@ def test_sources_and_targets_are_shuffled_independently() -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     config = tiny_config(
-        width=4,
+        width=8,
         data__train_limit=400,
         standard__epochs=12,
         dverge__epochs=6,

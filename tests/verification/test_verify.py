@@ -167,7 +167,7 @@ def test_the_matching_run_under_runs_is_found(
 
 def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path) -> None:
     config = load_recipe(
-        "digits", {"width": 2, "standard.epochs": 1, "data.train_limit": 64, "seed": 7}
+        "digits", {"width": 8, "standard.epochs": 1, "data.train_limit": 64, "seed": 7}
     )
     wanted = surrogate_config(config, "standard-3")
     assert wanted is not None
