@@ -1,4 +1,4 @@
-"""Narrow networks on a CPU without AVX-512, where torch's channels-last kernels corrupt the heap."""
+"""Narrow networks on CPUs without AVX-512, where channels-last kernels corrupt the heap."""
 
 from __future__ import annotations
 
