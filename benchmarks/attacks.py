@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
 from training import attacks as core
-from training.data import Split, to_float
+from training.data.splits import Split, to_float
 from training.device import arithmetic
-from training.members import Member, build_members
+from training.models.member import Member, build_members
 from training.recipe import load_recipe
-from verification.attack import Attack, craft
+from verification.attacks.attack import Attack, craft
 from verification.gradients import ready
 
 EPS, BAR = 0.03, 2.0

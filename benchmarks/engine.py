@@ -29,15 +29,15 @@ from torch import nn
 
 from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
-from dverge_serve.bench import measure as share
-from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, Card
-from dverge_serve.engine import Engine
+from dverge_serve.engine.benchmark import measure as share
+from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card
+from dverge_serve.engine.session import Engine
 from dverge_serve.images import Preprocess
-from export.choice import build_best
+from export.fusion_choice import build_best
 from export.graph import build_graph
-from export.published import from_checkpoint
-from training.members import Member
-from training.resnet import resnet_stages
+from export.published_checkpoint import from_checkpoint
+from training.models.member import Member
+from training.models.resnet import resnet_stages
 
 CHECKPOINT = "official_dverge_3xresnet20_eps0.07.pth"
 FASTER, NEVER_BELOW, OVERHEAD = 1.25, 0.97, 1.05

@@ -25,16 +25,16 @@ from typing import Any
 
 from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
-from dverge_serve.engine import Engine
+from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
-from export.export import export, export_source
-from export.published import from_checkpoint
+from export.exporter import export, export_source
+from export.published_checkpoint import from_checkpoint
 from export.source import Source
-from training.data import load_test
+from training.data.splits import load_test
 from training.device import pick_device
 from training.recipe import data_overrides, load_recipe
-from training.run import Run
-from training.train import train
+from training.runs.directory import Run
+from training.trainer import train
 
 CHECKPOINT, IMAGES = "official_dverge_3xresnet20_eps0.07.pth", "cifar10-jpeg.tar.xz"
 PRECISIONS = ("fp32", "fp16", "int8")

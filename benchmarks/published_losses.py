@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bench import say
-from export.published import read_published
+from export.published_checkpoint import read_published
 from training import attacks as core
 from training.config import Data
-from training.data import Split, load_test, to_float
+from training.data.splits import Split, load_test, to_float
 from training.seeds import generator
-from verification.batches import in_batches
+from verification.attacks.batches import in_batches
 from verification.gradients import ready
-from verification.statistics import rate
+from verification.metrics.statistics import rate
 
 EPS, CLAMP = 0.03, 1e-6
 LOSSES = (

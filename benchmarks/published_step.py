@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training.config import Dverge
-from training.members import Member
+from training.models.member import Member
 
 
 def distill(

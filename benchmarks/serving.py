@@ -31,7 +31,7 @@ from benchmarks.report import busy_percent, finish, parser
 from benchmarks.requests import png, tensors
 from benchmarks.server import Server, load
 from dverge_serve.cores import cores
-from dverge_serve.engine import Engine
+from dverge_serve.engine.session import Engine
 
 SINGLES = (1, 16, 64)
 BATCH, BATCH_CONNECTIONS = 32, 4

@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks import published_step
 from benchmarks.bench import bar, machine, say
 from benchmarks.report import busy_percent, finish, parser
-from training import dverge
 from training.device import arithmetic, pick_device
-from training.members import Member, build_members
+from training.methods import dverge
+from training.models.member import Member, build_members
 from training.recipe import load_recipe
 
 DEFAULT_BAR, FP32_BAR, CUDA_BAR = 4.0, 2.5, 10.0

@@ -29,14 +29,14 @@ import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
-from dverge_serve import tracing
 from dverge_serve.errors import Exit, UserError
-from dverge_serve.listening import beyond_loopback, require_free
-from dverge_serve.request import Receive, Scope, Send
-from dverge_serve.settings import Settings
+from dverge_serve.serving import tracing
+from dverge_serve.serving.requests import Receive, Scope, Send
+from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.sockets import beyond_loopback, require_free
 
 if TYPE_CHECKING:
-    from dverge_serve.app import App
+    from dverge_serve.serving.app import App
 
 # A container's own network keeps others out until a port of it is published.
 HOST = "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"  # noqa: S104
@@ -80,10 +80,10 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
 def application() -> App:
     """Return this worker's application, made at the first call."""
     # Imported here: the supervisor and the command line need none of it.
-    from dverge_serve import logs
-    from dverge_serve.app import App
-    from dverge_serve.metrics import forget_dead_workers
-    from dverge_serve.worker import Worker
+    from dverge_serve.serving import logs
+    from dverge_serve.serving.app import App
+    from dverge_serve.serving.metrics import forget_dead_workers
+    from dverge_serve.serving.worker import Worker
 
     settings = service_settings()
     logs.set_up(settings.log)
@@ -205,7 +205,7 @@ def check_model(settings: Settings) -> None:
         UserError: it cannot be served.
     """
     # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
-    from dverge_serve.engine import Engine, check_device
+    from dverge_serve.engine.session import Engine, check_device
 
     check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
@@ -214,7 +214,7 @@ def check_model(settings: Settings) -> None:
 
 def _share(folder: Path, settings: Settings) -> None:
     """Copy the model for the workers: one started anew later finds what the others serve."""
-    from dverge_serve.reload import Generations
+    from dverge_serve.serving.reload import Generations
 
     folder.chmod(0o700)
     (folder / SUPERVISOR).write_text(str(os.getpid()))

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dverge_serve.contract import Form, together
-from training.folding import folded
-from training.members import Member
-from training.resnet import Head
+from dverge_serve.engine.card import Form, together
+from training.models.bn_folding import folded
+from training.models.member import Member
+from training.models.resnet import Head
 
 # What may stand before the last layer of a member that is to be grouped, beside convolutions:
 # layers that treat channels independently. Anything else stays in branches.

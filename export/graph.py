@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from dverge_serve.contract import INPUT, LOGITS, MEMBER_LOGITS, METADATA_KEY, OPSET, Card
+from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, METADATA_KEY, OPSET, Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json
 from export.fusing import fuse

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dverge_serve.engine import Engine
+from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
-from dverge_serve.scores import Scores
 
 RELATIVE = 1e-4
 BATCHES = (1, 2, 7)

@@ -25,13 +25,13 @@ from onnxruntime.quantization import (
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from dverge_serve.contract import INPUT, Card, Precision
-from dverge_serve.engine import Engine
+from dverge_serve.engine.card import INPUT, Card, Precision
+from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from export.graph import finish, quiet
 from training.config import EMBEDDED, Config
-from training.data import load_training
+from training.data.splits import load_training
 from training.seeds import generator
 
 AGREES = {"fp16": 0.995, "int8": 0.98}

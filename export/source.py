@@ -11,9 +11,9 @@ import numpy.typing as npt
 from torch import nn
 
 from dverge_serve import __version__
-from dverge_serve.contract import Card
+from dverge_serve.engine.card import Card
 from training.config import Config
-from training.run import Run
+from training.runs.directory import Run
 
 Which = Literal["members", "standard"]
 PROBES = 16

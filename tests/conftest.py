@@ -40,7 +40,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from training.recipe import load_recipe
-    from training.train import train
+    from training.trainer import train
 
     out = tmp_path_factory.mktemp("tiny") / "runs" / "tiny"
     return train(load_recipe("digits", TINY), out, device=torch.device("cpu")).path
@@ -49,8 +49,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That run as `model.onnx`."""
-    from export.export import export
-    from training.run import Run
+    from export.exporter import export
+    from training.runs.directory import Run
 
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     export(Run.open_finished(tiny_run), path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dverge_serve.images import Preprocess
-from training.table import assign, build, check
+from training.config_parsing import assign, build, check
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
 EMBEDDED = ("digits",)

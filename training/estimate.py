@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from training import data as datasets
-from training.balance import balance
 from training.config import Config
-from training.members import Member
-from training.methods import Stage, draw_layer, epoch_batches, stages
-from training.start import Start, skipped
-from training.train import prepare
+from training.data import splits as datasets
+from training.data.class_counts import balance
+from training.methods.registry import Stage, draw_layer, epoch_batches, stages
+from training.models.member import Member
+from training.models.pretrained import Start, skipped
+from training.trainer import prepare
 
 TIMED_STEPS = 3
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from training.config import Stage
-from training.graphs import RateOnDevice
-from training.members import Member
+from training.models.member import Member
+from training.parallel.cuda_graphs import RateOnDevice
 
 
 def build_optimizers(

@@ -10,7 +10,7 @@ from typing import Any
 
 from dverge_serve.errors import UserError, nearest
 from training.config import DATASETS, Config
-from training.table import assign
+from training.config_parsing import assign
 
 # A data set's recipe, and what differs from it. No published recipe is for the last three.
 SUITED: dict[str, tuple[str, dict[str, Any]]] = {

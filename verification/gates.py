@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dverge_serve.scores import Scores
+from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
-from verification.attack import Attack
-from verification.outcomes import Outcomes
-from verification.statistics import Mask
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes
+from verification.metrics.statistics import Mask
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps

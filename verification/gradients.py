@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dverge_serve.contract import Card
+from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
-from export.published import read_published
+from export.published_checkpoint import read_published
 from training import attacks as core
-from training.data import Split, to_float
+from training.data.splits import Split, to_float
 from training.device import arithmetic
-from training.folding import folded
-from training.members import Member
-from training.run import Run
-from verification.attack import Attack, loss_of
-from verification.batches import in_batches
-from verification.statistics import Mask
+from training.models.bn_folding import folded
+from training.models.member import Member
+from training.runs.directory import Run
+from verification.attacks.attack import Attack, loss_of
+from verification.attacks.batches import in_batches
+from verification.metrics.statistics import Mask
 
 READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
 

@@ -21,12 +21,12 @@ from PIL import Image
 
 from dverge_serve.errors import UserError
 from dverge_serve.progress import Progress
-from training.data import Split
+from training.data.splits import Split
 from training.seeds import derive
-from verification.attack import whole_steps
-from verification.outcomes import Outcomes, Pixels
-from verification.square import square
-from verification.statistics import Mask, rate
+from verification.attacks.attack import whole_steps
+from verification.attacks.outcomes import Outcomes, Pixels
+from verification.attacks.square import square
+from verification.metrics.statistics import Mask, rate
 
 TIMEOUT_S = 30.0
 BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from training.diversity import diversity
-from training.members import Member
-from verification import alarm, matrices
-from verification.evaluation import Setting
-from verification.evidence import Gathering
-from verification.figures import combinations
+from training.methods.diversity import diversity
+from training.models.member import Member
+from verification.attacks.cache import keep
+from verification.attacks.outcomes import Outcomes, Target
+from verification.config import Setting
 from verification.gradients import flow
-from verification.outcomes import Outcomes, Target
+from verification.metrics import detection as alarm
+from verification.metrics import transferability as matrices
+from verification.metrics.robust_accuracy import combinations
 from verification.replay import worst_at
-from verification.vault import keep
+from verification.report.evidence import Gathering
 
 AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
 

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dverge_serve.engine import Engine
+from dverge_serve.engine.report_reader import SCHEMA_VERSION
+from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
-from dverge_serve.report import SCHEMA_VERSION
 from training.attacks import Norm
-from training.data import Split
-from verification import alarm
-from verification.attack import Attack, apply_halves, outside
-from verification.evidence import evidence_folder, read_evidence
-from verification.figures import THREATS, combinations, comparison, figures
-from verification.foreign import ForeignEngine
+from training.data.splits import Split
+from verification.assemble import nulls
+from verification.attacks.attack import Attack, apply_halves, outside
+from verification.attacks.outcomes import SOFT, Outcomes, Pixels, Target
+from verification.attacks.suite import note, start
+from verification.foreign_model import ForeignEngine
 from verification.gates import Gate, verdict
-from verification.outcomes import SOFT, Outcomes, Pixels, Target
-from verification.report import nulls
-from verification.suite import note, start
+from verification.metrics import detection as alarm
+from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
+from verification.report.evidence import evidence_folder, read_evidence
 
 SAME = 1e-6  # relative: what rounding on another machine may do to a score
 

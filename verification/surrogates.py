@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from dverge_serve.contract import Card
+from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import MAX_SEED, Config, Dverge, Verification
-from training.data import TrainingData
-from training.members import Member
-from training.resnet import deeper
-from training.run import Run
-from training.train import train
+from training.data.splits import TrainingData
+from training.models.member import Member
+from training.models.resnet import deeper
+from training.runs.directory import Run
+from training.trainer import train
+from verification.attacks.cache import cache_folder
 from verification.gradients import ready
-from verification.vault import cache_folder
 
 VERSION = 1  # raise when training changes what the same settings give
 # The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what

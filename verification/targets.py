@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from dverge_serve.engine import Engine
-from export.export import export
-from verification.evaluation import Setting
+from dverge_serve.engine.session import Engine
+from export.exporter import export
+from verification.attacks.outcomes import Target
+from verification.config import Setting
 from verification.gradients import find_run, ready
-from verification.outcomes import Target
 
 
 def find_targets(here: Setting) -> tuple[dict[str, Target], str]:

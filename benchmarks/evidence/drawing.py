@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.paired import share, stack
 from benchmarks.evidence.record import fingerprint
 from benchmarks.evidence.tables import METHODS, THREATS, Variants
-from verification.plots import GRID, INK, STYLE
+from verification.report.plots import GRID, INK, STYLE
 
 # Told apart by hue, lightness and marker.
 LOOKS = {

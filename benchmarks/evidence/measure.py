@@ -19,23 +19,23 @@ from benchmarks.evidence.protocol import trained_surrogates
 from benchmarks.evidence.record import Record
 from benchmarks.evidence.rules import under_attack
 from dverge_serve import __version__
-from dverge_serve.engine import Engine
+from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json
-from export.export import export, export_source
-from export.published import from_checkpoint
+from export.exporter import export, export_source
+from export.published_checkpoint import from_checkpoint
 from training.config import Config
-from training.data import Split, load_test
+from training.data.splits import Split, load_test
 from training.device import arithmetic
 from training.estimate import gradient_evaluations
-from training.run import Run
-from training.train import train
-from verification.alarm import DEPLOYED
-from verification.attack import Attack
-from verification.evaluation import Evaluation
+from training.runs.directory import Run
+from training.trainer import train
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes
+from verification.config import Evaluation
 from verification.gradients import find_gradients
-from verification.outcomes import Outcomes
+from verification.metrics.detection import DEPLOYED
+from verification.pipeline import verify
 from verification.surrogates import given_surrogates
-from verification.verify import verify
 
 ALARM = ("auroc", "tpr_at_0.05", "fpr_at_0.05")
 

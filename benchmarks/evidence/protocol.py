@@ -12,9 +12,9 @@ from benchmarks.evidence import images
 from dverge_serve.files import canonical_json, sha256
 from export.source import config_json
 from training.config import Config
-from training.data import TrainingData, load_training
+from training.data.splits import TrainingData, load_training
 from training.recipe import load_recipe
-from training.train import train
+from training.trainer import train
 from verification.surrogates import surrogate_config
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks.evidence.cells import Cell
 from dverge_serve.files import canonical_json, sha256
-from verification.attack import Attack
-from verification.figures import THREATS
-from verification.outcomes import Outcomes
-from verification.statistics import Mask
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes
+from verification.metrics.robust_accuracy import THREATS
+from verification.metrics.statistics import Mask
 
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dverge_serve.engine import Engine
-from dverge_serve.scores import Floats, Scores
-from training.data import Split
-from verification.attack import Attack
+from dverge_serve.engine.outputs import Floats, Scores
+from dverge_serve.engine.session import Engine
+from training.data.splits import Split
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.suite import Source, run_suite
 from verification.gradients import Gradients
-from verification.outcomes import Outcomes, Target
-from verification.suite import Source, run_suite
 
 
 def mean_softmax(scores: Scores) -> Floats:

@@ -20,15 +20,15 @@ from benchmarks.evidence.cells import EXACT
 from benchmarks.evidence.images import evidence_cache
 from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
-from training.data import TrainingData
+from training.data.splits import TrainingData
 from training.estimate import gradient_evaluations
 from training.recipe import load_recipe
-from training.train import train
+from training.trainer import train
+from verification.attacks.outcomes import Target
+from verification.attacks.presets import Variant, suite
+from verification.attacks.suite import run_suite
 from verification.gradients import ready
-from verification.outcomes import Target
-from verification.planted import TorchScorer
-from verification.presets import Variant, suite
-from verification.suite import run_suite
+from verification.self_test import TorchScorer
 from verification.surrogates import given_surrogates
 
 SEEDS = (100, 101)

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.jobs import Job, Plan, job_named
+from dverge_serve.engine.outputs import Scores
 from dverge_serve.files import sha256
-from dverge_serve.scores import Scores
-from training.data import load_test, to_float
-from training.run import Run
-from verification import presets
-from verification.figures import figures
+from training.data.splits import load_test, to_float
+from training.runs.directory import Run
+from verification.attacks import presets
+from verification.attacks.outcomes import Target
+from verification.attacks.suite import run_suite
 from verification.gradients import ready
-from verification.outcomes import Target
-from verification.suite import run_suite
+from verification.metrics.robust_accuracy import figures
 
 BATCH = 512
 

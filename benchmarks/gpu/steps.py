@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.bench import bar, say
 from benchmarks.gpu.jobs import Plan
 from benchmarks.train_step import CUDA_BAR, Side
-from training import dverge
-from training.graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
-from training.team import Batch
+from training.methods import dverge
+from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
+from training.parallel.topology import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,8 @@ def machine() -> dict[str, Any]:
 
 
 def _train(plan: Plan, job: Job, device: Any) -> None:
-    from training import train
-    from training.data import load_training
+    from training import trainer as train
+    from training.data.splits import load_training
 
     config = plan.config(job)
     train.SAVE_EVERY_S = plan.save_s
@@ -78,7 +78,7 @@ def _checks(plan: Plan, job: Job) -> None:
     """Run the tests that need a GPU: recorded steps against eager ones."""
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/training/test_graphs.py"],
+        [*command, "tests/training/parallel/test_cuda_graphs.py"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dverge_serve.contract import Card
+from dverge_serve.engine.card import Card
 from dverge_serve.images import load, to_float
 
 Pixels = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from dverge_serve.cli.options import AsJson, Model
 from dverge_serve.errors import UserError
 
 if TYPE_CHECKING:
-    from dverge_serve.device import Device as DeviceName
+    from dverge_serve.engine.providers import Device as DeviceName
 
 
 @app.command(epilog="Example: dverge bench model.onnx --batches 1,32")
@@ -38,8 +38,8 @@ def bench(
         )
     from typing import cast
 
-    from dverge_serve.bench import measure
-    from dverge_serve.engine import Engine
+    from dverge_serve.engine.benchmark import measure
+    from dverge_serve.engine.session import Engine
     from dverge_serve.progress import Progress
 
     rows = []

@@ -23,7 +23,7 @@ def bento(
 
     Nothing is fetched from the network.
     """
-    from dverge_serve import bento as packing
+    from dverge_serve.serving import bento as packing
 
     written = packing.write_bento(model, out)
     report = any(path.suffix == ".json" for path in written)

@@ -53,9 +53,9 @@ def export(
     """
     if model.suffix != ".onnx":
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")
-    from dverge_serve.contract import Precision
-    from export.choice import Ask, Target
-    from export.export import export_source
+    from dverge_serve.engine.card import Precision
+    from export.exporter import export_source
+    from export.fusion_choice import Ask, Target
 
     on: Target = _one_of(Target, "--target", target)
     ask: Ask = _one_of(Ask, "--form", form)
@@ -75,7 +75,7 @@ def _source(run: Path | None, checkpoint: Path | None, labels: str | None) -> So
         if labels is not None:
             raise UserError("--labels without --checkpoint", "a run, which knows its classes")
         from export.source import from_run
-        from training.run import Run
+        from training.runs.directory import Run
 
         return from_run(Run.open_finished(run or Path("runs/latest")))
     if run is not None:
@@ -83,14 +83,14 @@ def _source(run: Path | None, checkpoint: Path | None, labels: str | None) -> So
     if checkpoint.suffix == ".toml":
         if labels is not None:
             raise UserError(f"--labels beside {checkpoint}", "the labels in that list")
-        from export.listed import from_list
+        from export.member_list import from_list
 
         return from_list(checkpoint)
     if labels is None:
         raise UserError(
             "--checkpoint without --labels", "--labels cifar10, or a file with one class a line"
         )
-    from export.published import from_checkpoint
+    from export.published_checkpoint import from_checkpoint
 
     return from_checkpoint(checkpoint, labels)
 

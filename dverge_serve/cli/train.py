@@ -77,8 +77,8 @@ def train(
         _say_cost(config, device)
         return
     from training.device import pick_device
-    from training.distributed import join
-    from training.train import train as train_run
+    from training.parallel.distributed import join
+    from training.trainer import train as train_run
 
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with join(config, pick_device(device)) as (team, chosen):
@@ -101,12 +101,12 @@ def demo(
     Train, export and verify on real digit images; compare with a standard ensemble.
     """
     from dverge_serve.cli.tables import demo_table
-    from export.export import export as export_run
+    from export.exporter import export as export_run
     from training.device import pick_device
     from training.recipe import load_recipe
-    from training.train import train as train_run
-    from verification.evaluation import Evaluation
-    from verification.verify import verify
+    from training.trainer import train as train_run
+    from verification.config import Evaluation
+    from verification.pipeline import verify
 
     config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
@@ -182,8 +182,8 @@ def _latest() -> Path:
 
 def _begun(out: Path) -> Config | None:
     """Return the settings a run was begun with, if it was."""
-    from training.latest import follow
-    from training.run import Run
+    from training.runs.directory import Run
+    from training.runs.latest import follow
 
     run = Run(follow(out))
     return run.config if (run.path / "config.json").is_file() else None

@@ -14,7 +14,7 @@ from dverge_serve.cli.options import AsJson, Model
 from dverge_serve.errors import UserError
 
 if TYPE_CHECKING:
-    from dverge_serve.engine import Engine
+    from dverge_serve.engine.session import Engine
 
 PREDICT_BATCH = 64
 
@@ -44,7 +44,7 @@ def serve(
 
     What is not given here is taken from the environment, as with `bentoml serve`.
     """
-    from dverge_serve.launch import serve as launch
+    from dverge_serve.serving.launch import serve as launch
 
     launch(host, port, model=model, workers=workers, token=token, device=device)
 
@@ -59,7 +59,7 @@ def predict(
     ] = None,
 ) -> None:
     """Classify images without a server."""
-    from dverge_serve.engine import Engine
+    from dverge_serve.engine.session import Engine
     from dverge_serve.files import atomic_path
 
     files = _image_files(paths)
@@ -94,8 +94,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
     Labels, input, members, training and, where a matching report is beside it, robustness.
     """
-    from dverge_serve.engine import Engine
-    from dverge_serve.report import read_report
+    from dverge_serve.engine.report_reader import read_report
+    from dverge_serve.engine.session import Engine
 
     engine = Engine(model, device="cpu")
     card, report = engine.card.to_json(), read_report(model, engine.sha256)

@@ -93,8 +93,8 @@ def verify_robustness(
         raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
     from dverge_serve.files import check_writable
     from training.device import pick_device
-    from verification.evaluation import Evaluation
-    from verification.verify import verify
+    from verification.config import Evaluation
+    from verification.pipeline import verify
 
     for wanted in (junit, bom):
         if wanted is not None:
@@ -121,7 +121,7 @@ def verify_robustness(
         )
     )
     from dverge_serve.cli.tables import live_line, report_table
-    from dverge_serve.report import report_path
+    from dverge_serve.engine.report_reader import report_path
 
     report_table(report)
     if "live" in report:
@@ -130,7 +130,7 @@ def verify_robustness(
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None or bom is not None:
         from dverge_serve.files import pretty_json, write_atomic
-        from verification import records
+        from verification.report import formats as records
 
         if junit is not None:
             case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dverge_serve import pages
 from dverge_serve.files import sha256
-from tests.service import tiny
-from tests.service.server import Server, serving
+from dverge_serve.serving import pages
+from tests.serving import tiny
+from tests.serving.server import Server, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 

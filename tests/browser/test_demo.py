@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dverge_serve.scores import softmax
+from dverge_serve.engine.outputs import softmax
 from tests.browser.conftest import (
     EVIL,
     LONG,
@@ -20,8 +20,8 @@ from tests.browser.conftest import (
     playwright,
     save_digits_model,
 )
-from tests.service import tiny
-from tests.service.server import Server, serving
+from tests.serving import tiny
+from tests.serving.server import Server, serving
 
 expect = playwright.expect
 FULL: dict[str, Any] = {

@@ -21,10 +21,10 @@ import typer
 
 import training.config
 import training.recipe
-from dverge_serve.answer import CODES
 from dverge_serve.cli import app, run
-from dverge_serve.openapi import openapi
-from dverge_serve.settings import Settings
+from dverge_serve.serving.openapi import openapi
+from dverge_serve.serving.responses import CODES
+from dverge_serve.serving.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 WIDTH = 100

@@ -17,7 +17,7 @@ from benchmarks.evidence.page import DOCS, page
 from benchmarks.evidence.paired import Difference, difference, share
 from benchmarks.evidence.record import Record, packed, unpacked
 from benchmarks.evidence.rules import RULES
-from dverge_serve.scores import Scores
+from dverge_serve.engine.outputs import Scores
 
 N = 360
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dverge_serve.contract import Card
-from dverge_serve.engine import Engine
+from dverge_serve.engine.card import Card
+from dverge_serve.engine.session import Engine
 from dverge_serve.images import Preprocess
 from training.config import Config
-from training.members import build_members
+from training.models.member import build_members
 
 
 def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:

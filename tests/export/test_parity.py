@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
-from dverge_serve.contract import Form
-from dverge_serve.engine import Engine
+from dverge_serve.engine.card import Form
+from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
-from dverge_serve.scores import Scores
-from export.choice import build_best
 from export.fusing import can_group, fuse
+from export.fusion_choice import build_best
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
-from training.members import Member
-from training.resnet import resnet_stages
+from training.models.member import Member
+from training.models.resnet import resnet_stages
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_choice_follows_the_measurement_with_a_margin(
     ratio: float, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members, card = ensemble("resnet8", 2, 1, 8)
-    monkeypatch.setattr("export.choice.speedups", lambda *_: {1: ratio, 32: ratio})
+    monkeypatch.setattr("export.fusion_choice.speedups", lambda *_: {1: ratio, 32: ratio})
     choice, data = build_best(members, card, "auto", "cpu")
     assert choice.form == form
     assert data == build_graph(members, replace(card, form=choice.form, target="cpu"))

@@ -11,15 +11,15 @@ import onnx
 import pytest
 
 from dverge_serve.cli import run as command
-from dverge_serve.engine import Engine
+from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import sha256
 from export import precision as precisions
-from export.export import export, export_source
+from export.exporter import export, export_source
 from export.precision import agreement, at_hand
 from export.source import from_run
-from training.data import load_test
-from training.run import Run
+from training.data.splits import load_test
+from training.runs.directory import Run
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,6 @@ def test_refusals(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("dverge_serve.device.has_gpu", lambda: False)
+    monkeypatch.setattr("dverge_serve.engine.providers.has_gpu", lambda: False)
     with pytest.raises(UserError, match="name a form"):  # it cannot be measured here
         export(Run.open_finished(tiny_run), tmp_path / "m.onnx", target="cuda")

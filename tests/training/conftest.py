@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.networks import tiny_config
-from training.train import train
+from training.trainer import train
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from training.config import Config, Data
-from training.data import Split
-from training.members import Member, build_members
+from training.data.splits import Split
+from training.data.streaming import Streamed
+from training.models.member import Member, build_members
 from training.recipe import load_recipe
-from training.streaming import Streamed
 
 DEPTH = 8
 

@@ -6,7 +6,7 @@ import pytest
 
 from dverge_serve.errors import UserError
 from training.config import Data
-from training.data import load_training
+from training.data.splits import load_training
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:

@@ -10,8 +10,8 @@ import pytest
 from tests.training.networks import tiny_config
 from training.config import Config
 from training.device import pick_device
-from training.run import Run
-from training.train import train
+from training.runs.directory import Run
+from training.trainer import train
 
 
 class StoppedError(Exception):

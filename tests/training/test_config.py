@@ -11,12 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dverge_serve.errors import UserError
-from training.config import (
-    Config,
-    Dverge,
-    Stage,
-    differences,
-)
+from training.config import Config, Dverge, Stage, differences
 from training.recipe import load_recipe, parse_settings, recipe_names
 
 SCHEDULE: dict[str, Any] = {

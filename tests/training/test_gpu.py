@@ -26,10 +26,10 @@ from benchmarks.gpu.chunk import Chunk
 from benchmarks.gpu.collect import collect
 from benchmarks.gpu.jobs import JOBS, Plan, job_named
 from dverge_serve.errors import UserError
-from training.data import load_training
+from training.data.splits import load_training
 from training.recipe import load_recipe
-from training.run import Run
-from training.train import train
+from training.runs.directory import Run
+from training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 # What the lent machine lacks, refused in every process of the rehearsal.

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from verification import presets
-from verification.attack import Attack
-from verification.evaluation import Evaluation
-from verification.verify import verify
+from verification.attacks import presets
+from verification.attacks.attack import Attack
+from verification.config import Evaluation
+from verification.pipeline import verify
 
 EPS = (0.03, 0.3)
 

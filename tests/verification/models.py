@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dverge_serve.scores import Scores
-from training.data import Split
-from verification.attack import Attack
-from verification.outcomes import Outcomes, Target
-from verification.presets import Variant, suite
-from verification.suite import run_suite
+from dverge_serve.engine.outputs import Scores
+from training.data.splits import Split
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.presets import Variant, suite
+from verification.attacks.suite import run_suite
 
 EPS = 0.05  # 12.75 steps of 8 bits
 

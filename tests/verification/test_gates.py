@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dverge_serve.scores import Scores
+from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
 from tests.verification.models import (
     EPS,
@@ -23,11 +23,11 @@ from tests.verification.models import (
     linear_split,
 )
 from verification import gates
+from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.presets import Variant, large, suite
+from verification.attacks.suite import run_suite
 from verification.gradients import flow
-from verification.outcomes import Outcomes, Target
-from verification.planted import planted
-from verification.presets import Variant, large, suite
-from verification.suite import run_suite
+from verification.self_test import planted
 
 
 def asked_twice(engine: TorchEngine) -> tuple[Scores, Scores]:

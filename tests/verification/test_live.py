@@ -17,8 +17,8 @@ from PIL import Image
 from dverge_serve.cli.tables import live_line
 from dverge_serve.errors import UserError
 from tests.verification.models import Linear, TorchEngine, linear_split
+from verification.attacks.outcomes import Outcomes
 from verification.live import Service, attack_service
-from verification.outcomes import Outcomes
 
 EPS = 0.05
 

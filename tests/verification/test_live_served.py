@@ -11,14 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dverge_serve.engine import Engine
-from tests.service.server import Server, clean_environment, free_port
-from training.data import Split, load_test
+from dverge_serve.engine.session import Engine
+from tests.serving.server import Server, clean_environment, free_port
+from training.data.splits import Split, load_test
 from training.recipe import load_recipe
-from verification.attack import Attack
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.suite import run_suite
 from verification.live import Service, attack_service, chosen
-from verification.outcomes import Outcomes, Target
-from verification.suite import run_suite
 
 EPS, REQUESTS = 0.1, 150
 NOISE = Attack(name="noise", threat="transfer", source="none", kind="noise")

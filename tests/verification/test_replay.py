@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import pytest
 
+from dverge_serve.engine.report_reader import read_report, report_path, report_schema
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
-from dverge_serve.report import read_report, report_path, report_schema
 from tests.verification.conftest import EPS
-from verification.evaluation import Evaluation
+from verification.config import Evaluation
+from verification.pipeline import verify
 from verification.replay import replay
-from verification.verify import verify
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -83,7 +83,7 @@ def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
         raise UserError("no answer from somewhere", "a running service")
 
     monkeypatch.setattr("verification.live.Service.scores", lambda *_: None)
-    monkeypatch.setattr("verification.verify.attack_service", gone)
+    monkeypatch.setattr("verification.pipeline.attack_service", gone)
     shutil.copy(tiny_model, tmp_path / "model.onnx")
     asked = Evaluation(
         model=tmp_path / "model.onnx", run=tiny_run, eps=EPS, images=32, url="http://somewhere"

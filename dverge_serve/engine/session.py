@@ -1,0 +1,223 @@
+"""The one place that runs a model file: ONNX Runtime behind our contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from dverge_serve.cores import cores
+from dverge_serve.engine.buckets import Buckets
+from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card
+from dverge_serve.engine.cpu_parallel import Lanes
+from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.providers import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    Device,
+    check_device,
+    check_provider,
+    providers,
+)
+from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
+
+__all__ = ["Device", "Engine", "check_device"]
+
+MAX_BYTES = 2 * 1024**3
+BATCH = 256  # images a call at most, where the caller does not choose
+
+# Made once: after each call's millisecond in the model the caches hold nothing of the checks, and
+# what they make anew costs tens of microseconds instead of one.
+_FLOAT = np.dtype(np.float32)
+_OUTPUTS = [LOGITS, MEMBER_LOGITS]
+
+
+class Engine:
+    """An ensemble loaded from one `model.onnx`, ready to run. Safe to call from many threads.
+
+    The file is read once; those bytes are hashed and loaded, so `sha256` is what runs.
+
+    Args:
+        path: the model file.
+        device: `auto` takes CUDA where it is; `cuda` and `tensorrt` insist; `cpu`.
+        threads: threads for one call; 0 means every core. With W workers, give each its share.
+        expected_sha256: refuse any other file.
+        spinning: let idle threads spin between calls; faster alone, wasteful beside other workers.
+        device_id: which GPU.
+
+    Raises:
+        UserError: no such file, not ours, damaged, of a newer schema, with weights in other files,
+            not the pinned hash, or a GPU asked for and not there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: Device = "auto",
+        threads: int = 0,
+        expected_sha256: str = "",
+        spinning: bool = True,
+        device_id: int = 0,
+    ) -> None:
+        self.path = Path(path)
+        data = _read(self.path)
+        self.sha256 = sha256(data)
+        if expected_sha256 and self.sha256 != expected_sha256.lower():
+            raise UserError(
+                f"{path} has sha256 {self.sha256}",
+                f"{expected_sha256} as pinned",
+                "put the pinned file in place or change DVERGE_MODEL_SHA256",
+            )
+        on = providers(device, device_id)
+
+        def load(count: int) -> ort.InferenceSession:
+            return _load(data, self.path, on, threads=count, spinning=spinning)
+
+        self._session: ort.InferenceSession | None = load(threads)
+        self.provider: str = self._session.get_providers()[0]
+        check_provider(device, self.provider)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.card = Card.from_metadata(metadata, str(path))
+        self._check_signature(self._session)
+        self._shape = list(self.card.input_shape)
+        self._buckets: Buckets | None = None
+        if self.provider in (CUDA, TENSORRT):
+            self._buckets = Buckets(self._session, self.card, "cuda", device_id)
+        self._lanes: Lanes | None = None
+        if self.provider == CPU and (threads or cores()) > 1:
+            self._lanes = Lanes(load, self.card, threads)
+
+    def run(self, images: npt.NDArray[np.float32]) -> Scores:
+        """Run the model on one batch.
+
+        Args:
+            images: float32 `[batch, channels, height, width]` in `[0,1]`, batch at least 1.
+
+        Raises:
+            ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
+            RuntimeError: the engine is closed.
+        """
+        session = self._session  # read once: another thread may close the engine meanwhile
+        if session is None:
+            raise RuntimeError(f"the engine of {self.path} is closed")
+        count, *shape = images.shape or (0,)
+        if shape != self._shape or images.dtype != _FLOAT:
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}; "
+                f"expected float32 [batch, {', '.join(map(str, self._shape))}]"
+            )
+        if not count:
+            raise ValueError("an empty batch; expected at least one image")
+        # Of all numpy's ways this costs least after a call's millisecond in the model, when the
+        # caches hold nothing of it. Both are NaN if any pixel is.
+        low, high = images.item(images.argmin()), images.item(images.argmax())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
+        if (buckets := self._buckets) is not None:
+            return buckets.run(images)
+        if (lanes := self._lanes) is not None and lanes.worth(count):
+            return lanes.run(images)
+        return Scores(*session.run(_OUTPUTS, {INPUT: images}))
+
+    def run_all(self, images: npt.NDArray[np.float32], batch: int = BATCH) -> Scores:
+        """Run any number of images in batches of at most `batch`."""
+        return Scores.concatenate(
+            [self.run(images[at : at + batch]) for at in range(0, len(images), batch)]
+        )
+
+    def warm_up(self, batches: tuple[int, ...] = (1,)) -> None:
+        """Run once at each batch size, so that the first caller does not pay for it.
+
+        On a GPU that is every size a batch is padded to, whatever `batches` says.
+        """
+        for batch in self._buckets.sizes if self._buckets else batches:
+            self.run(np.zeros((batch, *self.card.input_shape), dtype=np.float32))
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The session behind it, for measurements; it checks nothing.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        session = self._session  # read once: another thread may close the engine meanwhile
+        if session is None:
+            raise RuntimeError(f"the engine of {self.path} is closed")
+        return session
+
+    def close(self) -> None:
+        """Let go of the model; calls that are running end well, later ones are refused."""
+        self._session = self._buckets = self._lanes = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_signature(self, session: ort.InferenceSession) -> None:
+        classes, members = len(self.card.labels), self.card.members
+        expected: dict[str, list[Any]] = {
+            INPUT: list(self.card.input_shape),
+            LOGITS: [classes],
+            MEMBER_LOGITS: [members, classes],
+        }
+        nodes = [*session.get_inputs(), *session.get_outputs()]
+        found = {node.name: list(node.shape[1:]) for node in nodes}
+        floats = all(node.type == "tensor(float)" for node in nodes)
+        if found != expected or not floats:
+            raise UserError(
+                f"{self.path} has inputs and outputs {found}",
+                f"float32 {expected} as its metadata says",
+                "export it again",
+            )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is larger than 2 GB", "one ONNX file of at most 2 GB")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no model at {path}",
+            "a file written by `dverge export`",
+            "run `dverge export model.onnx`, or `dverge demo` for an example",
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", "a readable file") from error
+
+
+def _load(
+    data: bytes, path: Path, on: list[Any], *, threads: int, spinning: bool
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Bytes have no folder that weights in other files could be found in; this names one that is
+    # not there, so that none is picked up from wherever the process happens to run.
+    folder = str(path.parent / "no-external-data")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(data, options, providers=on)
+    # ONNX Runtime raises a different class for every way a file can be wrong.
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no reason given"
+        if "external" in text.lower():
+            raise UserError(
+                f"{path} keeps its weights in other files",
+                "one whole ONNX file",
+                "export it again with `dverge export`",
+            ) from error
+        raise UserError(
+            f"{path} cannot be loaded as an ONNX model ({text[:200]})",
+            "a whole file written by `dverge export`",
+        ) from error

@@ -1,0 +1,1 @@
+"""The HTTP service: routes, requests and responses, batching, reload, observability."""

@@ -1,0 +1,61 @@
+"""The way of a body of images to their scores, the same for every route that takes images."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dverge_serve.serving.batching import Images, Part
+from dverge_serve.serving.decoding import Decoder
+from dverge_serve.serving.loaded_model import Rows, ServedModel
+from dverge_serve.serving.requests import Intake, Request
+from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.settings import Exposure, Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """The model in service behind the limits.
+
+    Args:
+        settings: the limits.
+        expose: how much of each answer callers see.
+        decoder: turns files into pixels, and long JSON into tensors, off the event loop.
+        intake: bounds the bodies held at one moment.
+        model: returns the model in service, or refuses.
+    """
+
+    settings: Settings
+    expose: Exposure
+    decoder: Decoder
+    intake: Intake
+    model: Callable[[], ServedModel]
+
+    async def classify(
+        self,
+        request: Request,
+        read: Callable[[bytes, ServedModel], Awaitable[tuple[Images, T]]],
+    ) -> tuple[ServedModel, T, Part[Rows]]:
+        """Read a request's body and run its images; return the model that did, and their part.
+
+        Args:
+            request: whose body it is.
+            read: makes images of the body for the model, and whatever else the caller wants of it.
+
+        Raises:
+            Refusal: what `read` refuses, a limit, or no answer in time.
+        """
+        settings = self.settings
+        with self.model() as served, request.holding(self.intake):
+            body = await request.body(settings.max_body_bytes, settings.timeout_s, self.intake)
+            try:
+                async with asyncio.timeout(settings.timeout_s):
+                    images, rest = await read(body, served)
+                    part = await request.wait_for(served.submit(images))
+            except TimeoutError as error:
+                raise Refusal("timeout", f"no answer within {settings.timeout_s:g} s") from error
+        return served, rest, part

@@ -1,0 +1,205 @@
+"""A model file in service: its engine, its report, and the thread that feeds it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dverge_serve.cores import cores
+from dverge_serve.engine.card import Card
+from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.providers import CPU
+from dverge_serve.engine.report_reader import read_report
+from dverge_serve.engine.session import Engine
+from dverge_serve.images import FORMATS, load, to_float
+from dverge_serve.serving.batching import Batcher, Images, Part
+from dverge_serve.serving.metrics import Metrics
+from dverge_serve.serving.settings import Settings
+
+TOP = 5
+# Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
+MAX_BATCH, MAX_BATCH_GPU = 32, 64
+
+
+@dataclass(slots=True, frozen=True)
+class Rows:
+    """What one batch came to, ready to be read row by row without touching numpy again."""
+
+    scores: Scores
+    top: list[list[int]]  # the likeliest classes, best first
+    top_probabilities: list[list[float]]
+    agreement: list[float]
+    disagreement: list[float]
+    votes: list[list[int]]  # each member's own answer
+    vote_probabilities: list[list[float]]  # and how likely that member thinks it
+
+
+class ServedModel:
+    """One model file, loaded and warm. Building it blocks: do so off the event loop.
+
+    Args:
+        settings: which file, which device, how many threads and workers.
+        worker: this worker's number from 1, which spreads workers over GPUs.
+
+    Raises:
+        UserError: the file cannot be served.
+    """
+
+    def __init__(self, settings: Settings, worker: int = 1) -> None:
+        self._max_queue = settings.queue
+        self.engine = Engine(
+            settings.model,
+            device=settings.device,
+            threads=settings.threads or max(1, cores() // settings.workers),
+            expected_sha256=settings.model_sha256,
+            # An idle thread that spins takes the core that decodes the next request.
+            spinning=False,
+            device_id=(worker - 1) % max(1, gpus()),
+        )
+        self.report = read_report(settings.model, self.engine.sha256)
+        self._batcher: Batcher[Rows] | None = None
+        self._metrics: Metrics | None = None
+        self._users, self._retired = 0, False
+        self._max_batch = MAX_BATCH if self.engine.provider == CPU else MAX_BATCH_GPU
+        self.engine.warm_up((1, 2))
+        _warm_up_codecs(self.card)
+
+    @property
+    def card(self) -> Card:
+        """What the file says about itself."""
+        return self.engine.card
+
+    @property
+    def sha256(self) -> str:
+        """The file's SHA-256, 64 hex digits."""
+        return self.engine.sha256
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """The disagreement above which an image is suspicious; None without a report."""
+        try:
+            return float((self.report or {})["disagreement"]["threshold"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @cached_property
+    def headline(self) -> dict[str, Any] | None:
+        """The report's figures for anybody but callers who see the label alone.
+
+        Verdict and accuracies, which arm nobody; None without a report.
+        """
+        if self.report is None:
+            return None
+        keys = ("verdict", "clean_accuracy", "robust_accuracy")
+        return {key: self.report[key] for key in keys if key in self.report}
+
+    def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+        """Begin to take images."""
+        self._metrics = metrics
+        self._batcher = Batcher(
+            self._run, loop, max_batch=self._max_batch, max_queue=self._max_queue
+        )
+
+    def __enter__(self) -> Self:
+        """Hold the model for one request: until it leaves, a retired model still answers."""
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._retired and not self._users:
+            self._end()
+
+    def retire(self) -> None:
+        """End once the last request that holds this model has left."""
+        self._retired = True
+        if not self._users:
+            self._end()
+
+    def _end(self) -> None:
+        if self._batcher:
+            self._batcher.close()
+            self._batcher = None
+
+    def submit(self, images: Images) -> asyncio.Future[Part[Rows]]:
+        """Queue images for the engine.
+
+        Args:
+            images: uint8, or float32 in `[0,1]`, `[batch, channels, height, width]` of the model's
+                input shape; the caller has checked them.
+
+        Raises:
+            Refusal: the queue is full.
+        """
+        assert self._batcher, "start() comes first"
+        return self._batcher.submit(images)
+
+    def _run(self, parts: Sequence[Images]) -> Rows:
+        images = _joined(parts)
+        begun = time.perf_counter()
+        scores = self.engine.run_all(images)
+        seconds = time.perf_counter() - begun
+        order = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP]
+        rows = Rows(
+            scores,
+            order.tolist(),
+            np.take_along_axis(scores.probabilities, order, axis=1).tolist(),
+            scores.agreement.tolist(),
+            scores.disagreement.tolist(),
+            scores.votes.tolist(),
+            scores.member_probabilities.max(axis=-1).tolist(),
+        )
+        self._count(rows, seconds)
+        return rows
+
+    def _count(self, rows: Rows, seconds: float) -> None:
+        metrics, batcher = self._metrics, self._batcher
+        if metrics is None or batcher is None:  # a batch can be quicker than the constructor
+            return
+        labels = self.card.labels
+        metrics.batch(len(rows.top), seconds, batcher.waiting)
+        metrics.images(
+            [labels[top[0]] for top in rows.top],
+            rows.disagreement,
+            sum(share < 1 for share in rows.agreement),
+            sum(map(self.is_suspicious, rows.disagreement)),
+        )
+
+    def is_suspicious(self, disagreement: float) -> bool:
+        """Whether members that disagree this much should raise an alarm."""
+        return self.threshold is not None and disagreement > self.threshold
+
+
+def gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _warm_up_codecs(card: Card) -> None:
+    # Pillow loads each codec at its first image, which takes many times an answer's time.
+    blank = Image.new(card.preprocess.mode, card.preprocess.crop[::-1])
+    for kind in FORMATS:
+        file = io.BytesIO()
+        blank.save(file, kind)
+        load(file.getvalue(), card.preprocess)
+
+
+def _joined(parts: Sequence[Images]) -> npt.NDArray[np.float32]:
+    if all(part.dtype == np.uint8 for part in parts):
+        return to_float(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    floats = [to_float(part) if part.dtype == np.uint8 else part for part in parts]
+    return floats[0] if len(floats) == 1 else np.concatenate(floats)

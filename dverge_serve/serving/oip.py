@@ -1,0 +1,175 @@
+"""The Open Inference Protocol V2, with its binary tensor extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dverge_serve import __version__
+from dverge_serve.engine.card import INPUT
+from dverge_serve.serving.batching import Images, Part
+from dverge_serve.serving.classify import Classifier
+from dverge_serve.serving.loaded_model import Rows, ServedModel
+from dverge_serve.serving.oip_tensors import Array, Inference, read_inference, write_tensors
+from dverge_serve.serving.requests import Request
+from dverge_serve.serving.responses import JSON, Answer, Refusal, dump, json_answer
+from dverge_serve.serving.settings import Exposure
+
+MODEL = "dverge"
+BASE = f"/v2/models/{MODEL}"
+HEADER_LENGTH = b"inference-header-content-length"
+BINARY = b"application/octet-stream"
+TYPES = frozenset({"application/json", "application/octet-stream", ""})
+# More JSON than this is read and written off the event loop.
+INLINE_BYTES = 16_384
+INLINE_VALUES = 2_048
+
+# What each output is: its datatype, and its shape behind the batch.
+OUTPUTS: dict[Exposure, tuple[str, ...]] = {
+    "label": ("label", "index"),
+    "scores": ("label", "index", "probabilities"),
+    "full": (
+        *("label", "index", "probabilities", "logits", "member_logits"),
+        *("agreement", "disagreement", "suspicious"),
+    ),
+}
+
+
+class InferenceProtocol:
+    """The handlers under `/v2`.
+
+    Args:
+        classifier: the model in service, behind the limits.
+        check_ready: refuses while any worker still loads.
+    """
+
+    def __init__(self, classifier: Classifier, check_ready: Callable[[], None]) -> None:
+        self._classifier, self._check_ready = classifier, check_ready
+
+    async def server(self, _: Request) -> Answer:
+        """Answer `GET /v2`."""
+        extensions = ["binary_tensor_data"]
+        return json_answer({"name": MODEL, "version": __version__, "extensions": extensions})
+
+    async def live(self, _: Request) -> Answer:
+        """Answer `GET /v2/health/live`."""
+        return json_answer({"live": True})
+
+    async def ready(self, _: Request) -> Answer:
+        """Answer `GET /v2/health/ready` and the model's own `ready`."""
+        self._check_ready()
+        return json_answer({"ready": True})
+
+    async def metadata(self, _: Request) -> Answer:
+        """Answer `GET /v2/models/dverge`."""
+        served = self._classifier.model()
+        shape = [-1, *served.card.input_shape]
+        return json_answer(
+            {
+                "name": MODEL,
+                "versions": [version(served)],
+                "platform": "onnxruntime_onnx",
+                "inputs": [{"name": INPUT, "datatype": "FP32", "shape": shape}],
+                "outputs": [
+                    {"name": name, **described(served)[name]}
+                    for name in outputs(served, self._classifier.expose)
+                ],
+            }
+        )
+
+    async def infer(self, request: Request) -> Answer:
+        """Answer `POST /v2/models/dverge/infer`."""
+        if request.content_type not in TYPES:
+            raise Refusal(
+                "unsupported_content_type",
+                "expected content-type application/json or application/octet-stream",
+            )
+
+        async def read(body: bytes, served: ServedModel) -> tuple[Images, Inference]:
+            inference = await self._read(request, body, served)
+            return inference.images, inference
+
+        served, inference, part = await self._classifier.classify(request, read)
+        write = partial(_written, inference, part, served)
+        rows = len(inference.images)
+        values = sum(_values(served, name) for name, raw in inference.outputs.items() if not raw)
+        if rows * values <= INLINE_VALUES:
+            return write()
+        return await self._classifier.decoder.off_loop(write)
+
+    async def _read(self, request: Request, body: bytes, served: ServedModel) -> Inference:
+        text = request.headers.get(HEADER_LENGTH)
+        if text is not None and not (text.isdigit() and len(text) < 18):
+            raise Refusal("bad_tensor", "inference-header-content-length is not a number")
+        length = None if text is None else int(text)
+        read = partial(
+            read_inference,
+            body,
+            length,
+            name=INPUT,
+            shape=served.card.input_shape,
+            max_images=self._classifier.settings.max_images,
+            outputs=outputs(served, self._classifier.expose),
+        )
+        inline = (len(body) if length is None else length) <= INLINE_BYTES
+        return read() if inline else await self._classifier.decoder.off_loop(read)
+
+
+def version(served: ServedModel) -> str:
+    """Return the model's version: the start of its file's SHA-256."""
+    return served.sha256[:12]
+
+
+def outputs(served: ServedModel, expose: Exposure) -> tuple[str, ...]:
+    """Return the names of the outputs that callers may ask for."""
+    names = OUTPUTS[expose]
+    return names if served.threshold is not None else tuple(n for n in names if n != "suspicious")
+
+
+def described(served: ServedModel) -> dict[str, dict[str, Any]]:
+    """Return datatype and shape of every output."""
+    classes, members = len(served.card.labels), served.card.members
+    return {
+        "label": {"datatype": "BYTES", "shape": [-1]},
+        "index": {"datatype": "INT64", "shape": [-1]},
+        "probabilities": {"datatype": "FP32", "shape": [-1, classes]},
+        "logits": {"datatype": "FP32", "shape": [-1, classes]},
+        "member_logits": {"datatype": "FP32", "shape": [-1, members, classes]},
+        "agreement": {"datatype": "FP32", "shape": [-1]},
+        "disagreement": {"datatype": "FP32", "shape": [-1]},
+        "suspicious": {"datatype": "BOOL", "shape": [-1]},
+    }
+
+
+def _values(served: ServedModel, name: str) -> int:
+    shape = described(served)[name]["shape"]
+    return int(np.prod(shape[1:], dtype=np.int64))
+
+
+def _tensor(name: str, part: Part[Rows], served: ServedModel) -> Array:
+    rows = slice(part.start, part.stop)
+    scores = part.result.scores
+    if name == "label":
+        labels = served.card.labels
+        return np.array([labels[top[0]] for top in part.result.top[rows]], dtype=object)
+    if name == "index":
+        return np.array([top[0] for top in part.result.top[rows]], dtype=np.int64)
+    if name == "suspicious":
+        return np.array([served.is_suspicious(x) for x in part.result.disagreement[rows]])
+    return np.asarray(getattr(scores, name)[rows], dtype=np.float32)
+
+
+def _written(inference: Inference, part: Part[Rows], served: ServedModel) -> Answer:
+    tensors = {name: _tensor(name, part, served) for name in inference.outputs}
+    forms, blob = write_tensors(tensors, inference.outputs)
+    answer: dict[str, Any] = {"model_name": MODEL, "model_version": version(served)}
+    if inference.id is not None:
+        answer["id"] = inference.id
+    header = dump({**answer, "outputs": forms})
+    if not any(inference.outputs.values()):
+        return Answer(200, header, JSON)
+    length = ((HEADER_LENGTH, b"%d" % len(header)),)
+    return Answer(200, header + blob, BINARY, length)

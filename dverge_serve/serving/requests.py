@@ -1,0 +1,184 @@
+"""One HTTP request: its headers, its body within the limits, and whether its caller still waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any, TypeVar
+
+from dverge_serve.serving.responses import Refusal
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+
+# A request that is answered sooner is not worth a task that watches for its caller's leaving.
+PATIENCE_S = 0.1
+# An unread body up to this size is left to the server to discard, keeping the connection.
+SMALL_BODY = 65_536
+
+
+class CallerGone(Exception):  # noqa: N818 - as Starlette's ClientDisconnect
+    """The caller hung up: nobody is left to answer."""
+
+
+class Intake:
+    """The bytes of request bodies held at this moment, bounded over all connections together.
+
+    Args:
+        limit: most bytes held at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    def take(self, count: int) -> None:
+        """Count `count` bytes as held.
+
+        Raises:
+            Refusal: that would be more than the limit.
+        """
+        if self.held + count > self.limit:
+            raise Refusal("queue_full", "too many request bodies are being read; retry later")
+        self.held += count
+
+    def release(self, count: int) -> None:
+        """Count `count` bytes as let go."""
+        self.held -= count
+
+
+class Request:
+    """A request as the ASGI server hands it over."""
+
+    __slots__ = ("_receive", "body_read", "headers", "id", "method", "path", "taken")
+
+    def __init__(self, scope: Scope, receive: Receive, request_id: str) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.id = request_id
+        self.body_read = False
+        self.taken = 0  # bytes of the intake this request holds
+        self._receive = receive
+
+    @property
+    def content_type(self) -> str:
+        """The media type without parameters, in lower case; empty if none was sent."""
+        value = self.headers.get(b"content-type", b"")
+        return value.partition(b";")[0].strip().lower().decode("latin-1")
+
+    @property
+    def has_large_unread_body(self) -> bool:
+        """Whether more body is on its way than is worth discarding quietly."""
+        if self.body_read:
+            return False
+        if b"transfer-encoding" in self.headers:
+            return True
+        value = self.headers.get(b"content-length", b"0")
+        return not (value.isdigit() and len(value) < 6 and int(value) <= SMALL_BODY)
+
+    @contextlib.contextmanager
+    def holding(self, intake: Intake) -> Iterator[None]:
+        """Give back to `intake` whatever of it this request's body took."""
+        try:
+            yield
+        finally:
+            intake.release(self.taken)
+            self.taken = 0
+
+    async def body(self, limit: int, timeout_s: float, intake: Intake) -> bytes:
+        """Read the body; call inside `holding`.
+
+        Args:
+            limit: most bytes; a longer body is refused before it is read whole.
+            timeout_s: seconds for all of it to arrive.
+            intake: where the bytes held are counted.
+
+        Raises:
+            Refusal: too long (413), too slow (408), or too many bodies at once (503).
+            CallerGone: the caller hung up.
+        """
+        if _length(self.headers.get(b"content-length", b"0")) > limit:
+            raise _too_large(limit)
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerGone
+                    chunk = message.get("body", b"")
+                    if self.taken + len(chunk) > limit:
+                        raise _too_large(limit)
+                    intake.take(len(chunk))
+                    self.taken += len(chunk)
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError as error:
+            raise Refusal(
+                "body_timeout",
+                f"the body did not arrive within {timeout_s:g} s",
+                ((b"connection", b"close"),),
+            ) from error
+        self.body_read = True
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def wait_for(self, future: asyncio.Future[T]) -> T:
+        """Await `future`, and cancel it if the caller hangs up meanwhile. Call after `body`.
+
+        Raises:
+            CallerGone: the caller hung up.
+        """
+        loop = asyncio.get_running_loop()
+        watcher: asyncio.Task[bool] | None = None
+
+        async def watch() -> bool:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            return future.cancel()
+
+        def begin() -> None:
+            nonlocal watcher
+            watcher = loop.create_task(watch())
+
+        timer = loop.call_later(PATIENCE_S, begin)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if watcher is not None and watcher.done():
+                raise CallerGone from None
+            raise
+        finally:
+            timer.cancel()
+            if watcher is not None:
+                watcher.cancel()
+
+    async def discard(self, limit: int, timeout_s: float) -> None:
+        """Read and drop what still comes of the body, for a while.
+
+        Closing a connection with unread bytes in it resets it, and the caller would lose the
+        answer that was just sent.
+        """
+        seen = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while seen < limit:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+                    seen += len(message.get("body", b""))
+
+
+def _length(value: bytes) -> int:
+    # isdigit() because int() also takes signs, spaces and underscores.
+    if not value.isdigit() or len(value) > 18:
+        raise Refusal("bad_request", "the content-length header is not a number")
+    return int(value)
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal("body_too_large", f"the body is too large; expected at most {limit} bytes")

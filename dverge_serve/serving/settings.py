@@ -1,0 +1,137 @@
+"""The service's settings: one object, read once from the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dverge_serve.errors import UserError
+
+if TYPE_CHECKING:
+    from dverge_serve.engine.session import Device
+
+Exposure = Literal["label", "scores", "full"]
+Log = Literal["text", "json"]
+PREFIX = "DVERGE_"
+MAX_WORKERS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one service runs. Every field is the environment variable `DVERGE_<FIELD>`."""
+
+    model: Path = Path("model.onnx")
+    """The model file; its report is looked for beside it."""
+    model_sha256: str = ""
+    """Serve no other file than the one with this SHA-256 (64 hex digits)."""
+    token: str = ""
+    """Bearer token that callers must show; none by default."""
+    expose: Exposure | None = None
+    """How much callers see; unset means `full` on loopback and `scores` beyond it."""
+    max_body_bytes: int = 8_388_608
+    """Largest request body, bytes."""
+    max_pixels: int = 16_777_216
+    """Largest image, width x height in pixels."""
+    max_images: int = 64
+    """Most images in one request."""
+    queue: int = 512
+    """Most images that may wait for the engine, in each worker; more are answered 503."""
+    timeout_s: float = 30.0
+    """Seconds for a body to arrive (408), and again for its answer to be ready (504)."""
+    threads: int = 0
+    """Threads for one engine call; 0 shares the cores out among the workers."""
+    workers: int = 1
+    """Worker processes."""
+    device: Device = "auto"
+    """`auto` takes CUDA where it works, `cuda` insists on it, `cpu` never does."""
+    log: Log = "text"
+    """Form of the log lines."""
+
+    def __post_init__(self) -> None:
+        if self.model_sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", self.model_sha256):
+            raise UserError(f"{PREFIX}MODEL_SHA256 is '{self.model_sha256}'", "64 hex digits")
+        if self.token and not re.fullmatch(r"[!-~]+", self.token):
+            # The value is a secret: say what is wrong with it, not what it is.
+            raise UserError(f"{PREFIX}TOKEN holds spaces or non-ASCII", "printable ASCII")
+        for name, lowest in _LOWEST.items():
+            if not getattr(self, name) >= lowest:  # also false for NaN
+                raise _bad(name, getattr(self, name), f"at least {lowest}")
+        if self.timeout_s > 86_400:
+            raise _bad("timeout_s", self.timeout_s, "at most 86400 seconds")
+        if self.workers > MAX_WORKERS:
+            raise _bad("workers", self.workers, f"at most {MAX_WORKERS}")
+        for name, options in _OPTIONS.items():
+            value = getattr(self, name)
+            if value not in options:
+                raise _bad(name, value, ", ".join(str(option) for option in options if option))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings from `DVERGE_*` variables; an empty one counts as unset.
+
+        Unknown names are left alone: Kubernetes, for one, makes up `DVERGE_PORT` for a Service
+        called dverge.
+
+        Raises:
+            UserError: a value that cannot be used, naming the variable.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            text = environ.get(PREFIX + field.name.upper(), "").strip()
+            if text:
+                values[field.name] = _parse(field.name, text, field.default)
+        return cls(**values)
+
+    def environment(self, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return `environ` with the variables that `from_environment` reads back as these settings.
+
+        Args:
+            environ: none by default; whatever settings it names give way.
+        """
+        fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(self)}
+        others = {key: value for key, value in (environ or {}).items() if key not in fields}
+        return others | {
+            key: str(value)
+            for key, field in fields.items()
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+
+_LOWEST: dict[str, float] = {
+    "max_body_bytes": 1,
+    "max_pixels": 1,
+    "max_images": 1,
+    "queue": 1,
+    "timeout_s": 0.001,
+    "threads": 0,
+    "workers": 1,
+}
+_OPTIONS: dict[str, tuple[str | None, ...]] = {
+    "expose": (None, *get_args(Exposure)),
+    "device": ("auto", "cpu", "cuda"),
+    "log": get_args(Log),
+}
+
+
+def _parse(name: str, text: str, default: object) -> object:
+    if isinstance(default, Path):
+        return Path(text)
+    try:
+        if isinstance(default, int):
+            return int(text)
+        if isinstance(default, float):
+            return float(text)
+    except ValueError as error:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise _bad(name, text, kind) from error
+    return text
+
+
+def _bad(name: str, value: object, expected: str) -> UserError:
+    return UserError(f"{PREFIX}{name.upper()} is '{value}'", expected)

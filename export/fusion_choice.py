@@ -1,0 +1,143 @@
+"""Which form a model file takes: measured on the device it is meant for.
+
+Two measurements are never equal, yet the same run must give the same file. So the one network is
+the form a file has unless the branches are faster by a margin that noise does not make; only the
+form and the device go into the file, the figures to whoever exports.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from dverge_serve.engine.card import Card, Form
+from dverge_serve.engine.providers import CPU, providers
+from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
+from export.fusing import can_group
+from export.graph import build_graph
+
+MARGIN = 1.25  # branches must be this much faster to be chosen
+BATCHES = (1, 32)
+SECONDS = 0.5  # for each batch size, two forms together
+LEAST_ROUNDS = 9
+SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
+
+Ask = Literal["auto", "branches", "grouped"]
+Target = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen form.
+
+    Args:
+        form: what the file is.
+        target: the device it was chosen for, `cpu` or `cuda`.
+        speedups: batch size to how many times faster one network was than branches; empty where
+            nothing was measured.
+    """
+
+    form: Form
+    target: str
+    speedups: dict[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        name = {"grouped": "one grouped network", "branches": "one branch for each member"}
+        told = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in self.speedups.items())
+        measured = f"; grouped is {told} as fast as branches" if told else ""
+        return f"{name[self.form]} for {self.target}{measured}"
+
+
+def build_best(
+    members: Sequence[nn.Module], card: Card, ask: Ask, target: Target
+) -> tuple[Choice, bytes]:
+    """Return the chosen form and the model file's bytes in it.
+
+    Args:
+        members: networks in evaluation mode, on the CPU.
+        card: of the file to be, but for `form` and `target`.
+        ask: a form, or `auto`: measured where there is a choice.
+        target: what the file is to run on; `auto` is what is here.
+
+    Raises:
+        UserError: members that cannot be grouped, or CUDA to be measured where there is none.
+    """
+    groupable = can_group(members)
+    if ask == "grouped" and not groupable:
+        raise UserError(
+            "these members cannot become one grouped network",
+            "two or more of one architecture and normalisation",
+            "use --form branches",
+        )
+    if ask != "auto" or not groupable:
+        form: Form = "branches" if ask == "auto" else ask
+        # A form that was named needs no device here to be measured on.
+        choice = Choice(form, where_of(providers("auto")) if target == "auto" else target)
+        return choice, build_graph(members, replace(card, form=form, target=choice.target))
+    try:
+        on = providers(target)
+    except UserError as error:
+        raise UserError(
+            error.found, error.expected, "measure there, or name a form: --form grouped|branches"
+        ) from error
+    where = where_of(on)
+    forms = {
+        form: build_graph(members, replace(card, form=form, target=where))
+        for form in get_args(Form)
+    }
+    # By its name, so that a GPU that is there and does not work is told, not replaced by the CPU.
+    found = speedups(forms["branches"], forms["grouped"], where)
+    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
+    chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
+    return Choice(chosen, where, found), forms[chosen]
+
+
+def where_of(on: list[Any]) -> Target:
+    """Return the device that ONNX Runtime's providers stand for, the first of them deciding."""
+    return "cpu" if on[0] == CPU else "cuda"
+
+
+def speedups(slow: bytes, fast: bytes, target: Target) -> dict[int, float]:
+    """Return batch size to how many times faster the engine runs `fast` than `slow`.
+
+    The two take turns, and the fastest call of each counts: whatever else the machine does only
+    ever adds to a call.
+    """
+    found: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pair = []
+        for name, data in (("slow.onnx", slow), ("fast.onnx", fast)):
+            Path(folder, name).write_bytes(data)
+            pair.append(Engine(Path(folder, name), device=target))
+    for batch in BATCHES:
+        images = np.zeros((batch, *pair[0].card.input_shape), np.float32)
+        first = [_seconds(engine, images) for engine in pair]  # also warms up
+        best = list(first)
+        rounds, end = 0, time.perf_counter() + SECONDS
+        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+            for form, engine in enumerate(pair):
+                best[form] = min(best[form], _seconds(engine, images))
+            rounds += 1
+        found[batch] = best[0] / best[1]
+        if min(first) > SLOW_S * batch:
+            break
+    for engine in pair:
+        engine.close()
+    return found
+
+
+def _seconds(engine: Engine, images: npt.NDArray[np.float32]) -> float:
+    begun = time.perf_counter()
+    engine.run(images)
+    return time.perf_counter() - begun

@@ -1,0 +1,247 @@
+"""Checkpoints of the published code: read as they are, refused in one line where they are not."""
+
+from __future__ import annotations
+
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dverge_serve.cli import run
+from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
+from dverge_serve.images import Preprocess, load, to_float
+from export.exporter import export_source
+from export.parity import torch_scores
+from export.published_checkpoint import CIFAR10, from_checkpoint, read_published
+from training.models.member import build_members
+
+PUBLISHED = "official_dverge_3xresnet20_eps0.07.pth"
+Table = dict[str, Any]
+
+
+class PublishedNet(nn.Module):
+    """A network with the published names, written from the architecture's description."""
+
+    def __init__(self, blocks: int, width: int, classes: int, *, bottleneck: bool) -> None:
+        super().__init__()
+        self.expansion = 4 if bottleneck else 1
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        inside = width
+        for third in range(3):
+            layer = nn.ModuleList()
+            for number in range(blocks):
+                within = width * 2**third
+                stride = 2 if third and not number else 1
+                layer.append(self._block(inside, within, stride, bottleneck))
+                inside = within * self.expansion
+            setattr(self, f"layer{third + 1}", layer)
+        self.fc = nn.Linear(inside, classes)
+
+    def _block(self, inside: int, within: int, stride: int, bottleneck: bool) -> nn.Module:
+        outside = within * self.expansion
+        block = nn.Module()
+        shapes = (
+            [(inside, within, 1, 1), (within, within, 3, stride), (within, outside, 1, 1)]
+            if bottleneck
+            else [(inside, within, 3, stride), (within, outside, 3, 1)]
+        )
+        for at, (one, other, kernel, step) in enumerate(shapes, 1):
+            setattr(
+                block, f"conv{at}", nn.Conv2d(one, other, kernel, step, kernel // 2, bias=False)
+            )
+            setattr(block, f"bn{at}", nn.BatchNorm2d(other))
+        if stride != 1 or inside != outside:
+            short = nn.Conv2d(inside, outside, 1, stride, bias=False)
+            block.downsample = nn.Sequential(short, nn.BatchNorm2d(outside))
+        return block
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for third in (1, 2, 3):
+            for block in getattr(self, f"layer{third}"):
+                parts = 3 if self.expansion == 4 else 2
+                y = x
+                for at in range(1, parts + 1):
+                    y = getattr(block, f"bn{at}")(getattr(block, f"conv{at}")(y))
+                    y = F.relu(y) if at < parts else y
+                x = F.relu(y + (block.downsample(x) if hasattr(block, "downsample") else x))
+        return self.fc(F.avg_pool2d(x, 8).flatten(1))  # type: ignore[no-any-return]
+
+
+def nets(count: int, *, bottleneck: bool = False, blocks: int = 1) -> list[PublishedNet]:
+    torch.manual_seed(count)
+    made = []
+    for _ in range(count):
+        net = PublishedNet(blocks, 4, 10, bottleneck=bottleneck)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+                nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+        made.append(net.eval())
+    return made
+
+
+def table(made: list[PublishedNet], key: str = "model", mean: float = 0.3) -> Table:
+    return {
+        f"{key}{index}": {
+            **{f"model.{name}": value for name, value in net.state_dict().items()},
+            "normalizer.mean": torch.full((3,), mean),
+            "normalizer.std": torch.full((3,), 0.5),
+        }
+        for index, net in enumerate(made)
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks", "bottleneck", "key"),
+    [
+        (1, 1, False, "model"),
+        (3, 1, False, "model_"),
+        (2, 2, False, "model"),
+        (2, 1, True, "model"),
+    ],
+)
+def test_the_file_says_what_the_published_network_says(
+    count: int, blocks: int, bottleneck: bool, key: str, tmp_path: Path
+) -> None:
+    made = nets(count, bottleneck=bottleneck, blocks=blocks)
+    torch.save(table(made, key), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    source = from_checkpoint(tmp_path / "c.pth", "cifar10")
+    named = f"resnet{9 * blocks + 2}-bottleneck" if bottleneck else f"resnet{6 * blocks + 2}"
+    assert source.config.architecture == named
+    (again, *_) = build_members(source.config, 10, [0.3] * 3, [0.5] * 3)  # as surrogates are
+    shapes = [tuple(tensor.shape) for tensor in again.state_dict().values()]
+    assert shapes == [tuple(tensor.shape) for tensor in source.members[0].state_dict().values()]
+    form = "grouped" if count > 1 else "branches"
+    export_source(source, tmp_path / "m.onnx", form=form)  # type: ignore[arg-type]
+    engine = Engine(tmp_path / "m.onnx", device="cpu")
+    images = torch.rand(5, 3, 32, 32)
+    expected = torch.stack([net((images - 0.3) / 0.5) for net in made], 1)
+    found = engine.run(images.numpy())
+    torch.testing.assert_close(
+        torch.from_numpy(found.member_logits), expected.detach(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(found.logits), expected.mean(1).detach(), atol=1e-4, rtol=1e-4
+    )
+    assert engine.card.labels == CIFAR10
+    assert engine.card.probe == "synthetic"
+    assert engine.card.source == "published-checkpoint"
+
+
+def test_normalisation_the_file_does_not_carry_is_the_published_one(tmp_path: Path) -> None:
+    plain = {"model0": nets(1)[0].state_dict()}  # no wrapper: no "model." and no normaliser
+    torch.save(plain, tmp_path / "c.pth")
+    assert read_published(tmp_path / "c.pth").mean == (0.4914, 0.4822, 0.4465)
+
+
+def without(name: str) -> Callable[[Table], object]:
+    return lambda made: made["model0"].pop(name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda made: made.pop("model0"), "holds model1, model2"),
+        (lambda made: made.update(model1={}), "0 tensors"),
+        (without("model.fc.weight"), "a CIFAR ResNet"),
+        (without("model.layer2.0.bn1.bias"), "no layer2.0.bn1.bias"),
+        (
+            lambda made: made["model0"].update({"model.extra": torch.zeros(1)}),
+            "out of place, extra",
+        ),
+        (lambda made: made["model0"].update({"model.fc.bias": torch.zeros(3)}), "fc.bias (3,)"),
+        (lambda made: made["model0"]["model.bn1.weight"].fill_(torch.nan), "not finite"),
+        (lambda made: made["model0"].update({"model.fc.bias": "text"}), "is a str"),
+    ],
+)
+def test_a_partial_checkpoint_is_refused_in_one_line(
+    spoil: Callable[[Table], object], words: str, tmp_path: Path
+) -> None:
+    made = table(nets(3))
+    spoil(made)
+    torch.save(made, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"expected") as caught:
+        from_checkpoint(tmp_path / "c.pth", "cifar10")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_foreign_files_and_code_in_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.pth").write_text("not a checkpoint")
+    Path("empty.pth").write_bytes(b"")
+    Path("evil.pth").write_bytes(pickle.dumps({"model0": Evil()}))
+    torch.save([1, 2], "list.pth")
+    torch.save(table(nets(1)), "good.pth")
+    Path("half.pth").write_bytes(Path("good.pth").read_bytes()[:2000])
+    Path("names").write_text("a\nb\n")
+    for arguments, words in (
+        (["--checkpoint", "none.pth", "--labels", "cifar10"], "cannot read none.pth"),
+        (["--checkpoint", "text.pth", "--labels", "cifar10"], "cannot be read as tensors"),
+        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "cannot be read as tensors"),
+        (["--checkpoint", "evil.pth", "--labels", "cifar10"], "cannot be read as tensors"),
+        (["--checkpoint", "half.pth", "--labels", "cifar10"], "cannot be read as tensors"),
+        (["--checkpoint", "list.pth", "--labels", "cifar10"], "holds a list"),
+        (["--checkpoint", "good.pth", "--labels", "names"], "2 different classes"),
+        (["--checkpoint", "good.pth", "--labels", "nowhere"], "cannot read labels"),
+        (["--checkpoint", "good.pth"], "without --labels"),
+        (["--labels", "cifar10"], "without --checkpoint"),
+        (["--checkpoint", "good.pth", "--run", "x"], "one of the two"),
+    ):
+        assert run(["export", "m.onnx", *arguments]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert words in line
+    assert not Path("evil").exists()
+    assert not Path("m.onnx").exists()
+
+
+def real_images(archive: Path, each: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return `each` test images of every class."""
+    preprocess = Preprocess(mode="RGB", resize=(32, 32), crop=(32, 32))
+    pixels: dict[str, list[Any]] = {name: [] for name in CIFAR10}
+    with tarfile.open(archive) as tar:
+        for item in tar:
+            parts = Path(item.name).parts
+            if item.isfile() and "test" in parts and len(pixels[parts[-2]]) < each:
+                pixels[parts[-2]].append(load(tar.extractfile(item).read(), preprocess))  # type: ignore[union-attr]
+            if all(len(found) == each for found in pixels.values()):
+                break
+    images = np.stack([image for found in pixels.values() for image in found])
+    return images, np.repeat(np.arange(10), each)
+
+
+def test_the_published_checkpoint_on_real_images(test_data: Path, tmp_path: Path) -> None:
+    file, archive = test_data / PUBLISHED, test_data / "cifar10-jpeg.tar.xz"
+    if not file.is_file() or not archive.is_file():
+        pytest.skip(f"no {file.name} and {archive.name} in {test_data}")
+    found = read_published(file)
+    assert (found.architecture, found.width, found.classes) == ("resnet20", 16, 10)
+    assert len(found.members) == 3
+    assert found.mean == pytest.approx((0.4914, 0.4822, 0.4465))
+    pixels, labels = real_images(archive, 200)
+    export_source(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="grouped")
+    images = to_float(pixels)
+    answers = Engine(tmp_path / "m.onnx", device="cpu").run_all(images).predictions
+    expected = torch_scores(found.members, torch.from_numpy(images)).predictions
+    accuracy, torch_accuracy = (answers == labels).mean(), (expected == labels).mean()
+    assert abs(accuracy - torch_accuracy) <= 0.001
+    assert accuracy == pytest.approx(0.913, abs=0.015)  # of the JPEG copy
+    print(f"accuracy {accuracy:.4f}, torch {torch_accuracy:.4f}")

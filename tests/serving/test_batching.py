@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from dverge_serve.serving.batching import Batcher, Images
+from dverge_serve.serving.responses import Refusal
+
+pytestmark = pytest.mark.anyio
+
+
+class Engine:
+    """Adds up each image; holds every batch until told to go on."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.started = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+
+    def run(self, parts: Sequence[Images]) -> list[float]:
+        self.batches.append([len(part) for part in parts])
+        self.started.release()
+        assert self.go_on.acquire(timeout=30)
+        if any((part < 0).any() for part in parts):
+            raise ValueError("negative")
+        return [float(image.sum()) for part in parts for image in part]
+
+    async def wait_for_batch(self) -> None:
+        assert await asyncio.to_thread(self.started.acquire, timeout=30)
+
+
+def images(*values: float) -> Images:
+    return np.array(values)[:, None]
+
+
+@asynccontextmanager
+async def batching(
+    engine: Engine, max_batch: int = 8, max_queue: int = 100
+) -> AsyncIterator[Batcher[list[float]]]:
+    batcher = Batcher(
+        engine.run, asyncio.get_running_loop(), max_batch=max_batch, max_queue=max_queue
+    )
+    try:
+        yield batcher
+    finally:
+        batcher.close()
+        engine.go_on.release(1000)
+
+
+async def test_an_idle_engine_takes_a_job_at_once_and_the_rest_run_together() -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        jobs = [batcher.submit(images(1))]
+        await engine.wait_for_batch()
+        jobs += [batcher.submit(images(2, 3)), batcher.submit(images(4))]
+        assert batcher.waiting == 3
+        engine.go_on.release(2)
+        parts = await asyncio.gather(*jobs)
+    assert engine.batches == [[1], [2, 1]]
+    assert [part.result[part.start : part.stop] for part in parts] == [[1.0], [2.0, 3.0], [4.0]]
+
+
+async def test_batches_are_bounded_and_a_job_is_never_split() -> None:
+    engine = Engine()
+    async with batching(engine, max_batch=4) as batcher:
+        jobs = [batcher.submit(images(0))]
+        await engine.wait_for_batch()
+        sizes = [3, 2, 9, 1, 1]
+        jobs += [batcher.submit(images(*range(size))) for size in sizes]
+        engine.go_on.release(10)
+        await asyncio.gather(*jobs)
+    assert engine.batches == [[1], [3], [2], [9], [1, 1]]
+
+
+async def test_a_full_queue_refuses_and_recovers() -> None:
+    engine = Engine()
+    async with batching(engine, max_queue=3) as batcher:
+        jobs = [batcher.submit(images(0))]
+        await engine.wait_for_batch()
+        jobs += [batcher.submit(images(1, 2, 3))]
+        with pytest.raises(Refusal) as refusal:
+            batcher.submit(images(4))
+        assert refusal.value.code == "queue_full"
+        assert (b"retry-after", b"1") in refusal.value.headers
+        engine.go_on.release(3)
+        await asyncio.gather(*jobs)
+        part = await batcher.submit(images(5))
+    assert part.result == [5.0]
+
+
+async def test_a_cancelled_job_leaves_its_batch() -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        first = batcher.submit(images(0))
+        await engine.wait_for_batch()
+        gone, kept = batcher.submit(images(1)), batcher.submit(images(2))
+        gone.cancel()
+        engine.go_on.release(2)
+        part = await kept
+        await first
+    assert engine.batches == [[1], [1]]
+    assert part.result == [2.0]
+
+
+async def test_a_job_cancelled_while_it_runs_harms_nobody() -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        running = batcher.submit(images(0))
+        await engine.wait_for_batch()
+        running.cancel()
+        engine.go_on.release(2)
+        part = await batcher.submit(images(7))
+    assert part.result == [7.0]
+
+
+async def test_a_job_that_fails_does_not_take_its_neighbours_along() -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        first = batcher.submit(images(0))
+        await engine.wait_for_batch()
+        bad, good = batcher.submit(images(-1)), batcher.submit(images(3))
+        engine.go_on.release(10)
+        await first
+        part = await good
+        with pytest.raises(ValueError, match="negative"):
+            await bad
+    assert part.result[part.start : part.stop] == [3.0]
+    assert engine.batches == [[1], [1, 1], [1], [1]]
+
+
+async def test_what_was_queued_before_closing_still_runs() -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        job = batcher.submit(images(1))
+        await engine.wait_for_batch()
+        queued = batcher.submit(images(2))
+        batcher.close()
+        engine.go_on.release(2)
+        assert (await job).result == [1.0]
+        assert (await queued).result == [2.0]

@@ -1,0 +1,182 @@
+"""Folders of images: classes, pixels, and what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dverge_serve import images
+from tests.training.networks import rows, stored
+from tests.training.refusal import refusal
+from training.config import Data
+from training.data.sources import class_folders
+from training.data.splits import load_test, load_training
+
+
+def picture(level: int, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (level, level // 2, 0)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes; four images each to train on and two to test on; one is of another size."""
+    for part, count in (("train", 4), ("test", 2)):
+        for place, name in enumerate(("ant", "bee")):
+            where = tmp_path / part / name
+            where.mkdir(parents=True)
+            for number in range(count):
+                (where / f"{number}.png").write_bytes(picture(100 * place + 10 * number))
+    (tmp_path / "train" / "ant" / "deep").mkdir()
+    (tmp_path / "train" / "ant" / "deep" / "tall.JPG").write_bytes(picture(9, (10, 40), "JPEG"))
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / ".thumbnails").mkdir()
+    (tmp_path / "train" / "readme.md").write_text("not a class")
+    return tmp_path
+
+
+def from_folder(path: Path, **more: Any) -> Data:
+    return Data(name="imagefolder", path=str(path), crop=(8, 8), holdout=0.12, **more)
+
+
+def test_what_is_hidden_is_no_image(folder: Path) -> None:
+    (folder / "train" / "ant" / "._0.png").write_bytes(b"a file manager's note")
+    (folder / "train" / "ant" / ".cache").mkdir()
+    (folder / "train" / "ant" / ".cache" / "0.png").write_bytes(picture(1))
+    data = load_training(from_folder(folder))
+    assert len(data.train) + len(data.holdout) == 9
+
+
+def test_a_class_that_utf8_cannot_spell_is_refused_before_training(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "bee").rename(folder / part / os.fsdecode(b"gr\xfcn"))
+    assert "is not UTF-8" in refusal(from_folder(folder))
+
+
+def test_a_folder_of_images_becomes_classes_and_pixels(folder: Path) -> None:
+    data = load_training(from_folder(folder))
+    assert data.labels == ("ant", "bee")
+    assert len(data.train) + len(data.holdout) == 9
+    every = torch.cat([stored(data.train).images, data.holdout.images])
+    labels = torch.cat([data.train.labels, data.holdout.labels])
+    assert Counter(labels.tolist()) == {0: 5, 1: 4}
+    assert every.shape == (9, 3, 8, 8)
+    plain = every[labels == 1]
+    assert sorted(plain[:, 0, 3, 3].tolist()) == [100, 110, 120, 130]
+    assert sorted(plain[:, 1, 3, 3].tolist()) == [50, 55, 60, 65]
+    names, test = load_test(from_folder(folder))
+    assert names == ("ant", "bee")
+    assert sorted(test.images[:, 0, 0, 0].tolist()) == [0, 10, 100, 110]
+    assert len(load_test(from_folder(folder, test_limit=3))[1]) == 3
+
+
+def test_training_sees_what_the_service_will_see(folder: Path) -> None:
+    data = from_folder(folder, resize=(12, 12))
+    training = load_training(data)
+    found = set(rows(training.train) + rows(training.holdout))
+    for file in (folder / "train").rglob("*"):
+        if file.suffix.lower() in images.SUFFIXES:
+            assert images.load(file.read_bytes(), data.preprocess).tobytes() in found
+
+
+def test_no_folder_given() -> None:
+    assert "--data FOLDER" in refusal(Data(name="imagefolder"))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    message = refusal(from_folder(tmp_path / "nowhere"))
+    assert f"no folder {tmp_path / 'nowhere' / 'train'}" in message
+    assert "train/<class>/" in message
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "train").write_text("")
+    assert "no folder" in refusal(from_folder(tmp_path))
+
+
+def test_a_missing_test_folder_is_found_before_training(folder: Path) -> None:
+    (folder / "test").rename(folder / "validation")
+    assert f"no folder {folder / 'test'}" in refusal(from_folder(folder))
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert f"0 class folders in {tmp_path / 'train'}" in refusal(from_folder(tmp_path))
+
+
+def test_a_single_class(folder: Path) -> None:
+    for part in ("train", "test"):
+        for file in (folder / part / "bee").iterdir():
+            file.unlink()
+        (folder / part / "bee").rmdir()
+    assert "1 class folders" in refusal(from_folder(folder))
+
+
+def test_a_class_with_no_image_is_named(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir()
+        (folder / "train" / name / "notes.txt").write_text("none")
+    message = refusal(from_folder(folder))
+    assert f"no image in {folder / 'train' / 'cat'} (2 such classes)" in message
+
+
+def test_classes_that_differ_between_train_and_test_are_named(folder: Path) -> None:
+    (folder / "test" / "bee").rename(folder / "test" / "wasp")
+    message = refusal(from_folder(folder))
+    assert f"class 'bee' only under {folder / 'train'} (2 classes differ)" in message
+
+
+def test_unreadable_images_are_named_and_counted(folder: Path) -> None:
+    for number in range(4):
+        (folder / "train" / "bee" / f"{number}.png").write_bytes(b"no image")
+    whole = picture(3, (30, 30))
+    (folder / "train" / "ant" / "0.png").write_bytes(whole[: len(whole) // 2])
+    message = refusal(from_folder(folder))
+    assert "5 of 9 images" in message
+    assert str(folder / "train" / "ant" / "0.png") in message
+    assert str(folder / "train" / "bee" / "0.png") in message
+    assert "bee/3.png" not in message  # three are enough to begin with
+    assert "truncated" in message
+
+
+def test_every_class_keeps_a_training_image(folder: Path) -> None:
+    message = refusal(from_folder(folder, train_limit=3))
+    assert "no training image left of class" in message or "3 training images" in message
+
+
+def test_classes_are_sorted_by_name(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "Aardvark").mkdir()
+        (folder / part / "Aardvark" / "a.webp").write_bytes(picture(1, kind="WEBP"))
+    assert list(class_folders(folder, "train")) == ["Aardvark", "ant", "bee"]
+
+
+def test_a_limit_decodes_no_more_images_than_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name, at in itertools.product(("train", "test"), ("a", "b"), range(20)):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), at).save(folder / f"{at}.png")
+    decoded: list[int] = []
+    load = images.load
+
+    def counted(*given: Any, **named: Any) -> Any:
+        decoded.append(1)
+        return load(*given, **named)
+
+    monkeypatch.setattr(images, "load", counted)
+    data = Data(path=str(tmp_path), mode="L", crop=(8, 8), train_limit=12, test_limit=5)
+    training = load_training(data)
+    assert len(training.train) + len(training.holdout) == len(decoded) == 12
+    assert len(load_test(data)[1]) == 5
+    assert len(decoded) == 17

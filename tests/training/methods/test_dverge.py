@@ -1,0 +1,182 @@
+"""DVERGE against its oracle: the literal transcription in `reference.py`, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from tests.training.methods import reference
+from tests.training.networks import DEPTH, tiny_images, tiny_members
+from training.config import Dverge
+from training.methods import dverge
+from training.models.member import Member
+
+TOLERANCE = 1e-8
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-3
+SOURCE, TARGET = tiny_images(5), tiny_images(5, seed=1)
+LABELS = torch.tensor([0, 3, 1, 2, 0])
+Norm = Literal["batch", "running"]
+
+
+def settings(batchnorm: Norm) -> Dverge:
+    return Dverge(eps=0.07, step_size=0.011, steps=10, decay=1.0, batchnorm=batchnorm)
+
+
+def optimizers(members: Sequence[Member]) -> list[SGD]:
+    return [
+        SGD(member.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        for member in members
+    ]
+
+
+def descents_of(members: Sequence[Member]) -> list[reference.Descent]:
+    return [
+        reference.Descent(reference.Network(member.state_dict()), LR, MOMENTUM, WEIGHT_DECAY)
+        for member in members
+    ]
+
+
+def expect_equal(member: Member, network: reference.Network) -> None:
+    state = member.state_dict()
+    assert state.keys() == network.tensors.keys()
+    for name, tensor in state.items():
+        expected = network.tensors[name]
+        assert float((tensor - expected).abs().max()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("layer", range(1, DEPTH + 1))
+@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+def test_distilled_images_equal_the_literal_loop(layer: int, batchnorm: Norm) -> None:
+    (member,) = tiny_members(1)
+    network = reference.Network(member.state_dict())
+    chosen = settings(batchnorm)
+
+    found = dverge.distill(member, SOURCE, TARGET, layer=layer, settings=chosen)
+
+    expected = reference.distill(
+        network,
+        SOURCE,
+        TARGET,
+        layer=layer,
+        eps=chosen.eps,
+        step_size=chosen.step_size,
+        steps=chosen.steps,
+        decay=chosen.decay,
+        batchnorm=batchnorm,
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    expect_equal(member, network)
+    assert not torch.equal(found, SOURCE)
+
+
+@pytest.mark.parametrize("layer", [1, 4, 8])
+@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+def test_one_step_after_another_equals_the_literal_procedure(batchnorm: Norm, layer: int) -> None:
+    """The second at another layer, with momentum; every layer's first is in `test_oracle`."""
+    members = tiny_members(2)
+    descents = descents_of(members)
+    steps, chosen = optimizers(members), settings(batchnorm)
+    for source, target, drawn in ((SOURCE, TARGET, layer), (TARGET, SOURCE, DEPTH + 1 - layer)):
+        losses = dverge.step(members, steps, source, LABELS, target, layer=drawn, settings=chosen)
+        expected, _ = reference.dverge_step(
+            descents,
+            source,
+            LABELS,
+            target,
+            layer=drawn,
+            eps=chosen.eps,
+            step_size=chosen.step_size,
+            steps=chosen.steps,
+            decay=chosen.decay,
+            batchnorm=batchnorm,
+        )
+        assert losses.tolist() == pytest.approx(expected, abs=TOLERANCE)
+        assert not losses.requires_grad
+    for member, descent in zip(members, descents, strict=True):
+        expect_equal(member, descent.network)
+
+
+def test_a_standard_step_is_sgd_on_the_clean_images_of_each_member_alone() -> None:
+    members = tiny_members(2)
+    descents = descents_of(members)
+    steps = optimizers(members)
+    for source in (SOURCE, TARGET):
+        losses = dverge.standard_step(members, steps, source, LABELS)
+        expected = [descent.step([(source, 1.0)], LABELS) for descent in descents]
+        assert losses.tolist() == pytest.approx(expected, abs=TOLERANCE)
+    for member, descent in zip(members, descents, strict=True):
+        expect_equal(member, descent.network)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_distillation_with_other_momentum_and_fewer_steps(decay: float) -> None:
+    (member,) = tiny_members(1)
+    network = reference.Network(member.state_dict())
+    chosen = replace(settings("running"), decay=decay, steps=3, step_size=0.05)
+    found = dverge.distill(member, SOURCE, TARGET, layer=3, settings=chosen)
+    expected = reference.distill(
+        network,
+        SOURCE,
+        TARGET,
+        layer=3,
+        eps=0.07,
+        step_size=0.05,
+        steps=3,
+        decay=decay,
+        batchnorm="running",
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def distance(member: Member, images: Tensor, layer: int) -> Tensor:
+    with torch.no_grad():
+        apart: Tensor = member(images, layer) - member(TARGET, layer)
+        return apart.pow(2).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("layer", range(1, DEPTH + 1))
+def test_distilled_images_come_nearer_to_the_target_inside_the_ball(layer: int) -> None:
+    (member,) = tiny_members(1)
+    member.eval()
+    chosen = settings("running")
+    before = {name: tensor.clone() for name, tensor in member.state_dict().items()}
+    found = dverge.distill(member, SOURCE, TARGET, layer=layer, settings=chosen)
+    assert (found - SOURCE).abs().max() <= chosen.eps + 1e-12
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert bool((distance(member, found, layer) < distance(member, SOURCE, layer)).all())
+    assert all(torch.equal(before[name], now) for name, now in member.state_dict().items())
+    assert all(parameter.grad is None for parameter in member.parameters())
+
+
+def test_batch_statistics_move_at_every_step_up_to_the_layer_and_not_past_it() -> None:
+    (member,) = tiny_members(1)
+    before = copy.deepcopy(member)
+    dverge.distill(member, SOURCE, TARGET, layer=4, settings=settings("batch"))
+    for name, tensor in member.state_dict().items():
+        stage = int(name.split(".")[1]) if name.startswith("stages.") else 0
+        if name.endswith("num_batches_tracked"):
+            assert int(tensor) == (20 if stage < 4 else 0), name  # images and target, ten times
+        elif "running" in name:
+            assert torch.equal(tensor, before.state_dict()[name]) == (stage >= 4), name
+        else:
+            assert torch.equal(tensor, before.state_dict()[name]), name
+    momenta = [m.momentum for m in member.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert momenta == [reference.BN_MOMENTUM] * len(momenta)
+
+
+def test_a_member_never_learns_from_its_own_distilled_images() -> None:
+    (member,) = tiny_members(1)
+    member.eval()
+    own, others = tiny_images(5, seed=2), [tiny_images(5, seed=3), tiny_images(5, seed=4)]
+    with torch.no_grad():
+        loss = dverge.member_loss(member, 1, [others[0], own, others[1]], LABELS)
+        parts = [torch.nn.functional.cross_entropy(member(images), LABELS) for images in others]
+    assert float(loss) == pytest.approx(float(parts[0] + parts[1]), abs=1e-12)

@@ -1,0 +1,301 @@
+"""Recorded steps: what is recorded when, what a replay reads, and that it is the same step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from tests.training.networks import tiny_config, tiny_images, tiny_members
+from training.config import Dverge
+from training.data.splits import load_training
+from training.methods import dverge
+from training.methods.registry import epoch_batches, stages
+from training.models.member import Member
+from training.parallel import cuda_graphs as graphs
+from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
+from training.parallel.topology import Batch
+from training.trainer import prepare
+
+SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+
+
+class Tape:
+    """Records by remembering the work, and says what it was asked for."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.asked: list[str] = []
+        self._fails = fails
+
+    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+        self.asked.append("warm")
+        return work()
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.asked.append("record")
+        if self._fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        def replay() -> Tensor:
+            self.asked.append("replay")
+            return work()
+
+        return replay
+
+
+def ours(members: Sequence[Member]) -> list[RateOnDevice]:
+    return [RateOnDevice(member.parameters(), **SETTINGS) for member in members]
+
+
+def batch(count: int, seed: int) -> Batch:
+    images = tiny_images(count, seed=seed), tiny_images(count, seed=seed + 100)
+    return images[0], torch.arange(count) % 4, images[1]
+
+
+def dverge_work(members: Sequence[Member], optimizers: Sequence[SGD]) -> graphs.Work:
+    def work(layer: int, batch: Batch) -> Tensor:
+        source, labels, target = batch
+        settings = Dverge(steps=2)
+        return dverge.step(
+            members, optimizers, source, labels, target, layer=layer, settings=settings
+        )
+
+    return work
+
+
+def same(one: Sequence[Member], other: Sequence[Member], tolerance: float) -> None:
+    for left, right in zip(one, other, strict=True):
+        for name, tensor in left.state_dict().items():
+            torch.testing.assert_close(
+                tensor, right.state_dict()[name], rtol=tolerance, atol=tolerance
+            )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_rate_on_the_device_makes_the_step_of_sgd(momentum: float) -> None:
+    one, other = (list(tiny_members(1)[0].parameters()) for _ in range(2))
+    plain = SGD(one, lr=1.0, momentum=momentum, weight_decay=0.01)
+    paced = RateOnDevice(other, lr=1.0, momentum=momentum, weight_decay=0.01)
+    for number, rate in enumerate((0.3, 0.2, 0.05)):
+        for parameters, optimizer in ((one, plain), (other, paced)):
+            optimizer.param_groups[0]["lr"] = rate
+            for parameter in parameters[1:]:  # the first has no gradient
+                draw = torch.Generator().manual_seed(number)
+                parameter.grad = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        plain.step()
+        paced.step()
+        for left, right in zip(one, other, strict=True):
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-7)  # a rate is float32
+
+
+def test_while_a_step_is_recorded_no_rate_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded reads the rate; a value written in its course would be read for ever."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    optimizer = RateOnDevice([parameter], lr=0.5, momentum=0.0, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 0.25
+    monkeypatch.setattr(graphs, "_recording", lambda: True)
+    optimizer.step()
+    assert parameter.item() == 0.5
+    optimizer.send_rate()
+    optimizer.step()
+    assert parameter.item() == 0.25
+
+
+def test_each_layer_is_warmed_up_recorded_and_replayed() -> None:
+    tape, members = Tape(), tiny_members(2)
+    optimizers = ours(members)
+    step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
+    for seed in range(WARM_UPS + 2):
+        step(1, batch(4, seed))
+    assert tape.asked == ["warm"] * WARM_UPS + ["record", "replay", "replay"]
+    step(2, batch(4, 0))
+    step(1, batch(4, 0))
+    assert tape.asked[-2:] == ["warm", "replay"]
+
+
+def test_a_smaller_batch_is_done_as_it_is() -> None:
+    tape, members = Tape(), tiny_members(2)
+    optimizers = ours(members)
+    step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
+    assert step(1, batch(3, 0)).shape == (2,)
+    assert tape.asked == []
+
+
+def test_recorded_steps_see_every_batch_and_every_rate() -> None:
+    """Over warm-ups, replays and the odd batch: the members SGD would have made."""
+    plain, taped = tiny_members(2), tiny_members(2)
+    sgd = [SGD(member.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2) for member in plain]
+    paced = ours(taped)
+    eager = dverge_work(plain, sgd)
+    step = Recorded(dverge_work(taped, paced), paced, 4, Tape())
+    for number in range(WARM_UPS + 3):
+        for optimizer in (*sgd, *paced):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+        images = batch(3 if number == WARM_UPS else 4, number)
+        torch.testing.assert_close(step(3, images), eager(3, images))
+    same(plain, taped, 1e-6)
+
+
+def test_a_replay_finds_the_present_rate() -> None:
+    (optimizer,) = optimizers = ours(tiny_members(1))
+    step = Recorded(lambda layer, batch: torch.zeros(1), optimizers, 4, Tape())
+    for number in range(WARM_UPS + 3):
+        optimizer.param_groups[0]["lr"] = 1 / (2 + number)
+        step(1, batch(4, 0))
+        assert [rate.item() for rate in optimizer._rates] == pytest.approx([1 / (2 + number)])
+
+
+def test_a_step_that_cannot_be_recorded_is_made_as_it_is() -> None:
+    tape, members = Tape(fails=True), tiny_members(2)
+    reference = copy.deepcopy(members)
+    optimizers, others = ours(members), ours(reference)
+    step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
+    eager = dverge_work(reference, others)
+    for number in range(WARM_UPS):
+        step(1, batch(4, number))
+        eager(1, batch(4, number))
+    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: operation not permitted"):
+        step(1, batch(4, 9))
+    eager(1, batch(4, 9))
+    step(1, batch(4, 10))
+    eager(1, batch(4, 10))
+    assert tape.asked == ["warm"] * WARM_UPS + ["record"]
+    same(members, reference, 0)
+
+
+def test_a_recording_that_fails_half_way_leaves_batchnorm_its_momentum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (member,) = tiny_members(1)
+
+    def fail(*given: object) -> Tensor:
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(member, "features", fail)
+    images = tiny_images(4)
+    with pytest.raises(RuntimeError, match="not now"):
+        dverge.distill(member, images, images, layer=4, settings=Dverge(batchnorm="batch"))
+    norms = [each for each in member.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.1}
+
+
+def test_nothing_is_recorded_without_a_gpu_nor_where_the_setting_says_no() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not graphs.wanted(tiny_config(), cpu)
+    assert graphs.wanted(tiny_config(), cuda)
+    assert not graphs.wanted(tiny_config(graphs="off"), cuda)
+    members, optimizers = prepare(tiny_config(), load_training(tiny_config().data), cpu)
+    assert [type(each) for each in optimizers] == [SGD] * 2
+    work = dverge_work(members, optimizers)
+    assert graphs.recorded(work, tiny_config(), optimizers, cpu) is work
+    # Several processes train with SGD as it is, on GPUs too.
+    assert graphs.recorded(work, tiny_config(), optimizers, cuda) is work
+
+
+def test_without_open_lanes_items_are_done_in_turn() -> None:
+    assert graphs.over_lanes(lambda item: item * 2, [1, 2, 3]) == [2, 4, 6]
+
+
+# What follows needs a GPU; `python -m benchmarks.gpu run --only checks` runs it on a lent one.
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+def on_gpu(members: Sequence[Member]) -> list[Member]:
+    return [member.cuda().to(memory_format=torch.channels_last) for member in members]
+
+
+@needs_gpu
+@pytest.mark.parametrize("batchnorm", ["running", "batch"])
+@pytest.mark.parametrize("layer", [1, 4, 8])
+def test_a_graph_makes_the_step_that_was_recorded(batchnorm: str, layer: int) -> None:
+    """In float64, from the same state and batches: parameters and buffers within 1e-8."""
+    plain, recorded = on_gpu(tiny_members(3)), on_gpu(tiny_members(3))
+    settings = Dverge(steps=3, batchnorm="batch" if batchnorm == "batch" else "running")
+    results = []
+    for members, record in ((plain, False), (recorded, True)):
+        optimizers = ours(members)
+
+        def work(
+            layer: int,
+            batch: Batch,
+            members: Sequence[Member] = members,
+            optimizers: Sequence[RateOnDevice] = optimizers,
+        ) -> Tensor:
+            source, labels, target = batch
+            return dverge.step(
+                members, optimizers, source, labels, target, layer=layer, settings=settings
+            )
+
+        recorder = CudaRecorder(torch.device("cuda"), 3) if record else Tape()
+        step, losses = Recorded(work, optimizers, 4, recorder), []
+        for number in range(WARM_UPS + 3):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+            source, labels, target = (each.cuda() for each in batch(4, number))
+            losses.append(step(layer, (source, labels, target)))
+        results.append(torch.stack(losses))
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+    same(plain, recorded, 1e-8)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["adversarial", "dverge+adversarial", "adp", "gal"])
+def test_methods_that_are_not_recorded_follow_the_rate(method: str) -> None:
+    config = tiny_config(method=method, precision="fp32", adp__epochs=2, gal__epochs=2)
+    device, data = torch.device("cuda"), load_training(config.data)
+    members, optimizers = prepare(config, data, device)
+    stage = stages(config, members, optimizers)[-1]
+    images = next(epoch_batches(data.train.to(device), config, stage, 0))
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0
+    before = [member.state_dict()["stages.0.conv.weight"].clone() for member in members]
+    stage.step(0, 0, images)
+    for member, weight in zip(members, before, strict=True):
+        assert torch.equal(member.state_dict()["stages.0.conv.weight"], weight)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_a_recorded_epoch_is_an_eager_one(precision: str) -> None:
+    """Through the product's own stages, batches and optimisers, the last batch a partial one."""
+    device, results = torch.device("cuda"), []
+    for setting in ("off", "auto"):
+        config = tiny_config(graphs=setting, precision=precision, batch_size=12, width=8)
+        data = load_training(config.data)
+        members, optimizers = prepare(config, data, device)
+        plan = stages(config, members, optimizers)
+        split, losses = data.train.to(device), []
+        for stage in plan:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+            for epoch in range(2):
+                for number, images in enumerate(epoch_batches(split, config, stage, 0)):
+                    losses.append(stage.step(epoch, number, images))
+        results.append(torch.stack(losses))
+    # Sums in another order at first; steps on signs of gradients tell such differences apart.
+    head = len(results[0]) // 4
+    torch.testing.assert_close(results[1][:head], results[0][:head], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(results[1].mean(0), results[0].mean(0), rtol=0.1, atol=0.1)
+
+
+@needs_gpu
+def test_no_step_waits_for_the_gpu() -> None:
+    """A transfer to the host inside a step raises here."""
+    config = tiny_config(precision="fp32")
+    device = torch.device("cuda")
+    data = load_training(config.data)
+    members, optimizers = prepare(config, data, device)
+    for stage in stages(config, members, optimizers):
+        images = next(epoch_batches(data.train.to(device), config, stage, 0))
+        for number in range(WARM_UPS + 1):
+            stage.step(0, number, images)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            stage.step(0, 0, images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

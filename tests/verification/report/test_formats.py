@@ -1,0 +1,53 @@
+"""JUnit and CycloneDX: what other tools read out of a report."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree as ET
+
+from tests.verification.report.test_page import report
+from verification.report.formats import bill_of_materials, junit
+
+
+def told() -> dict[str, object]:
+    found = report()
+    found["model"]["weights_sha256"] = "4" * 64
+    return found  # type: ignore[no-any-return]
+
+
+def told_model() -> dict[str, object]:
+    return {"model": told()["model"]}
+
+
+def test_junit_counts_failures_and_what_was_not_run() -> None:
+    suite = ET.fromstring(junit(told(), [("robust accuracy", False, "0.7 < 0.8")]))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "1", "1")
+    cases = {case.get("name"): [part.tag for part in case] for case in suite.iter("testcase")}
+    assert cases == {
+        "finite": ["system-out"],
+        "parity": ["skipped"],
+        "verdict": ["system-out"],
+        "robust accuracy": ["failure"],
+    }
+    assert suite.find("testcase/system-out").text == "a < b & c"  # type: ignore[union-attr]
+
+
+def test_junit_fails_where_the_verdict_is_not_valid() -> None:
+    """No gate of it failed: one was not run. Who reads this file alone must see that."""
+    suite = ET.fromstring(junit(report(verdict="INCONCLUSIVE") | told_model()))
+    assert suite.get("failures") == "1"
+
+
+def test_the_bill_of_materials_carries_every_figure_with_its_interval() -> None:
+    bill = bill_of_materials(told())
+    (component,) = bill["components"]
+    assert component["hashes"] == [{"alg": "SHA-256", "content": "0" * 64}]
+    metrics = component["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert [metric["type"] for metric in metrics] == [
+        "clean accuracy",
+        "robust accuracy, transfer",
+        "robust accuracy, white-box",
+        "robust accuracy, all",
+    ]
+    assert metrics[1]["value"] == "0.7000"
+    assert metrics[1]["confidenceInterval"] == {"lowerBound": "0.6500", "upperBound": "0.7500"}
+    assert all(isinstance(metric["slice"], str) for metric in metrics)

@@ -1,0 +1,221 @@
+"""The report's page: it fetches nothing, runs nothing, and no name in it is ever markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from verification.report import plots
+from verification.report.page import page, summary
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def rate(value: float) -> dict[str, Any]:
+    return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": 100}
+
+
+def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.onnx") -> Any:
+    attacks = {"noise": 0.9}
+    held = (
+        rate(0.7)
+        | {"of_clean_correct": 0.75, "float": 0.7, "delivered": 0.7}
+        | {"attacks": attacks}
+    )
+    row = {"eps": 0.1, "transfer": held, "white_box": held if white_box else None, "all": held}
+    area = {"value": 0.9, "low": 0.8, "high": 1.0, "clean": 90, "attacked": 10}
+    return {
+        "schema_version": 1,
+        "verdict": verdict,
+        "preset": "quick",
+        "model": {
+            "file": name,
+            "sha256": "0" * 64,
+            "name": "<script>alert(1)</script>",
+            "members": 3,
+            "precision": "fp32",
+            "gradients": "run",
+        },
+        "threat_model": {"norm": "Linf", "eps": [0.1]},
+        "data": {
+            "name": "d",
+            "part": "test",
+            "n": 100,
+            "sha256": "1" * 64,
+            "train_sha256": "2" * 64,
+            "training_known": True,
+        },
+        "clean_accuracy": rate(0.95),
+        "robust_accuracy": [row],
+        "control": {"what": "own", "clean_accuracy": rate(0.95), "robust_accuracy": [row]},
+        "against": {
+            "file": "other.onnx",
+            "comparison": [
+                {"what": "clean", "eps": 0.0, "only_this": 3, "only_other": 1, "p_value": 0.625}
+            ],
+        },
+        "gates": [
+            {"name": "finite", "passed": True, "failure": "INVALID", "detail": "a < b & c"},
+            {"name": "parity", "passed": None, "failure": "INVALID", "detail": "not run"},
+        ],
+        "disagreement": {
+            "score": "jensen-shannon",
+            "threshold": 0.1,
+            "false_positive_rate": 0.05,
+            "measured_false_positive_rate": rate(0.06),
+            "calibration_images": 144,
+            "alarm": [
+                {
+                    "attack": "transfer",
+                    "score": "jensen-shannon",
+                    "auroc": area,
+                    "tpr_at_0.01": rate(0.4),
+                    "tpr_at_0.05": rate(0.6),
+                }
+            ],
+        },
+        "combination": [
+            {
+                "what": "clean",
+                "eps": 0.0,
+                "mean_logits": 0.95,
+                "mean_softmax": 0.95,
+                "answers_differ": 0.0,
+            }
+        ],
+        "members": {
+            "gradient_norms": [1.0, 2.0],
+            "transferability": {
+                "eps": 0.1,
+                "images": 9,
+                "success": [[0.9, 0.1, 0.2], [0.1, 0.9, 0.3]],
+            },
+            "diversity": {"nats": [[None, 3.0], [3.0, None]]},
+        },
+        "attacks": [
+            {"name": "noise", "threat": "transfer", "steps": 0},
+            {"name": "pgd", "threat": "white_box", "steps": 20},
+        ],
+        "left_out": [{"what": "SGM", "why": "a surrogate has no <residual> branches"}],
+        "outcomes": {"model": {"survived": []}},
+        "surrogates": [],
+        "seed": 0,
+        "configuration_sha256": "3" * 64,
+        "out_of_scope": ["patches"],
+        "tool_version": "0",
+        "run": {"finished": "now", "seconds": 1.0, "machine": "x"},
+    }
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_the_page_fetches_and_runs_nothing_and_its_policy_says_so() -> None:
+    text = page(report(), {"curves": PNG}).decode()
+    tags = Tags()
+    tags.feed(text)
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "link", "iframe", "object", "form", "a", "base"}
+    for tag, attributes in tags.seen:
+        assert "style" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "img":
+            assert (attributes["src"] or "").startswith("data:image/png;base64,")
+            assert attributes["alt"]
+    assert "http" not in text.replace("http-equiv", "")
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (policy,) = (a["content"] for t, a in tags.seen if a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+
+
+def test_names_are_never_markup() -> None:
+    text = page(report(name="<b>&.onnx"), {}).decode()
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>" not in text
+    assert "a &lt; b &amp; c" in text
+
+
+@pytest.mark.parametrize("verdict", ["VALID", "INCONCLUSIVE", "INVALID"])
+def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
+    text = page(report(verdict), {}).decode()
+    body = text[text.index("<main>") :]
+    assert body.index(f"<strong>{verdict}</strong>") < body.index("<h2>")
+    assert "Not passed: parity." in body
+
+
+def test_plain_words_say_what_was_not_measured() -> None:
+    assert any("70.0%" in line and "weights" in line for line in summary(report()))
+    assert any("was not measured" in line for line in summary(report(white_box=False)))
+
+
+def test_the_live_service_is_told_in_words() -> None:
+    live = {
+        "eps": 0.1,
+        "model_sha256": "0" * 64,
+        "same_model": False,
+        "exposure": "label",
+        "exposed": ["index", "label"],
+        "requests": 30,
+        "clean_accuracy": rate(0.97),
+        "transfer": rate(0.5),
+        "square": {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17},
+    }
+    text = page(report() | {"live": live}, {}).decode()
+    for said in (
+        "ANOTHER model file",
+        "label: index, label",
+        "97.0 (92.0-100.0)",
+        "broke 1 of 5 images in 17 queries, 9 an image at most",
+    ):
+        assert said in text
+    assert "{&#x27;" not in text
+    gone = page(report() | {"live": {"error": "no answer from <host>"}}, {}).decode()
+    assert "It stopped answering: no answer from &lt;host&gt;" in gone
+
+
+def test_a_table_scrolls_by_keyboard_and_names_its_rows() -> None:
+    tags = Tags()
+    tags.feed(page(report(), {}).decode())
+    boxes = [found for tag, found in tags.seen if found.get("class") == "wide"]
+    assert boxes
+    assert all(found["tabindex"] == "0" and found["aria-label"] for found in boxes)
+    headings = [found["scope"] for tag, found in tags.seen if tag == "th"]
+    assert {"row", "col"} <= set(headings)
+
+
+def test_what_says_nothing_is_not_drawn() -> None:
+    """A single member, and no image that it gets right."""
+    nothing = {"transferability": {"eps": 0.1, "images": 0, "success": [[]]}}
+    assert plots.heat_maps(nothing | {"diversity": {"nats": [[None]]}}) is None
+
+
+def test_plots_are_pictures() -> None:
+    told = report()
+    assert plots.curves(told).startswith(PNG)
+    assert plots.curves(told) == plots.curves(told)
+    maps = plots.heat_maps(told["members"])
+    assert maps is not None
+    assert maps.startswith(PNG)
+    answers = np.zeros((2, 3, 5, 5), np.int64)
+    for names in (["a", "b"], ["$^$", "_a$_$b"]):  # matplotlib would read the latter as formulas
+        assert plots.regions(answers, 0.2, names, [0, 1]).startswith(PNG)
+    for channels in (1, 3):
+        images = np.zeros((2, channels, 8, 8), np.uint8)
+        assert plots.pictures(images, images + 5, [("a", "b")] * 2, 0.1).startswith(PNG)

@@ -1,0 +1,210 @@
+"""Images and labels: their fixed splits, and batches made on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dverge_serve.errors import UserError
+from training.config import Data
+from training.data import sources
+from training.data.streaming import Streamed, streamed, streams
+from training.seeds import generator
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images in memory.
+
+    Args:
+        images: uint8 `[N, channels, height, width]`.
+        labels: int64 `[N]`.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split on `device`.
+
+        Raises:
+            UserError: they do not fit there.
+        """
+        try:
+            return Split(self.images.to(device), self.labels.to(device))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(self)} images of shape {list(self.images.shape[1:])} do not fit on {device}",
+                next_step="--set data.memory_gb=0 reads a folder of images as training goes on",
+            ) from error
+
+    def take(self, index: Tensor | slice) -> Split:
+        """Return the chosen rows."""
+        return Split(self.images[index], self.labels[index])
+
+    def fetch(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is rows, `[n]`."""
+        for rows in parts:
+            yield self.images[rows], self.labels[rows]
+
+    @property
+    def levels(self) -> Tensor:
+        """How often each of the 256 levels occurs in each channel, float64 `[C, 256]`."""
+        counted = [
+            torch.bincount(channel.flatten(), minlength=256)
+            for channel in self.images.cpu().unbind(1)
+        ]
+        return torch.stack(counted).double()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of shape, pixels and labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.cpu().contiguous().numpy().tobytes())
+        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What training may look at. The held-out part is for choosing; the test set is not here."""
+
+    labels: tuple[str, ...]
+    train: Split | Streamed
+    holdout: Split
+
+
+def load_training(data: Data) -> TrainingData:
+    """Load the training images and set the held-out part aside, the same part for every seed.
+
+    Where they are a folder of more images than memory is given for, they stay on disk.
+
+    Raises:
+        UserError: missing or empty folders, unreadable images, a failed download, too few images.
+    """
+    if data.name != "imagefolder":
+        labels, (pixels, targets) = sources.read(data, "train")
+        kept, out = _parts(targets, labels, data)
+        return TrainingData(
+            labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
+        )
+    labels, files = sources.image_files(data, "train")
+    kept, out = _parts(files.targets, labels, data)
+    if streams(files, data):
+        return TrainingData(
+            labels, streamed(files.take(kept), data), _split(*files.take(out).read())
+        )
+    # Read in an order that makes both parts views: no second copy of the images.
+    pixels, targets = files.take(np.concatenate([kept, out])).read()
+    count = len(kept)
+    return TrainingData(
+        labels, _split(pixels[:count], targets[:count]), _split(pixels[count:], targets[count:])
+    )
+
+
+def _parts(
+    targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows for training and the rows held out."""
+    order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
+    held = max(1, round(data.holdout * len(order)))
+    if len(order) - held < 2:
+        raise UserError(
+            f"{len(order)} training images in '{data.path or data.name}'",
+            "enough for training and a held-out part",
+        )
+    kept, out = np.sort(order[held:]), np.sort(order[:held])
+    missing = [labels[index] for index in set(range(len(labels))) - set(targets[kept].tolist())]
+    if missing:
+        raise UserError(
+            f"no training image left of class '{sorted(missing)[0]}' ({len(missing)} such)",
+            "every class in the training part",
+            "raise data.train_limit or lower data.holdout",
+        )
+    return kept, out
+
+
+def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
+    """Load the test images: class names and the split. Only verification calls this."""
+    labels, (pixels, targets) = sources.read(data, "test")
+    return labels, _split(pixels, targets)
+
+
+def load_rest(data: Data) -> Split:
+    """Load the test images that `data.test_limit` leaves out, some thousands at most."""
+    _, (pixels, targets) = sources.read(data, "rest")
+    return _split(pixels, targets)
+
+
+def normalisation(data: Data, train: Split | Streamed) -> tuple[list[float], list[float]]:
+    """Return the recipe's mean and deviation of each channel, else those of the training images."""
+    if data.mean and data.std:
+        return list(data.mean), list(data.std)
+    # Counting levels is exact, whatever the thread count, and needs no wider copy of the images.
+    levels = torch.arange(256, dtype=torch.float64)
+    shares = train.levels / train.levels.sum(1, keepdim=True)
+    mean = (shares * levels).sum(1)
+    std = ((shares * levels**2).sum(1) - mean**2).clamp_min(1.0).sqrt()
+    return [round(v / 255, 4) for v in mean.tolist()], [round(v / 255, 4) for v in std.tolist()]
+
+
+def to_float(batch: Tensor) -> Tensor:
+    """Return uint8 images as float32 in `[0,1]`, the same numbers the service computes."""
+    return batch.float() / 255
+
+
+def batches(
+    split: Split | Streamed, batch_size: int, data: Data, *names: int | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one shuffled, augmented epoch: float32 images `[B,C,H,W]` in `[0,1]` and labels `[B]`.
+
+    Args:
+        split: the images, on or bound for the device where the batches are made.
+        batch_size: images a batch; the last may be smaller, but never a single image, which
+            BatchNorm cannot normalise.
+        data: the augmentation.
+        names: what this epoch is, for the random generator (see `training.seeds`).
+    """
+    draw = generator(*names, device=split.device)
+    order = torch.randperm(len(split), generator=draw, device=split.device)
+    parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
+    for images, labels in split.fetch(parts):
+        yield to_float(augment(images, data, draw)), labels
+
+
+def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:
+    """Return the batch `[B,C,H,W]` after random crop (zero padding) and horizontal flip."""
+    count, _, height, width = batch.shape
+    rows = torch.arange(height, device=batch.device).expand(count, -1)
+    columns = torch.arange(width, device=batch.device).expand(count, -1)
+
+    def random(high: int) -> Tensor:
+        return torch.randint(high, (count, 1), generator=draw, device=batch.device)
+
+    if data.flip:
+        columns = torch.where(random(2) == 1, columns.flip(1), columns)
+    if data.pad:
+        batch = torch.nn.functional.pad(batch, (data.pad,) * 4)
+        rows, columns = rows + random(2 * data.pad + 1), columns + random(2 * data.pad + 1)
+    each = torch.arange(count, device=batch.device)[:, None, None]
+    # Indexing beside a slice moves the channels last in memory, where convolutions like them best;
+    # permuting brings them back to second place in shape alone.
+    return batch[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _split(pixels: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64]) -> Split:
+    return Split(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(targets.copy()))

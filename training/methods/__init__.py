@@ -1,0 +1,1 @@
+"""What one training step does: DVERGE and the methods it is compared with."""

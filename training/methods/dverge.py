@@ -1,0 +1,251 @@
+"""DVERGE (Yang et al., NeurIPS 2020): diversify the members' non-robust features.
+
+Reads like the paper: `distill` is equation 1, `step` is one update of equation 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.attacks import ascend, momentum_rule
+from training.config import Dverge
+from training.models.member import Member
+from training.parallel.threads import side_by_side
+from training.parallel.topology import ALONE, Team
+
+PART = 64  # images that one thread distils at a time
+
+Adversary = Callable[[int, Member], Tensor]  # index, member -> its own adversarial images
+
+
+def distill(
+    member: Member, source: Tensor, target: Tensor, *, layer: int, settings: Dverge
+) -> Tensor:
+    """Return images that look like `source` and that `member` sees as `target` (eq. 1).
+
+    `argmin_z || f_l(z) - f_l(x_t) ||^2` subject to `|| z - x_s ||_inf <= eps` and the box, by
+    sign steps on a momentum-accumulated gradient, no random start. The target's features are
+    computed once. With `batchnorm = "batch"` the member is in training mode, and its running
+    statistics move just as if the target had passed through it at every step.
+
+    Args:
+        member: the network; its mode may change, its parameters do not.
+        source, target: float `[B, C, H, W]` in `[0,1]`.
+        layer: 1..depth, features before ReLU.
+
+    Returns:
+        distilled images, shaped like `source`.
+    """
+    (distilled,) = distill_all([member], source, target, layer=layer, settings=settings)
+    return distilled
+
+
+def distill_all(
+    members: Sequence[Member],
+    source: Tensor,
+    target: Tensor,
+    *,
+    layer: int,
+    settings: Dverge,
+    deepest: int = 0,
+) -> list[Tensor]:
+    """Return what each member distils (see `distill`), computed side by side.
+
+    With running statistics an image's distillation depends on no other image, so members work
+    through the batch in parts, which fill the cores evenly; the parts' size depends on nothing
+    else, so neither do the images.
+
+    Args:
+        layer: 1..the deepest member's depth; a shallower member takes the layer at the same share
+            of its own depth.
+        deepest: that depth, where the deepest member is not among these.
+    """
+    deepest = deepest or max(member.depth for member in members)
+    layers = [member.layer_at(layer, deepest) for member in members]
+    if settings.batchnorm == "batch":
+        seers, rows = [member.train() for member in members], [slice(None)]
+    else:
+        seers = [member.frozen(own) for member, own in zip(members, layers, strict=True)]
+        size = PART if source.device.type == "cpu" else max(len(source), 1)
+        rows = [slice(start, start + size) for start in range(0, len(source), size)]
+
+    def distilled_by(part: tuple[int, slice]) -> Tensor:
+        index, own = part
+        return _distill(seers[index], source[own], target[own], layers[index], settings)
+
+    parts = [(index, own) for index in range(len(members)) for own in rows]
+    made = side_by_side(distilled_by, parts, source.device)
+    return [torch.cat(made[start : start + len(rows)]) for start in range(0, len(made), len(rows))]
+
+
+def _distill(
+    member: Member, source: Tensor, target: Tensor, layer: int, settings: Dverge
+) -> Tensor:
+    """Distil with a member that is in the mode its statistics ask for."""
+    with torch.no_grad():
+        if settings.batchnorm == "batch":
+            features, pass_target_again = _features_and_statistics(member, target, layer)
+        else:
+            features, pass_target_again = member(target, layer), lambda: None
+
+    def closeness(z: Tensor) -> Tensor:
+        apart: Tensor = member(z, layer) - features
+        return -apart.pow(2).flatten(1).mean(1)
+
+    momentum = momentum_rule(settings.decay)
+
+    def rule(gradient: Tensor) -> Tensor:
+        pass_target_again()  # only now: the backward pass needs the statistics it was begun with
+        return momentum(gradient)
+
+    return ascend(
+        closeness,
+        source,
+        eps=settings.eps,
+        step_size=settings.step_size,
+        steps=settings.steps,
+        rule=rule,
+    )
+
+
+def member_loss(member: Member, index: int, distilled: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return `sum_{j != i} CE(f_i(x'_{f_j,l}), y_s)` (eq. 3), a scalar.
+
+    The others' images pass one after the other: each set has its own BatchNorm statistics.
+    """
+    losses = [
+        F.cross_entropy(member(images), labels)
+        for other, images in enumerate(distilled)
+        if other != index
+    ]
+    return torch.stack(losses).sum()
+
+
+def descend(optimizer: Optimizer, loss: Tensor, team: Team = ALONE) -> Tensor:
+    """Take one optimiser step down `loss` and return it, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    team.average(optimizer)
+    optimizer.step()
+    return loss.detach()
+
+
+def step(
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    source: Tensor,
+    labels: Tensor,
+    target: Tensor,
+    *,
+    layer: int,
+    settings: Dverge,
+    adversary: Adversary | None = None,
+    team: Team = ALONE,
+) -> Tensor:
+    """Make one DVERGE step: all distil, then each member learns from the others' images.
+
+    Args:
+        members: at least two, updated in place.
+        optimizers: one for each member.
+        source, labels: a batch `[B, C, H, W]` and its classes `[B]`.
+        target: an independent batch, shaped like `source`.
+        layer: drawn for this step, 1..the deepest member's depth; a shallower member takes the
+            layer at the same share of its own depth.
+        adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
+            too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
+        team: of the processes that train the members; each trains its own.
+
+    Returns:
+        the loss of each of this process's members, detached, `[members]`.
+    """
+    mine = team.mine(len(members))
+    made = distill_all(
+        [members[index] for index in mine],
+        source,
+        target,
+        layer=layer,
+        settings=settings,
+        deepest=max(member.depth for member in members),
+    )
+    distilled = team.exchange(made, len(members))
+
+    def update(index: int) -> Tensor:
+        member = members[index].train()
+        # Made before the member learns anything: learning moves its BatchNorm statistics.
+        own = None if adversary is None else adversary(index, member)
+        loss = member_loss(member, index, distilled, labels)
+        if own is not None:
+            loss = settings.weight * loss + F.cross_entropy(member(own), labels)
+        return descend(optimizers[index], loss, team)
+
+    return torch.stack(side_by_side(update, mine, source.device))
+
+
+def standard_step(
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    source: Tensor,
+    labels: Tensor,
+    *,
+    team: Team = ALONE,
+) -> Tensor:
+    """Make one step of ordinary training: each member alone, cross-entropy on clean images.
+
+    Returns:
+        the loss of each of this process's members, detached, `[members]`.
+    """
+
+    def update(index: int) -> Tensor:
+        member = members[index].train()
+        return descend(optimizers[index], F.cross_entropy(member(source), labels), team)
+
+    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
+
+
+def _features_and_statistics(
+    member: Member, images: Tensor, layer: int
+) -> tuple[Tensor, Callable[[], None]]:
+    """Return features in training mode, and what repeats that pass's effect on BatchNorm.
+
+    The statistics of the same images are the same each time, so a repeated pass is the closed
+    form `running <- (1 - momentum) * running + momentum * batch`.
+    """
+    norms = [module for module in member.modules_upto(layer) if isinstance(module, nn.BatchNorm2d)]
+    before = [[tensor.clone() for tensor in _statistics(norm)] for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # running statistics become the batch's, exactly
+    try:
+        features = member(images, layer)
+    finally:  # a recording that fails is followed by the same step unrecorded
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    of_batch = [[tensor.clone() for tensor in _statistics(norm)[:2]] for norm in norms]
+    for norm, stored in zip(norms, before, strict=True):
+        for tensor, value in zip(_statistics(norm), stored, strict=True):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def again() -> None:
+        for norm, (mean, variance) in zip(norms, of_batch, strict=True):
+            running_mean, running_var, count = _statistics(norm)
+            assert norm.momentum is not None
+            running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+            running_var.mul_(1 - norm.momentum).add_(variance, alpha=norm.momentum)
+            count.add_(1)
+
+    return features, again
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """Return BatchNorm's running mean, running variance and count of batches."""
+    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None
+    assert variance is not None
+    assert count is not None
+    return mean, variance, count

@@ -1,0 +1,1 @@
+"""Members, the networks of an ensemble, and how their weights are kept."""

@@ -1,0 +1,140 @@
+"""Members: networks that carry their own normalisation and show features at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from training.config import Config
+from training.models.bn_folding import Folded
+from training.models.resnet import resnet_stages
+from training.seeds import derive
+
+
+class Member(nn.Module):
+    """A classifier as a list of stages; the features after stage `l` are layer `l`'s output.
+
+    Layers count from 1 to `depth`; features are taken before the ReLU, and layer `depth` is the
+    logits (paper, section 3.1). Each stage maps `(features, skip)` to the next pair.
+
+    Args:
+        stages: the network.
+        mean, std: per channel, for images in `[0,1]`; the subtraction lives inside the model.
+    """
+
+    mean: Tensor
+    std: Tensor
+    compute: torch.dtype | None = None  # autocast to this; results are float32 all the same
+
+    def __init__(
+        self, stages: Sequence[nn.Module], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self._folded: Folded[Member] | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many layers can be drawn, logits included."""
+        return len(self.stages)
+
+    def layer_at(self, layer: int, deepest: int) -> int:
+        """Return the layer at the same share of this member's depth as `layer` is of `deepest`."""
+        return -(-layer * self.depth // deepest)
+
+    def modules_upto(self, layer: int) -> list[nn.Module]:
+        """Return the modules that computing `layer` passes through."""
+        return list(self.stages[:layer].modules())
+
+    def frozen(self, layer: int) -> Member:
+        """Return this member as it is now in evaluation mode, for threads to share: a look at
+        `layer` changes nothing in it.
+
+        Every call brings the one copy with BatchNorm folded up to date.
+        """
+        kept = self._folded
+        if kept is None or (kept.copy.mean.device, kept.copy.mean.dtype) != (
+            self.mean.device,
+            self.mean.dtype,
+        ):
+            self._folded = None  # not to be copied along
+            self._folded = kept = Folded(self)
+        copy = kept.refresh()
+        copy.compute = self.compute
+        return copy
+
+    def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
+        """Return the features at `layer`, computing nothing past it; by default the logits.
+
+        Args:
+            images: float `[batch, channels, height, width]` in `[0,1]`.
+            layer: 1..depth.
+        """
+        if self.compute is None:
+            return self.features((images - self.mean) / self.std, layer)
+        with torch.autocast(images.device.type, self.compute):
+            return self.features((images - self.mean) / self.std, layer).float()
+
+    def features(self, scaled: Tensor, layer: int | None) -> Tensor:
+        """Return the features at `layer` for images that are normalised already."""
+        features, skip = scaled, scaled
+        for stage in self.stages[:layer]:
+            features, skip = stage(features, skip)
+        return features
+
+
+def build(
+    config: Config,
+    architecture: str,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Member:
+    """Return one member with weights drawn from torch's global generator.
+
+    Raises:
+        UserError: an unknown architecture.
+    """
+    if architecture.startswith("torchvision:"):
+        from training.models.torchvision_member import build_torchvision
+
+        shape = config.data.preprocess.shape
+        return build_torchvision(architecture.partition(":")[2], classes, mean, std, shape)
+    channels = config.data.preprocess.shape[0]
+    member = Member(resnet_stages(architecture, channels, config.width, classes), mean, std)
+    for module in member.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return member
+
+
+def build_members(
+    config: Config,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    draw: str = "weights",
+) -> list[Member]:
+    """Return the ensemble's members, each with starting weights of its own seed.
+
+    Args:
+        config: architecture, or one for each member.
+        classes: how many logits.
+        mean, std: per channel, for images in `[0,1]`.
+        draw: names the random draw; another name gives other weights.
+    """
+    members = []
+    for index, architecture in enumerate(config.architectures):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(config.seed, draw, index))
+            members.append(build(config, architecture, classes, mean, std))
+    return members
+
+
+def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
+    """Return the ensemble's answer: the mean of its members' logits, `[batch, classes]`."""
+    return torch.stack([member(images) for member in members]).mean(0)

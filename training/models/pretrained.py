@@ -1,0 +1,217 @@
+"""Starting weights: members that begin from safetensors files instead of a random draw."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from dverge_serve.errors import UserError
+from dverge_serve.files import canonical_json, sha256
+from training.config import Config
+from training.models.member import Member
+
+PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin
+CONVERT = "where you trust it, convert it with safetensors.torch.save_file(torch.load(FILE), OUT)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One member's weights in a file.
+
+    Args:
+        name: of the file, for messages.
+        tensors: by name.
+        shared: other members start from the same ones.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """The files that `start` names, read.
+
+    Args:
+        sources: for each member.
+        files: name and sha256 of each file, for the run's record.
+    """
+
+    sources: list[Source]
+    files: list[dict[str, str]]
+
+    @classmethod
+    def read(cls, config: Config) -> Start | None:
+        """Read what `config.start` names: None where it names nothing.
+
+        Raises:
+            UserError: a missing or damaged file, one that is not safetensors, or one that holds
+                another number of members.
+        """
+        named = (config.start,) if isinstance(config.start, str) else config.start
+        if not any(named):
+            return None
+        files, networks = [], []
+        for name in named:
+            content = _content(Path(name))
+            digest = sha256(content)
+            files.append({"file": Path(name).name, "sha256": digest})
+            for index, tensors in enumerate(_networks(_parse(content, name))):
+                networks.append(((digest, index), name, tensors))
+        if len(networks) == 1:
+            networks *= config.members
+        if len(networks) != config.members:
+            raise UserError(
+                f"{' and '.join(named)} {'hold' if len(named) > 1 else 'holds'} {len(networks)} "
+                f"members, the run has {config.members}",
+                f"{config.members} members, or one model for all to start from",
+                f"--members {len(networks)}",
+            )
+        counts = Counter(key for key, _, _ in networks)
+        return cls([Source(name, held, counts[key] > 1) for key, name, held in networks], files)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all the files."""
+        return sha256(canonical_json([file["sha256"] for file in self.files]))
+
+    def put_into(self, members: Sequence[Member]) -> None:
+        """Give the members their weights.
+
+        A last layer stays the member's own random draw where the file's is for other classes, and
+        where several members share a file: they would be equal, and stay so, otherwise.
+
+        Raises:
+            UserError: tensors are missing, foreign, of other shapes or not finite.
+        """
+        for index, (member, source) in enumerate(zip(members, self.sources, strict=True)):
+            _put(source, member, f"member {index}")
+
+    def complete(self, members: Sequence[Member]) -> bool:
+        """Return whether every member gets all of its weights, its last layer's among them."""
+        pairs = zip(members, self.sources, strict=True)
+        return not any(_drawn(source, member) for member, source in pairs)
+
+    def told(self, config: Config, members: Sequence[Member]) -> str:
+        """Return a line on what the weights are used for."""
+        names = " and ".join(file["file"] for file in self.files)
+        if skipped(config, members, self):
+            return f"the weights in {names} stand for standard training, which is skipped"
+        last = "" if self.complete(members) else "; last layers are drawn at random"
+        return f"standard training begins from {names}{last}"
+
+
+def skipped(config: Config, members: Sequence[Member], start: Start | None) -> int:
+    """Return how many epochs of standard training the starting weights stand for: all or none."""
+    stand = start is not None and config.method != "standard" and start.complete(members)
+    return config.standard.epochs if stand else 0
+
+
+def _put(source: Source, member: Member, who: str) -> None:
+    own, given = member.state_dict(), _named_for(member, source)
+    if not own.keys() & given.keys():
+        raise UserError(
+            f"{source.name} holds no weights of {who} (its first tensor is "
+            f"'{next(iter(given), 'none')}')",
+            "weights of the same architecture",
+        )
+    if foreign := sorted(given.keys() - own.keys()):
+        raise UserError(
+            f"{source.name} holds {len(foreign)} tensors that {who} has not, first '{foreign[0]}'",
+            "weights of the same architecture",
+        )
+    # A plain network knows nothing of normalisation, nor did older BatchNorms count.
+    needed = {name for name in own.keys() - {"mean", "std"} if not name.endswith("_tracked")}
+    if missing := sorted(needed - given.keys()):
+        raise UserError(
+            f"{source.name} lacks {len(missing)} of the {len(needed)} tensors of {who}, "
+            f"first '{missing[0]}'",
+            "a whole network's weights",
+        )
+    drawn = _drawn(source, member)
+    for name in sorted(given.keys() - drawn):
+        if given[name].shape != own[name].shape:
+            raise UserError(
+                f"'{name}' in {source.name} has shape {list(given[name].shape)}, in {who} "
+                f"{list(own[name].shape)}",
+                "weights of the same architecture, width and image channels",
+            )
+        if not bool(given[name].isfinite().all()):
+            raise UserError(f"'{name}' in {source.name} has values that are not finite", "numbers")
+        own[name].copy_(given[name])
+
+
+def _drawn(source: Source, member: Member) -> set[str]:
+    """Return which tensors stay the member's own random draw: its last layer's, or none."""
+    own, given, last = member.state_dict(), _named_for(member, source), _last_layer(member)
+    other_classes = any(
+        given[name].shape != own[name].shape and given[name].shape[1:] == own[name].shape[1:]
+        for name in last & given.keys()
+    )
+    return last if source.shared or other_classes else set()
+
+
+def _last_layer(member: Member) -> set[str]:
+    """Return the names of the tensors of the layer that gives the logits: the last registered."""
+    name, layer = [
+        (name, module)
+        for name, module in member.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ][-1]
+    return {f"{name}.{key}" for key in layer.state_dict()}
+
+
+def _named_for(member: Member, source: Source) -> dict[str, Tensor]:
+    """Return the tensors by the member's own names, where they are torchvision's."""
+    own, tensors = member.state_dict().keys(), source.tensors
+    inside = {f"network.{name}": tensor for name, tensor in tensors.items()}
+    return tensors if own & tensors.keys() or not own & inside.keys() else inside
+
+
+def _networks(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return each member's tensors in a run's file, or the one network's in any other."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"member(\d+)\.(.+)", key)
+        if not match:
+            return [tensors]
+        found.setdefault(int(match[1]), {})[match[2]] = tensor
+    return [found[index] for index in sorted(found)] or [tensors]
+
+
+def _content(path: Path) -> bytes:
+    if path.is_dir():
+        raise UserError(
+            f"the starting weights {path} are a folder",
+            "a safetensors file",
+            f"a run's are {path / 'members.safetensors'}",
+        )
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the starting weights {path} ({error.strerror})", "a safetensors file"
+        ) from error
+
+
+def _parse(content: bytes, name: str) -> dict[str, Tensor]:
+    if content.startswith(PICKLES):
+        raise UserError(
+            f"{name} is a pickle, and loading one runs whatever code it holds",
+            "a safetensors file",
+            CONVERT,
+        )
+    try:
+        return load_tensors(content)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{name} is not a whole safetensors file ({error})", "a safetensors file"
+        ) from error

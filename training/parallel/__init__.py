@@ -1,0 +1,1 @@
+"""Threads, processes and CUDA graphs that share the work of a step."""

@@ -1,0 +1,233 @@
+"""CUDA graphs: a whole step recorded once and replayed as one launch.
+
+Small networks finish their operations faster than a host can launch them, so a GPU mostly waits.
+A recorded step costs one launch, and its members run beside one another, each on a stream of its
+own. What may change from step to step is read from the device: the images, their labels and the
+learning rate. What may not, the drawn layer, gets a recording for each value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from training.config import Config
+from training.parallel.topology import Batch
+
+WARM_UPS = 3  # steps of each kind before it is recorded, on the stream it is recorded from
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Work = Callable[[int, Batch], Tensor]  # layer, batch -> losses [members]; no draw, no wait inside
+
+
+def wanted(config: Config, device: torch.device) -> bool:
+    """Whether steps are recorded: on a GPU, unless the setting says no."""
+    return device.type == "cuda" and config.graphs == "auto"
+
+
+class RateOnDevice(SGD):
+    """SGD that reads its learning rate from the device, where a recorded step finds a new one.
+
+    The same update as SGD's. PyTorch's own reads a rate on the device only in its fused form, which
+    refuses gradients whose strides differ from their parameter's, as those of 1x1 kernels may.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._rates = [
+            torch.tensor(group["lr"], device=group["params"][0].device)
+            for group in self.param_groups
+        ]
+
+    def send_rate(self) -> None:
+        """Bring the rates on the device up to date: before a replay, which only reads them."""
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            rate.fill_(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; while it is recorded, at whatever rate is sent before each replay."""
+        assert closure is None
+        if not _recording():
+            self.send_rate()
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            parameters = [each for each in group["params"] if each.grad is not None]
+            gradients = [each.grad for each in parameters]
+            if not parameters:
+                continue
+            steps = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            if group["momentum"]:
+                buffers = [self._buffer(each) for each in parameters]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, steps)
+                steps = buffers
+            torch._foreach_add_(parameters, list(torch._foreach_mul(steps, -rate)))
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        found: Tensor = state["momentum_buffer"]
+        return found
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Recorder(Protocol):
+    """What turns a step into something that can be replayed."""
+
+    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work as it will be recorded, and return what it gives."""
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return what repeats the work; recording does none of it.
+
+        Raises:
+            RuntimeError: the work cannot be recorded.
+        """
+
+
+class CudaRecorder:
+    """Records work as CUDA graphs, which share their memory: one replay ends before the next.
+
+    Args:
+        device: the GPU.
+        lanes: how many members run beside one another.
+    """
+
+    def __init__(self, device: torch.device, lanes: int) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        streams = range(lanes)
+        self._lanes = [torch.cuda.Stream(device) for _ in streams]  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work on the recording's streams, where libraries prepare what they need."""
+        here = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream), _open(self._lanes):
+            found = work()
+        here.wait_stream(self._stream)
+        return found
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the replay of the work, whose result is a tensor of its own."""
+        gc.collect()  # gradients' graphs left over from other streams would spoil the recording
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), _open(self._lanes):
+            found = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return found.clone()
+
+        return replay
+
+
+class Recorded:
+    """A step that is done a few times as it is, then recorded, then replayed; by layer.
+
+    A batch of another size than the recipe's is done as it is; so is everything, after a word of
+    warning, once a recording failed.
+
+    Args:
+        work: the step.
+        optimizers: that it uses.
+        batch_size: of the batches that are recorded.
+        recorder: of the device that they are on.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        optimizers: Sequence[RateOnDevice],
+        batch_size: int,
+        recorder: Recorder,
+    ) -> None:
+        self._work, self._optimizers, self._batch_size = work, optimizers, batch_size
+        self._recorder: Recorder | None = recorder
+        self._inputs: Batch | None = None
+        self._seen: Counter[int] = Counter()
+        self._replays: dict[int, Callable[[], Tensor]] = {}
+
+    def __call__(self, layer: int, batch: Batch) -> Tensor:
+        """Make the step; return each member's loss, `[members]`."""
+        for optimizer in self._optimizers:
+            optimizer.send_rate()
+        if self._recorder is None or len(batch[1]) != self._batch_size:
+            return self._work(layer, batch)
+        inputs = self._filled(batch)
+        if layer not in self._replays:
+            self._seen[layer] += 1
+            if self._seen[layer] <= WARM_UPS:
+                return self._recorder.warm(lambda: self._work(layer, inputs))
+            try:
+                self._replays[layer] = self._recorder.record(lambda: self._work(layer, inputs))
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                warnings.warn(f"steps are not recorded as CUDA graphs: {reason}", stacklevel=2)
+                self._recorder = None
+                self._replays.clear()
+                return self._work(layer, batch)
+        return self._replays[layer]()
+
+    def _filled(self, batch: Batch) -> Batch:
+        """Return the tensors that recordings read, with this batch in them."""
+        if self._inputs is None:
+            source, labels, target = (torch.empty_like(each) for each in batch)
+            self._inputs = source, labels, target
+        for into, value in zip(self._inputs, batch, strict=True):
+            into.copy_(value)
+        return self._inputs
+
+
+def recorded(work: Work, config: Config, optimizers: Sequence[SGD], device: torch.device) -> Work:
+    """Return the work as it is, or where recordings are wanted and can be, recorded."""
+    paced = [each for each in optimizers if isinstance(each, RateOnDevice)]
+    if not wanted(config, device) or len(paced) < len(optimizers):
+        return work
+    return Recorded(work, paced, config.batch_size, CudaRecorder(device, len(optimizers)))
+
+
+_lanes: list[torch.cuda.Stream] = []  # open while a step is warmed up or recorded
+
+
+@contextlib.contextmanager
+def _open(lanes: Sequence[torch.cuda.Stream]) -> Iterator[None]:
+    _lanes[:] = lanes
+    try:
+        yield
+    finally:
+        _lanes.clear()
+
+
+def over_lanes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return `[work(item) for item in items]`, each on its own stream while lanes are open.
+
+    Tensors that one item leaves for another must live until the step ends: their memory belongs to
+    the stream they were made on.
+    """
+    if not _lanes:
+        return [work(item) for item in items]
+    here, used, found = torch.cuda.current_stream(), _lanes[: len(items)], []
+    for number, item in enumerate(items):
+        lane = used[number % len(used)]
+        lane.wait_stream(here)
+        with torch.cuda.stream(lane):
+            found.append(work(item))
+    for lane in used:
+        here.wait_stream(lane)
+    return found

@@ -1,0 +1,46 @@
+"""Members side by side: one thread each on the CPU's cores; on a GPU a stream each, or in turn.
+
+Small networks give a thread pool inside each operation too little to do: its threads mostly wait
+for one another, all the more on cores that other processes share. Members are independent between
+exchanges of images, so they are the better unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+from training.parallel.cuda_graphs import over_lanes
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], device: torch.device
+) -> list[Result]:
+    """Return `[work(item) for item in items]`, computed by as many threads as make sense.
+
+    The result does not depend on timing: each item is computed by itself, in one thread, with a
+    number of threads inside it that depends only on the machine and the number of items. Grad mode
+    is a thread's own: `work` sets it if it needs another than the default.
+    """
+    items = list(items)
+    cores = torch.get_num_threads()
+    workers = min(len(items), cores)
+    if device.type == "cuda":
+        return over_lanes(work, items)
+    if workers < 2:
+        return [work(item) for item in items]
+    return list(_pool(workers, max(1, cores // workers)).map(work, items))
+
+
+@cache
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        workers, "member", initializer=torch.set_num_threads, initargs=(threads,)
+    )

@@ -1,0 +1,295 @@
+"""The whole of training: standard members first, then DVERGE, saved so that a kill loses little."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from dverge_serve.files import canonical_json, sha256
+from dverge_serve.progress import Progress, say
+from training.config import Config
+from training.data import splits as datasets
+from training.data.class_counts import balance, class_counts
+from training.data.splits import Split, TrainingData
+from training.data.streaming import Streamed
+from training.device import arithmetic
+from training.loss_meter import Losses
+from training.methods.diversity import diversity
+from training.methods.registry import Stage, epoch_batches, stages
+from training.models.dropout import begin_draws
+from training.models.member import Member, build_members, mean_logits
+from training.models.pretrained import Start, skipped
+from training.models.state_dict import load_members, members_tensors
+from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
+from training.parallel import cuda_graphs as graphs
+from training.parallel.topology import ALONE, Team
+from training.runs.directory import Run
+from training.runs.latest import follow
+from training.runs.tensorboard import Log, logged, require_tensorboard
+from training.swa import Average
+
+SAVE_EVERY_S = 10.0
+EVALUATION_BATCH = 512
+DIVERSITY_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage of one run works with.
+
+    Args:
+        train, holdout: on the device where training happens.
+        start: weights from files.
+        members, optimizers: all of them, of which this process of the `team` trains its own.
+    """
+
+    config: Config
+    run: Run
+    team: Team
+    members: list[Member]
+    optimizers: list[SGD]
+    train: Split | Streamed
+    holdout: Split
+    start: Start | None = None
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    data: TrainingData | None = None,
+    team: Team = ALONE,
+    wait: bool = False,
+) -> Run:
+    """Train an ensemble into the run directory `out`, or go on where it stopped.
+
+    Args:
+        config: every setting.
+        out: the run directory.
+        device: where to train.
+        resume: go on in a directory that was begun before.
+        data: the images, where the caller has loaded them already.
+        team: of the processes that train together, see `training.parallel.distributed.join`.
+        wait: for another process that is training there, rather than refuse.
+
+    Raises:
+        UserError: bad data, a directory that cannot be used or that another process is using, or
+            a loss that is not a number.
+    """
+    run = Run(follow(out), writes=team.first)
+    if team.tell(lambda: _finished(run, out, config, resume=resume, wait=wait)):
+        return run
+    # Whatever can be wrong is found before anything is written.
+    start = team.in_turn(lambda: Start.read(config))
+    if config.tensorboard:
+        require_tensorboard()
+    if data is None:
+        data = team.in_turn(lambda: datasets.load_training(config.data))
+        for line in balance(data):
+            say(line)
+    members, optimizers = prepare(config, data, device, team=team, start=start)
+    if start is not None:
+        say(start.told(config, members))
+    begun = time.time()
+    with contextlib.ExitStack() as held:
+
+        def begin() -> tuple[int, int, dict[str, Tensor]] | None:
+            held.enter_context(run.locked(wait=wait))
+            if run.finished:  # by the process that this one waited for
+                return None
+            Run.begin(out, config, resume=resume)
+            images = [data.labels, data.train.sha256, data.holdout.sha256]
+            run.keep_to(sha256(canonical_json(images)), start.sha256 if start else "")
+            run.save_probe(data.holdout.images)
+            return run.load_state() or (
+                0,
+                skipped(config, members, start),
+                members_tensors(members),
+            )
+
+        state = team.tell(begin)
+        if state is None:
+            return run
+        first, done, tensors = state
+        load_members(members, tensors)
+        load_momentum(optimizers, tensors)
+        parts = data.train.to(device), data.holdout.to(device)
+        training = Training(config, run, team, members, optimizers, *parts, start)
+        _run_stages(training, data, first, done, tensors)
+        if run.writes:
+            _finish(training, data, begun)
+    return run
+
+
+def _finished(run: Run, out: Path, config: Config, *, resume: bool, wait: bool) -> bool:
+    """Return whether there is nothing left to do; refuse a directory that cannot be used."""
+    Run.check(out, config, resume=resume)
+    if run.in_use_or_killed:
+        with run.locked(wait=wait):  # told now, before the images are read
+            return run.finished
+    return run.finished
+
+
+def prepare(
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    draw: str = "weights",
+    team: Team = ALONE,
+    start: Start | None = None,
+) -> tuple[list[Member], list[SGD]]:
+    """Return new members on the device, and an optimiser for each.
+
+    Raises:
+        UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
+            the hardware lacks.
+    """
+    mean, std = datasets.normalisation(config.data, data.train)
+    members = build_members(config, len(data.labels), mean, std, draw)
+    if start is not None:
+        start.put_into(members)
+    compute = arithmetic(config.precision, device)
+    team.adapt(members)
+    for member in members:
+        member.to(device).to(memory_format=torch.channels_last)
+        member.compute = compute
+    if device.type == "cuda" and compute is None:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: no convolution rounds to TF32
+    on_device = team.size == 1 and graphs.wanted(config, device)
+    return members, build_optimizers(members, config.standard, on_device=on_device)
+
+
+def accuracy(members: Sequence[Member], split: Split) -> float:
+    """Return the share of `split` that the mean of the members' logits gets right."""
+    if not len(split):
+        return float("nan")
+    right = 0
+    for member in members:
+        member.eval()
+    with torch.no_grad():
+        for start in range(0, len(split), EVALUATION_BATCH):
+            part = split.take(slice(start, start + EVALUATION_BATCH))
+            logits = mean_logits(members, datasets.to_float(part.images))
+            right += int((logits.argmax(1) == part.labels).sum())
+    return right / len(split)
+
+
+def _run_stages(
+    training: Training, data: TrainingData, first: int, done: int, tensors: dict[str, Tensor]
+) -> None:
+    """Go through the stages from `first` on, of which `done` epochs are done, given its state."""
+    config, run, members = training.config, training.run, training.members
+    plan = stages(config, members, training.optimizers, training.team)
+    run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
+    with logged(run, events=config.tensorboard) as log:
+        for position in range(first, len(plan)):
+            if done < plan[position].settings.epochs:  # starting weights may stand for a stage
+                _run_stage(training, plan[position], position, done, tensors, log)
+            if position == 0:
+                run.save_members(members, "standard")
+            done, tensors = 0, {}
+            for optimizer in training.optimizers:
+                optimizer.state.clear()  # a new stage begins with no momentum
+            if position + 1 < len(plan):
+                if plan[position + 1].fresh:
+                    device = members[0].mean.device
+                    new, _ = prepare(config, data, device, "fresh", start=training.start)
+                    load_members(members, members_tensors(new))
+                run.save_state(position + 1, 0, members_tensors(members))
+
+
+def _run_stage(
+    training: Training,
+    stage: Stage,
+    position: int,
+    done: int,
+    tensors: dict[str, Tensor],
+    log: Log,
+) -> None:
+    config, run, team = training.config, training.run, training.team
+    settings, images = stage.settings, len(training.train)
+    average = Average(settings, training.members, tensors)
+    saved = time.monotonic()
+    label = f"{stage.name} training, {config.members} members"
+    count = -(-images // config.batch_size)
+    with Progress(label, settings.epochs * count, start=done * count) as progress:
+        for epoch in range(done, settings.epochs):
+            begun = time.monotonic()
+            losses = Losses(stage.name, epoch, config.members, team)
+            begin_draws(training.members, config.seed, "dropout", stage.name, epoch, *team.names)
+            batches = epoch_batches(training.train, config, stage, epoch)
+            for number, batch in enumerate(team.parts(batches)):
+                set_rate(training.optimizers, settings, epoch, number / count)
+                losses.add(stage.step(epoch, number, batch))
+                progress.advance()
+            team.collect(training.members, training.optimizers)
+            average.add(epoch, training.members)
+            record = {
+                "stage": stage.name,
+                "epoch": epoch + 1,
+                "losses": losses.means(training.members),
+                "holdout_accuracy": accuracy(training.members, training.holdout),
+                "lr": settings.lr_at(epoch, (count - 1) / count),  # its last step's
+                "images_per_s": round(images / (time.monotonic() - begun), 1),
+            }
+            if config.members > 1 and _measures_diversity(epoch, settings.epochs):
+                few = training.holdout.take(slice(DIVERSITY_IMAGES))
+                measured = diversity(training.members, few, config.dverge, config.seed)
+                record["diversity"] = measured["nats"]
+            log(record)
+            progress.advance(0, _note(record))
+            if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
+                momentum = momentum_tensors(training.optimizers)
+                now = members_tensors(training.members) | momentum | average.tensors()
+                run.save_state(position, epoch + 1, now)
+                saved = time.monotonic()
+    average.put_into(training.members)
+
+
+def _note(record: dict[str, Any]) -> str:
+    loss = sum(record["losses"]) / len(record["losses"])
+    held, speed = record["holdout_accuracy"], record["images_per_s"]
+    return f"loss {loss:.3f}, held-out {held:.3f}, {speed:.0f} img/s"
+
+
+def _measures_diversity(epoch: int, epochs: int) -> bool:
+    """Whether the pairs' diversity is measured after this epoch: ten times a stage, and last."""
+    return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
+
+
+def _finish(training: Training, data: TrainingData, begun: float) -> None:
+    config, run, members = training.config, training.run, training.members
+    run.finish(
+        {
+            "labels": list(data.labels),
+            "preprocess": config.data.preprocess.to_json(),
+            "members_sha256": run.save_members(members, "members"),
+            "standard_sha256": sha256((run.path / "standard.safetensors").read_bytes()),
+            "config_sha256": sha256(canonical_json(config.to_json())),
+            "train_sha256": data.train.sha256,
+            "train_images": len(data.train),
+            "class_counts": class_counts(data),
+            "holdout_images": len(data.holdout),
+            "holdout_accuracy": accuracy(members, training.holdout),
+            "parameters": sum(p.numel() for member in members for p in member.parameters()),
+            "start": training.start.files if training.start else [],
+            "provenance": {
+                "torch": torch.__version__,
+                "device": str(members[0].mean.device),
+                "threads": torch.get_num_threads(),
+                "processes": training.team.size,
+                "precision": "fp32" if members[0].compute is None else "bf16",
+                "seconds_since_start_or_resume": round(time.time() - begun, 1),
+            },
+        }
+    )

@@ -1,0 +1,1 @@
+"""Attacks, the suites made of them, and what they came to for each image."""

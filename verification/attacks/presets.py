@@ -1,0 +1,214 @@
+"""The presets: which attacks `quick`, `standard` and `full` are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from training.attacks import Norm
+from verification.attacks.attack import Attack, Loss, Output
+
+PRESETS = ("quick", "standard", "full")
+LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
+MPGD = Attack(name="mpgd", threat="transfer", source="none", decay=1.0)
+PGD = Attack(name="pgd", threat="white_box", source="target")
+SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A preset on one model.
+
+    Args:
+        preset: `quick`, `standard` or `full`.
+        norm: of every ball. Square is an Linf attack and is left out of the others.
+        classes: DLR needs three.
+        skips: whether the surrogates have residual branches (SGM).
+        reference: whether pyautoattack is there to be run.
+    """
+
+    preset: str
+    classes: int
+    norm: Norm = "linf"
+    skips: bool = True
+    reference: bool = False
+
+
+def left_out(variant: Variant) -> dict[str, str]:
+    """Return the attacks of the preset that this model does not get, and why."""
+    quick = variant.preset == "quick"
+    found = {
+        "SGM": "" if quick or variant.skips else "a surrogate has no residual branches",
+        "DLR": "" if quick or variant.classes >= 3 else "it needs three classes",
+        "AutoAttack": ""
+        if variant.preset != "full" or variant.reference
+        else "pyautoattack is not installed: pip install 'dverge-serve[audit]'",
+        "Square": ""
+        if not SQUARE_QUERIES[variant.preset] or variant.norm == "linf"
+        else "it is an Linf attack",
+    }
+    return {what: why for what, why in found.items() if why}
+
+
+def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> list[Attack]:
+    """Return a preset's attacks.
+
+    Args:
+        variant: the preset, and what the model allows of it.
+        surrogates: names of the sources of transfer attacks.
+        eps: the radii; the convergence check runs at the middle one.
+    """
+    preset, norm = variant.preset, variant.norm
+    middle = sorted(eps)[len(eps) // 2]
+    chosen = [
+        Attack(name="noise", threat="transfer", source="none", kind="noise"),
+        Attack(
+            name="fgsm-ce on mean-logits",
+            threat="white_box",
+            source="target",
+            loss="ce",
+            steps=1,
+            step_share=1.0,
+            random_start=False,
+            control=False,
+        ),
+    ]
+    if preset == "quick":
+        chosen += _quick(surrogates)
+    else:
+        chosen += _transfer_protocol(surrogates, variant.skips)
+        chosen += _white_box_protocol(variant.classes)
+    chosen.append(_doubled(chosen, middle))
+    if preset == "full":
+        chosen += _full(surrogates, variant.reference)
+    if SQUARE_QUERIES[preset] and norm == "linf":
+        chosen.append(
+            Attack(
+                name="square",
+                threat="queries",
+                source="target",
+                kind="square",
+                queries=SQUARE_QUERIES[preset],
+                standing_only=True,
+                control=False,
+            )
+        )
+    return [replace(attack, norm=norm) for attack in chosen]
+
+
+def large(norm: Norm, pixels: int) -> tuple[Attack, float]:
+    """Return the attack, and its radius, that must leave no more than chance.
+
+    Half the pixel range lets every image become the same grey one.
+    """
+    attack = Attack(
+        name="pgd-cw at a radius that hides the image",
+        threat="white_box",
+        source="target",
+        loss="cw",
+        norm=norm,
+        steps=20,
+        control=False,
+        gate="reaches-chance",
+    )
+    return attack, LARGE_EPS[norm] * (1 if norm == "linf" else pixels**0.5)
+
+
+def _quick(surrogates: Sequence[str]) -> list[Attack]:
+    """The honest core: momentum PGD from every surrogate with both losses; white-box PGD on both
+    ways of combining the members, because a saturated softmax hides the gradient.
+    """
+    white_box = replace(PGD, steps=20, restarts=2)
+    return [
+        *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
+        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], white_box),
+        *_on_each([("ce", "mean-softmax")], replace(white_box, control=False)),
+    ]
+
+
+def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[Attack]:
+    """The paper's black-box protocol (section 4.2): 5 versions an image, surrogate and loss."""
+    whole = replace(MPGD, steps=100, restarts=3)
+    once = replace(whole, restarts=1, random_start=False)
+    chosen = [whole, replace(once, name="m-di2", diversity=0.5)]
+    if skips:
+        chosen.append(replace(once, name="sgm", skip_gamma=0.2))
+    return [attack for each in chosen for attack in _from_each(surrogates, each)]
+
+
+def _white_box_protocol(classes: int) -> list[Attack]:
+    """The paper's white-box protocol: PGD-50, 5 random starts; on every form of the ensemble."""
+    forms: list[tuple[Loss, Output]] = [
+        ("ce", "mean-softmax"),
+        ("ce", "mean-logits"),
+        ("cw", "mean-logits"),
+        ("ce", "logsumexp"),
+    ]
+    if classes >= 3:
+        forms.append(("dlr", "mean-logits"))
+    return _on_each(forms, replace(PGD, steps=50, restarts=5))
+
+
+def _from_each(surrogates: Sequence[str], attack: Attack) -> list[Attack]:
+    """Return the attack from every surrogate, with both losses."""
+    losses: tuple[Loss, ...] = ("ce", "cw")
+    return [
+        replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
+        for surrogate in surrogates
+        for loss in losses
+    ]
+
+
+def _on_each(forms: Sequence[tuple[Loss, Output]], attack: Attack) -> list[Attack]:
+    """Return the attack with every loss on every way of combining the members named."""
+    return [
+        replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
+        for loss, output in forms
+    ]
+
+
+def _doubled(chosen: Sequence[Attack], eps: float) -> Attack:
+    """Twice the steps and restarts of the strongest white-box attack, at one radius."""
+    (strong,) = [attack for attack in chosen if attack.name == "pgd-cw on mean-logits"]
+    return replace(
+        strong,
+        name=f"{strong.name}, twice the steps and restarts",
+        steps=2 * strong.steps,
+        step_share=strong.step_share / 2,
+        restarts=2 * strong.restarts,
+        control=False,
+        only_eps=eps,
+        gate="converged",
+    )
+
+
+def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
+    vmi = replace(
+        MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, standing_only=True
+    )
+    chosen = _from_each(surrogates, vmi)
+    chosen.append(
+        Attack(
+            name="reweighted members",
+            threat="white_box",
+            source="target",
+            loss="reweighted",
+            steps=100,
+            step_share=0.1,
+            decay=0.75,
+            restarts=5,
+            standing_only=True,
+        )
+    )
+    if reference:
+        chosen.append(
+            Attack(
+                name="autoattack",
+                threat="white_box",
+                source="target",
+                kind="autoattack",
+                standing_only=True,
+                control=False,
+            )
+        )
+    return chosen

@@ -1,0 +1,1 @@
+"""Figures computed from the outcomes: robust accuracy, detection, transferability."""

@@ -1,0 +1,191 @@
+"""Disagreement as an alarm: how well the members' quarrel tells attacked images from clean ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dverge_serve.engine.outputs import Scores, softmax
+from training import attacks as core
+from training.data.splits import Split, to_float
+from training.seeds import generator
+from verification.attacks.attack import apply_halves, deliver, half_deltas
+from verification.attacks.batches import in_batches
+from verification.attacks.outcomes import Pixels, Scorer
+from verification.metrics.statistics import Mask, auroc, quantile_above, rate
+
+Floats = npt.NDArray[np.float64]
+DEPLOYED = "jensen-shannon"
+RATES = (0.01, 0.05)
+SURE = 1.0  # a margin the detector-aware attacker is content with
+
+
+def vote_split(scores: Scores) -> Floats:
+    """Return the share of members that do not vote for the ensemble's answer, `[n]`."""
+    return 1.0 - scores.agreement
+
+
+def member_entropy(scores: Scores) -> Floats:
+    """Return the mean entropy of the members' own softmax outputs, `[n]`, nats."""
+    found = softmax(scores.member_logits)
+    return np.asarray(-(found * _log(found)).sum(-1).mean(1))
+
+
+def mean_kl(scores: Scores) -> Floats:
+    """Return the mean Kullback-Leibler divergence over ordered pairs of members, `[n]`, nats."""
+    found = softmax(scores.member_logits)
+    members = found.shape[1]
+    own = (found * _log(found)).sum(-1)  # [n, members]
+    cross = np.einsum("nic,njc->nij", found, _log(found))
+    total = members * own.sum(1) - cross.sum((1, 2))
+    return np.asarray(total / max(members * (members - 1), 1))
+
+
+SCORES: dict[str, Callable[[Scores], Floats]] = {
+    DEPLOYED: lambda scores: scores.disagreement,
+    "vote-split": vote_split,
+    "member-entropy": member_entropy,
+    "mean-kl": mean_kl,
+}
+
+
+def calibrate(engine: Scorer, holdout: Split, split: Split) -> dict[str, Any]:
+    """Choose the disagreement over which the service calls an image suspicious.
+
+    Args:
+        engine: scores the images.
+        holdout: clean images that no training saw, for the threshold.
+        split: clean test images, to see how often it really raises the alarm.
+
+    Returns:
+        the threshold that at most 5% of the held-out images exceed (1% from 1,000 images on), and
+        the share of the test images that do. None where there is nothing to choose it from.
+    """
+    share = 0.05 if len(holdout) < 1000 else 0.01
+    found: dict[str, Any] = {
+        "score": DEPLOYED,
+        "threshold": None,
+        "false_positive_rate": share,
+        "measured_false_positive_rate": rate(np.zeros(0, dtype=bool)),
+        "calibration_images": len(holdout),
+    }
+    if not len(holdout):
+        return found
+    held, clean = (_clean(engine, each).disagreement for each in (holdout, split))
+    if np.isfinite(held).all():
+        found["threshold"] = quantile_above(held, share)
+        found["measured_false_positive_rate"] = rate(clean > found["threshold"])
+    return found
+
+
+def measure(
+    engine: Scorer, holdout: Split, split: Split, attacked: Mapping[str, tuple[float, Pixels]]
+) -> list[dict[str, Any]]:
+    """Measure every score on every kind of attack.
+
+    Only images that fool the model are counted: an attack that fails needs no alarm. Thresholds
+    come from held-out clean images; the false-positive rate they really give is told.
+
+    Args:
+        engine: scores the images.
+        holdout: clean images, for thresholds.
+        split: clean test images and labels.
+        attacked: attacked versions of the test images, 8 bits, by name with their eps.
+    """
+    labels = split.labels.cpu().numpy()
+    if not len(holdout):
+        return []
+    held, clean = _clean(engine, holdout), _clean(engine, split)
+    rows = []
+    for name, (eps, pixels) in attacked.items():
+        scores = engine.run_all(pixels.astype(np.float32) / np.float32(255))
+        fooled: Mask = (scores.predictions != labels) & (clean.predictions == labels)
+        for score, of in SCORES.items():
+            if not all(np.isfinite(of(each)).all() for each in (held, clean, scores)):
+                continue
+            there = of(scores)[fooled]
+            row = {"attack": name, "eps": eps, "score": score}
+            row["auroc"] = auroc(of(clean), there)
+            for share in RATES:
+                threshold = quantile_above(of(held), share)
+                row[f"tpr_at_{share:g}"] = rate(there > threshold)
+                row[f"fpr_at_{share:g}"] = rate(of(clean) > threshold)
+            rows.append(row)
+    return rows
+
+
+def aware(
+    members: Sequence[nn.Module], split: Split, eps: float, *, steps: int, seed: int
+) -> Pixels:
+    """Return delivered images of an attacker who knows the alarm, uint8 `[N, C, H, W]`.
+
+    The attacker raises the margin until it is won by `SURE`, and all the while lowers the members'
+    Jensen-Shannon divergence: `min(margin, 1) - 5 JS`, sign steps from a random start. Of the
+    images tried on the way the one that fools the model with the least disagreement is kept.
+
+    Args:
+        members: the attacked model's, in evaluation mode.
+        split: clean images and labels.
+        eps: Linf radius.
+        steps: gradient steps.
+        seed: of the random starts.
+    """
+
+    def batch(part: Split, start: int) -> Tensor:
+        draw = generator(seed, "aware", str(eps), start, device=part.images.device)
+        return _aware_batch(members, part, eps, steps, draw)
+
+    made = torch.cat(in_batches(batch, split))
+    pixels = split.images.cpu().numpy()
+    halves = half_deltas(made, split.images, eps, "linf")
+    return deliver(apply_halves(pixels, halves), pixels, eps)
+
+
+def _aware_batch(
+    members: Sequence[nn.Module], part: Split, eps: float, steps: int, draw: torch.Generator
+) -> Tensor:
+    """Return the best float images `[N, C, H, W]` of one batch."""
+    x0 = to_float(part.images)
+    x = core.random_start(x0, eps, draw)
+    best, least = x, torch.full_like(part.labels, torch.inf, dtype=torch.float32)
+
+    def loss(x: Tensor) -> Tensor:
+        stack = core.member_logits(members, x)
+        return core.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
+
+    for step in range(steps):
+        size = eps * (0.2 if step < steps // 2 else 0.05)
+        x = core.ascend(loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x)
+        with torch.no_grad():
+            stack = core.member_logits(members, x)
+            told = torch.where(
+                core.margins(stack.mean(0), part.labels) > 0,
+                _divergence(stack),
+                torch.full_like(least, torch.inf),
+            )
+        better = told < least
+        best = torch.where(better[:, None, None, None], x, best)
+        least = torch.minimum(told, least)
+    return torch.where(least.isfinite()[:, None, None, None], best, x)
+
+
+def _divergence(stack: Tensor) -> Tensor:
+    """Return the Jensen-Shannon divergence of `[M, N, K]` logits, `[N]`, differentiable."""
+    logs = stack.log_softmax(-1)
+    shares = logs.exp()
+    mean = shares.mean(0)
+    entropy = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
+    return entropy + (shares * logs).sum(-1).mean(0)
+
+
+def _clean(engine: Scorer, split: Split) -> Scores:
+    return engine.run_all(to_float(split.images).cpu().numpy())
+
+
+def _log(shares: Floats) -> Floats:
+    return np.log(np.maximum(shares, 1e-300))

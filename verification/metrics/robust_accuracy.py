@@ -1,0 +1,135 @@
+"""The report's figures, from the per-image outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dverge_serve.engine.outputs import Scores
+from training.data.splits import Split, to_float
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import VERSIONS, Outcomes, Pixels, Scorer
+from verification.metrics.statistics import Mask, mcnemar, rate
+
+THREATS = ("transfer", "white_box")  # those with a figure of their own
+
+
+def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> dict[str, Any]:
+    """Return clean and robust accuracy, per radius, threat and attack, with intervals.
+
+    `value` counts images robust as floats and as delivered; `delivered` and `float` each alone.
+    A threat none of whose attacks was run is null.
+    """
+
+    def of(threat: str | None, each: float) -> dict[str, Any] | None:
+        chosen = [attack for attack in suite if threat in (None, attack.threat)]
+        ran = [attack for attack in chosen if outcome.has(attack, each)]
+        if not ran:
+            return None
+        robust: Mask = outcome.robust(ran, each)
+        return {
+            **rate(robust),
+            "of_clean_correct": rate(robust[outcome.clean])["value"],
+            **{version: float(outcome.robust(ran, each, [version]).mean()) for version in VERSIONS},
+            "attacks": {
+                attack.name: float(outcome.robust([attack], each).mean()) for attack in ran
+            },
+        }
+
+    return {
+        "clean_accuracy": rate(outcome.clean & ~outcome.invalid),
+        "robust_accuracy": [
+            {
+                "eps": each,
+                "transfer": of("transfer", each),
+                "white_box": of("white_box", each),
+                "all": of(None, each),
+            }
+            for each in eps
+        ],
+        "queries": [
+            {
+                "attack": name,
+                "eps": each,
+                "total": int(spent.sum()),
+                "mean": float(spent[spent > 0].mean()) if (spent > 0).any() else 0.0,
+                "largest": int(spent.max()),
+            }
+            for (name, each), spent in outcome.queries.items()
+        ],
+    }
+
+
+def comparison(
+    ours: Outcomes, theirs: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Compare two models on the same images, clean and under each threat: McNemar's exact test.
+
+    Only attacks that were run on both count.
+    """
+    rows = [{"what": "clean", "eps": 0.0, **mcnemar(ours.clean, theirs.clean)}]
+    for each in eps:
+        for threat in THREATS:
+            both = [
+                attack
+                for attack in suite
+                if attack.threat == threat and ours.has(attack, each) and theirs.has(attack, each)
+            ]
+            if both:
+                masks = ours.robust(both, each), theirs.robust(both, each)
+                rows.append(
+                    {
+                        "what": threat,
+                        "eps": each,
+                        "this": float(masks[0].mean()),
+                        "other": float(masks[1].mean()),
+                        **mcnemar(*masks),
+                    }
+                )
+    return rows
+
+
+def combinations(
+    outcome: Outcomes, soft: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Set mean-logits beside mean-softmax, clean and under each threat: the very same attacks.
+
+    An image counts for a rule as it does in the report's accuracies: answered rightly when clean
+    and after every attack, as floats and as delivered.
+
+    Args:
+        outcome: of the model as it is, by the mean of logits.
+        soft: the same by the mean of softmax.
+        suite: the attacks.
+        eps: the radii.
+    """
+    rows = [_beside("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
+    for threat in THREATS:
+        attacks = [attack for attack in suite if attack.threat == threat]
+        for each in eps:
+            if any(outcome.has(attack, each) for attack in attacks):
+                masks = outcome.robust(attacks, each), soft.robust(attacks, each)
+                rows.append(_beside(threat, each, *masks))
+    return rows
+
+
+def _beside(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
+    return {
+        "what": what,
+        "eps": eps,
+        "mean_logits": float(logits.mean()),
+        "mean_softmax": float(soft.mean()),
+        "answers_differ": float((logits != soft).mean()),
+    }
+
+
+def to_float_numpy(pixels: Pixels) -> Any:
+    """Return 8-bit images as the float32 in `[0,1]` that engines take."""
+    return pixels.astype(np.float32) / np.float32(255)
+
+
+def clean_scores(engine: Scorer, split: Split) -> Scores:
+    """Return the scores of the clean images."""
+    return engine.run_all(to_float(split.images).cpu().numpy())

@@ -1,0 +1,1 @@
+"""The report as a page, plots, evidence and other tools' formats."""

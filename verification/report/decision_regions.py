@@ -1,0 +1,94 @@
+"""What the plots show: regions around images, and images that fool the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dverge_serve.engine.card import Card
+from training import attacks as core
+from training.data.splits import Split, to_float
+from training.seeds import generator
+from verification.attacks.outcomes import Outcomes, Scorer
+from verification.report import plots
+
+SHOWN = 6
+AROUND = 3  # images with decision regions
+POINTS = 41
+
+
+def illustrate(
+    report: dict[str, Any],
+    card: Card,
+    engine: Scorer,
+    members: Sequence[nn.Module] | None,
+    split: Split,
+    outcome: Outcomes,
+) -> dict[str, bytes]:
+    """Return the report's plots as PNG bytes by name.
+
+    Args:
+        report: the figures.
+        card: of the model.
+        engine: scores images.
+        members: for the gradient of the decision regions; None leaves those out.
+        split: the test images.
+        outcome: of the model, with the worst images.
+    """
+    found = {"curves": plots.curves(report)}
+    if report["members"] and (maps := plots.heat_maps(report["members"])):
+        found["matrices"] = maps
+    right = np.flatnonzero(outcome.clean)[:AROUND]
+    if members is not None and len(right):
+        reach = 2 * max(report["threat_model"]["eps"])
+        if report["threat_model"]["norm"] == "Linf":
+            answers = plane(engine, members, split.take(torch.from_numpy(right)), reach)
+            truth = split.labels.cpu().numpy()[right].tolist()
+            found["regions"] = plots.regions(answers, reach, card.labels, truth)
+    for (eps, _), pixels in sorted(outcome.worst.items(), key=lambda item: item[0]):
+        scores = engine.run_all(pixels.astype(np.float32) / np.float32(255))
+        labels = split.labels.cpu().numpy()
+        fooled = np.flatnonzero(outcome.clean & (scores.predictions != labels))[:SHOWN]
+        if len(fooled) == min(SHOWN, len(labels)) or (
+            len(fooled) and eps == max(report["threat_model"]["eps"])
+        ):
+            told = [(card.labels[labels[at]], card.labels[scores.predictions[at]]) for at in fooled]
+            clean = split.images.cpu().numpy()[fooled]
+            found["pictures"] = plots.pictures(clean, pixels[fooled], told, eps)
+            break
+    return found
+
+
+def plane(
+    engine: Scorer, members: Sequence[nn.Module], split: Split, reach: float
+) -> npt.NDArray[np.int64]:
+    """Return what everybody answers on a plane through each image.
+
+    The plane is spanned by the sign of the ensemble's gradient (of the cross-entropy) and a
+    random direction of signs: a point `(a, b)` changes no pixel by more than `|a| + |b|`.
+
+    Returns:
+        class indices `[images, members + 1, POINTS, POINTS]`, the ensemble last.
+    """
+    x0 = to_float(split.images)
+    loss = core.cross_entropy(core.mean_logits_output(members), split.labels)
+    draw = generator("plane", device=x0.device)
+    along = core.gradient(loss, x0).sign()
+    aside = torch.randn(x0.shape, generator=draw, device=x0.device).sign()
+    axis = np.linspace(-reach, reach, POINTS, dtype=np.float32)
+    answers = []
+    for image, one, two in zip(x0, along, aside, strict=True):
+        grid = (
+            image.cpu().numpy()
+            + axis[None, :, None, None, None] * one.cpu().numpy()
+            + axis[:, None, None, None, None] * two.cpu().numpy()
+        )
+        scores = engine.run_all(np.clip(grid.reshape(-1, *image.shape), 0, 1))
+        each = scores.member_logits.argmax(-1).T
+        answers.append(np.concatenate([each, scores.predictions[None]]))
+    return np.array(answers).reshape(len(x0), -1, POINTS, POINTS)

@@ -1,0 +1,85 @@
+"""The harness's self-test: a model of which it is known exactly which images fall.
+
+It answers by the mean pixel alone: class 1 above a threshold. An image falls if and only if the
+corner of its ball lies beyond the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dverge_serve.engine.outputs import Scores
+from training.data.splits import Split, to_float
+from verification.attacks.attack import Attack
+from verification.attacks.outcomes import Target
+from verification.attacks.suite import run_suite
+from verification.metrics.statistics import Mask
+
+CHECKING = "checking the attacks"
+NEAR = 1e-3  # images this close to the line are nobody's proof
+
+
+class MeanPixel(nn.Module):
+    """Two classes by the mean pixel: a linear model, so its gradients are known."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `[batch, 2]`."""
+        score = 10 * (images.mean((1, 2, 3)) - self.threshold)
+        return torch.stack([-score, score], 1)
+
+
+class TorchScorer:
+    """Scores with torch modules where there is no model file."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        self.members = members
+
+    @torch.no_grad()
+    def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
+        """Return the scores of float32 images `[N, C, H, W]`."""
+        x = torch.from_numpy(np.ascontiguousarray(images))
+        logits = torch.stack([member(x) for member in self.members], 1).numpy()
+        return Scores(logits.mean(1), logits)
+
+
+def planted(split: Split, seed: int) -> tuple[Mask, Mask]:
+    """Attack the known model on these very images.
+
+    Args:
+        split: test images; their labels are not looked at.
+        seed: of the random start.
+
+    Returns:
+        which images must fall, and which the harness says fell, bool `[n]`.
+    """
+    images = split.images.cpu()
+    x = to_float(images)
+    means = x.mean((1, 2, 3))
+    threshold = float(means.median())
+    eps = float((means - threshold).abs().median())  # about half of them must fall
+    reach = torch.where(
+        means > threshold,
+        (x - eps).clamp(0).mean((1, 2, 3)),
+        (x + eps).clamp(max=1).mean((1, 2, 3)),
+    )
+    clear = ((reach - threshold).abs() > NEAR * eps) & ((means - threshold).abs() > NEAR * eps)
+    chosen = Split(images[clear], (means > threshold).long()[clear])
+    expected = ((reach > threshold) != (means > threshold))[clear].numpy()
+    model = MeanPixel(threshold)
+    attack = Attack(
+        name="planted", threat="white_box", source="target", loss="cw", steps=10, step_share=0.25
+    )
+    target = Target(TorchScorer([model]), [model])
+    outcome = run_suite(
+        [attack], {}, {"planted": target}, chosen, [eps], seed=seed, label=CHECKING
+    )["planted"]
+    return np.asarray(expected), ~outcome.robust([attack], eps, ["float"])
