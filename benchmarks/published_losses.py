@@ -26,6 +26,7 @@ from training import attacks as core
 from training.config import Data
 from training.data.splits import Split, load_test, to_float
 from training.seeds import generator
+from verification.attacks import losses
 from verification.attacks.batches import in_batches
 from verification.gradients import ready
 from verification.metrics.statistics import rate
@@ -49,11 +50,11 @@ def right_share(members: Sequence[nn.Module], x: Tensor, labels: Tensor) -> Tens
 def loss_named(name: str, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
     """Return one of `LOSSES`."""
     if name.startswith("cw"):
-        return core.cw_margin(core.mean_logits_output(members), labels)
+        return losses.cw_margin(core.mean_logits_output(members), labels)
     if name == "ce, mean-logits":
         return core.cross_entropy(core.mean_logits_output(members), labels)
     if name.endswith("logsumexp"):
-        return core.cross_entropy(core.mean_softmax_output(members), labels)
+        return core.cross_entropy(losses.mean_softmax_output(members), labels)
     if name.endswith("clamped"):
         return lambda x: -right_share(members, x, labels).clamp(CLAMP, 1 - CLAMP).log()
     return lambda x: -right_share(members, x, labels).log()
@@ -64,7 +65,7 @@ def attacked(name: str, members: Sequence[nn.Module], split: Split, steps: int) 
 
     def batch(part: Split, start: int) -> Tensor:
         x0 = to_float(part.images)
-        adversarial = core.ascend(
+        adversarial = core.pgd_loop(
             loss_named(name, members, part.labels),
             x0,
             eps=EPS,

@@ -7,7 +7,6 @@ Linf or L2 norm of the whole image's change.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -29,7 +28,7 @@ def gradient(loss: Loss, x: Tensor) -> Tensor:
     return found
 
 
-def ascend(
+def pgd_loop(
     loss: Loss,
     x0: Tensor,
     *,
@@ -87,7 +86,7 @@ def random_change(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "l
     return noise * radius / _length(noise)
 
 
-def steepest(gradient: Tensor, norm: Norm = "linf") -> Tensor:
+def normalize(gradient: Tensor, norm: Norm = "linf") -> Tensor:
     """Return the longest step up a linear loss: the sign, or the gradient at L2 length one."""
     return gradient.sign() if norm == "linf" else gradient / _length(gradient)
 
@@ -95,11 +94,6 @@ def steepest(gradient: Tensor, norm: Norm = "linf") -> Tensor:
 def sign_rule() -> StepRule:
     """Return the steps of PGD (Madry et al., 2018): the gradient's sign."""
     return torch.sign
-
-
-def l2_rule() -> StepRule:
-    """Return the steps of PGD in the L2 norm: the gradient at length one; zero stays zero."""
-    return lambda found: steepest(found, "l2")
 
 
 def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
@@ -115,122 +109,14 @@ def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
         size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
         unit = gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
         velocity = unit if velocity is None else decay * velocity + unit
-        return steepest(velocity, norm)
+        return normalize(velocity, norm)
 
     return direction
-
-
-def variance_tuned(
-    eps: float,
-    draw: torch.Generator,
-    *,
-    samples: int = 20,
-    reach: float = 1.5,
-    norm: Norm = "linf",
-) -> Estimate:
-    """Return the gradient of VMI-FGSM (Wang & He, 2021): plus the variance seen one step before.
-
-    The variance is the mean gradient of `samples` neighbours, drawn from the ball of radius
-    `reach * eps` as random starts are, less the gradient itself. A linear loss has none.
-    """
-    variance: Tensor | None = None
-
-    def estimate(loss: Loss, x: Tensor) -> Tensor:
-        nonlocal variance
-        here = gradient(loss, x)
-        tuned = here if variance is None else here + variance
-        around = torch.zeros_like(x)
-        for _ in range(samples):
-            around += gradient(loss, x + random_change(x, reach * eps, draw, norm))
-        variance = around / samples - here
-        return tuned
-
-    return estimate
-
-
-def diverse_inputs(
-    loss: Loss, draw: torch.Generator, *, probability: float = 0.5, grow: float = 1.25
-) -> Loss:
-    """Return the loss seen through random resizing and padding: DI2-FGSM (Xie et al., 2019).
-
-    With `probability` a step's images are enlarged by a random factor up to `grow`, padded with
-    zeros at a random place to the largest size (32 pixels become 40), and brought back to the
-    size the network takes. One draw for all images of a step.
-    """
-
-    def uniform() -> float:
-        return float(torch.rand((), generator=draw, device=draw.device))
-
-    def diverse(x: Tensor) -> Tensor:
-        if uniform() >= probability:
-            return loss(x)
-        height, width = x.shape[-2:]
-        most = (round(height * grow), round(width * grow))
-        share = uniform()
-        size = [
-            low + round(share * (high - low))
-            for low, high in zip((height, width), most, strict=True)
-        ]
-        larger = F.interpolate(x, size=size, mode="nearest")
-        top = int(uniform() * (most[0] - size[0] + 1))
-        left = int(uniform() * (most[1] - size[1] + 1))
-        padding = (left, most[1] - size[1] - left, top, most[0] - size[0] - top)
-        padded = F.pad(larger, padding)
-        back = F.interpolate(padded, size=(height, width), mode="bilinear", align_corners=False)
-        return loss(back)
-
-    return diverse
 
 
 def cross_entropy(output: Output, labels: Tensor) -> Loss:
     """Return the cross-entropy of `output` (logits or log-probabilities) with the labels."""
     return lambda x: F.cross_entropy(output(x), labels, reduction="none")
-
-
-def cw_margin(output: Output, labels: Tensor) -> Loss:
-    """Return how far the best wrong class stands above the right one (Carlini & Wagner, 2017)."""
-    return lambda x: margins(output(x), labels)
-
-
-def margins(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return best wrong less right score, over the last axis; `[..., N]` from `[..., N, K]`."""
-    index = labels.expand(scores.shape[:-1])[..., None]
-    right = scores.gather(-1, index)[..., 0]
-    return scores.scatter(-1, index, -torch.inf).amax(-1) - right
-
-
-def dlr(output: Output, labels: Tensor) -> Loss:
-    """Return the difference of logits ratio (Croce & Hein, 2020, eq. 6); needs three classes.
-
-    The margin over the distance of the first to the third score: no scale of the logits hides it.
-    """
-
-    def loss(x: Tensor) -> Tensor:
-        scores = output(x)
-        top = scores.topk(3, dim=1).values
-        spread = (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(scores.dtype).eps)
-        return margins(scores, labels) / spread
-
-    return loss
-
-
-def member_reweighted(members: Sequence[nn.Module], labels: Tensor) -> Loss:
-    """Return the members' margins, weighed by how nearly each is fooled, after MORA.
-
-    The idea of Gao et al. (2022): an ensemble falls when enough members do, so the gradient goes
-    to those nearest to it. Each margin is over the member's own spread of scores, and the weights
-    are a softmax of them, held constant: `sum_i w_i m_i`, `w = softmax_i(-|m_i| / mean |m|)`.
-    """
-
-    def loss(x: Tensor) -> Tensor:
-        stack = member_logits(members, x)
-        spread = stack.detach().std(-1).clamp_min(torch.finfo(stack.dtype).eps)
-        each = margins(stack, labels) / spread
-        far = each.detach().abs()
-        weights = (-far / far.mean(0).clamp_min(torch.finfo(stack.dtype).eps)).softmax(0)
-        return (weights * each).sum(0)
-
-    return loss
 
 
 def member_logits(members: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -241,21 +127,6 @@ def member_logits(members: Sequence[nn.Module], x: Tensor) -> Tensor:
 def mean_logits_output(members: Sequence[nn.Module]) -> Output:
     """Return the mean of the members' logits, as the served graph computes it."""
     return lambda x: member_logits(members, x).mean(0)
-
-
-def mean_softmax_output(members: Sequence[nn.Module]) -> Output:
-    """Return the log of the members' mean softmax, the combination of the paper's own code."""
-
-    def output(x: Tensor) -> Tensor:
-        logs = member_logits(members, x).log_softmax(-1)
-        return logs.logsumexp(0) - math.log(len(members))
-
-    return output
-
-
-def logsumexp_output(members: Sequence[nn.Module]) -> Output:
-    """Return the log of the members' mean exponential logits: the loudest member leads."""
-    return lambda x: member_logits(members, x).logsumexp(0) - math.log(len(members))
 
 
 def _length(images: Tensor) -> Tensor:

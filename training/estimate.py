@@ -13,7 +13,7 @@ import torch
 from training.config import Config
 from training.data import splits as datasets
 from training.data.class_counts import balance
-from training.methods.registry import Stage, draw_layer, epoch_batches, stages
+from training.methods import Stage, draw_layer, epoch_batches, stages
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.trainer import prepare

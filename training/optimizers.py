@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,58 @@ from torch.optim import SGD
 
 from training.config import Stage
 from training.models.member import Member
-from training.parallel.cuda_graphs import RateOnDevice
+
+
+class RateOnDevice(SGD):
+    """SGD that reads its learning rate from the device, where a recorded step finds a new one.
+
+    The same update as SGD's. PyTorch's own reads a rate on the device only in its fused form, which
+    refuses gradients whose strides differ from their parameter's, as those of 1x1 kernels may.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._rates = [
+            torch.tensor(group["lr"], device=group["params"][0].device)
+            for group in self.param_groups
+        ]
+
+    def send_rate(self) -> None:
+        """Bring the rates on the device up to date: before a replay, which only reads them."""
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            rate.fill_(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; while it is recorded, at whatever rate is sent before each replay."""
+        assert closure is None
+        if not _recording():
+            self.send_rate()
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            parameters = [each for each in group["params"] if each.grad is not None]
+            gradients = [each.grad for each in parameters]
+            if not parameters:
+                continue
+            steps = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            if group["momentum"]:
+                buffers = [self._buffer(each) for each in parameters]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, steps)
+                steps = buffers
+            torch._foreach_add_(parameters, list(torch._foreach_mul(steps, -rate)))
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        found: Tensor = state["momentum_buffer"]
+        return found
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def build_optimizers(

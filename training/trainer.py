@@ -22,8 +22,8 @@ from training.data.splits import Split, TrainingData
 from training.data.streaming import Streamed
 from training.device import arithmetic
 from training.loss_meter import Losses
+from training.methods import Stage, epoch_batches, stages
 from training.methods.diversity import diversity
-from training.methods.registry import Stage, epoch_batches, stages
 from training.models.dropout import begin_draws
 from training.models.member import Member, build_members, mean_logits
 from training.models.pretrained import Start, skipped

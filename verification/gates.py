@@ -13,8 +13,7 @@ import numpy.typing as npt
 from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes
-from verification.metrics.statistics import Mask
+from verification.attacks.outcomes import Mask, Outcomes
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps

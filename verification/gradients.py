@@ -23,9 +23,10 @@ from training.device import arithmetic
 from training.models.bn_folding import folded
 from training.models.member import Member
 from training.runs.directory import Run
+from verification.attacks import losses
 from verification.attacks.attack import Attack, loss_of
 from verification.attacks.batches import in_batches
-from verification.metrics.statistics import Mask
+from verification.attacks.outcomes import Mask
 
 READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
 
@@ -216,5 +217,5 @@ def flow(
 
 
 def _norm(member: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    found = core.gradient(core.cw_margin(member, labels), x)
+    found = core.gradient(losses.cw_margin(member, labels), x)
     return found.square().sum((1, 2, 3)).sqrt()

@@ -23,10 +23,10 @@ from dverge_serve.errors import UserError
 from dverge_serve.progress import Progress
 from training.data.splits import Split
 from training.seeds import derive
-from verification.attacks.attack import whole_steps
-from verification.attacks.outcomes import Outcomes, Pixels
+from verification.attacks.outcomes import Mask, Outcomes, Pixels
+from verification.attacks.perturbation import uint8_steps
 from verification.attacks.square import square
-from verification.metrics.statistics import Mask, rate
+from verification.metrics.statistics import rate
 
 TIMEOUT_S = 30.0
 BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again
@@ -181,7 +181,7 @@ def attack_service(
         lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
         clean[kept].astype(np.float32) / np.float32(255),
         labels[asked][kept],
-        eps=whole_steps(eps) / 255,
+        eps=uint8_steps(eps) / 255,
         queries=queries,
         seed=derive(seed, "live", "square"),
     )

@@ -17,8 +17,9 @@ from dverge_serve.files import read_json
 from training.attacks import Norm
 from training.data.splits import Split
 from verification.assemble import nulls
-from verification.attacks.attack import Attack, apply_halves, outside
+from verification.attacks.attack import Attack
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels, Target
+from verification.attacks.perturbation import count_norm_violations, decode_fp16
 from verification.attacks.suite import note, start
 from verification.foreign_model import ForeignEngine
 from verification.gates import Gate, verdict
@@ -89,9 +90,11 @@ def replay(path: Path) -> Replay:
         arrays = read_evidence(folder, entry)
         steps = stored["images"].astype(np.int16) + arrays["delivered"]
         delivered = steps.clip(0, 255).astype(np.uint8)
-        floats = apply_halves(stored["images"], arrays["float"])
+        floats = decode_fp16(stored["images"], arrays["float"])
         wrapped = int((delivered != steps).any(axis=(1, 2, 3)).sum())
-        left = max(wrapped, outside(floats, delivered, stored["images"], entry["eps"], norm))
+        left = max(
+            wrapped, count_norm_violations(floats, delivered, stored["images"], entry["eps"], norm)
+        )
         if left:
             raise UserError(
                 f"{left} images of '{entry['attack']}' lie outside the ball of {entry['eps']:g}",

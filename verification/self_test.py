@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split, to_float
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Target
+from verification.attacks.outcomes import Mask, Target
 from verification.attacks.suite import run_suite
-from verification.metrics.statistics import Mask
 
 CHECKING = "checking the attacks"
 NEAR = 1e-3  # images this close to the line are nobody's proof

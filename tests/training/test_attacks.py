@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from training import attacks
-from training.attacks import ascend, momentum_rule, project, random_start, sign_rule
+from training.attacks import momentum_rule, pgd_loop, project, random_start, sign_rule
+from verification.attacks import losses
 
 SHAPE = (3, 1, 4, 4)
 
@@ -46,7 +47,7 @@ def test_on_a_linear_loss_every_rule_ends_in_the_corner_of_the_ball(
 ) -> None:
     x0, w = images(), direction()
     rule = sign_rule() if decay is None else momentum_rule(decay)
-    found = ascend(
+    found = pgd_loop(
         lambda x: (x * w).flatten(1).sum(1),
         x0,
         eps=0.1,
@@ -60,10 +61,10 @@ def test_on_a_linear_loss_every_rule_ends_in_the_corner_of_the_ball(
 def test_steps_that_do_not_reach_the_ball_add_up() -> None:
     x0, w = images().clamp(0.3, 0.7), direction()
     loss = lambda x: (x * w).flatten(1).sum(1)  # noqa: E731
-    found = ascend(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule())
+    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule())
     torch.testing.assert_close(found, x0 + 0.05 * w.sign(), rtol=0, atol=1e-12)
     start = x0 - 0.1
-    found = ascend(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule(), start=start)
+    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule(), start=start)
     torch.testing.assert_close(found, start + 0.05 * w.sign(), rtol=0, atol=1e-12)
 
 
@@ -90,7 +91,7 @@ def test_a_zero_gradient_stays_where_it_is() -> None:
     x0, w = images(), direction()
     w[1] = 0.0
     for rule in (sign_rule(), momentum_rule(1.0)):
-        found = ascend(
+        found = pgd_loop(
             lambda x: (x * w).flatten(1).sum(1), x0, eps=0.1, step_size=0.1, steps=3, rule=rule
         )
         assert torch.equal(found[1], x0[1])
@@ -110,7 +111,7 @@ def test_an_image_whose_gradient_was_zero_moves_once_it_has_one() -> None:
 
 def test_the_cw_margin_is_the_best_wrong_score_less_the_right_one() -> None:
     scores = torch.tensor([[2.0, 5.0, 1.0], [0.0, -3.0, -1.0], [4.0, 4.0, 0.0]])
-    margin = attacks.cw_margin(lambda x: scores, torch.tensor([1, 1, 0]))
+    margin = losses.cw_margin(lambda x: scores, torch.tensor([1, 1, 0]))
     assert margin(images()).tolist() == [-3.0, 3.0, 0.0]
 
 
@@ -119,8 +120,8 @@ def test_the_cw_margin_climbs_from_the_right_class_to_the_best_wrong_one() -> No
     scores = model(x0).detach()
     best = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
     expected = (model.weight[best] - model.weight[labels]).detach().view(SHAPE).sign()
-    found = ascend(
-        attacks.cw_margin(model, labels), x0, eps=1e-4, step_size=1e-4, steps=1, rule=sign_rule()
+    found = pgd_loop(
+        losses.cw_margin(model, labels), x0, eps=1e-4, step_size=1e-4, steps=1, rule=sign_rule()
     )
     torch.testing.assert_close(found, (x0 + 1e-4 * expected).clamp(0, 1), rtol=0, atol=1e-12)
 
@@ -140,7 +141,7 @@ def test_the_combinations_are_mean_logits_and_the_log_of_the_mean_softmax() -> N
     torch.testing.assert_close(
         attacks.mean_logits_output(members)(x0), (logits[0] + logits[1] + logits[2]) / 3
     )
-    softmax = attacks.mean_softmax_output(members)(x0)
+    softmax = losses.mean_softmax_output(members)(x0)
     expected = sum((each.softmax(1) for each in logits), torch.zeros(())) / 3
     torch.testing.assert_close(softmax, expected.log())
     torch.testing.assert_close(softmax.exp().sum(1), torch.ones(3, dtype=torch.float64))
@@ -152,7 +153,7 @@ def test_mean_softmax_survives_logits_that_saturate() -> None:
         module.weight.data.zero_()
         module.bias.data = torch.eye(3, dtype=torch.float64)[winner] * 1e4
     flat = [nn.Sequential(nn.Flatten(), module) for module in sure]
-    found = attacks.mean_softmax_output(flat)(images())
+    found = losses.mean_softmax_output(flat)(images())
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found[:, :2], torch.full((3, 2), math.log(0.5)).double())
 
@@ -182,12 +183,12 @@ def test_every_attack_stays_in_ball_and_box_and_leaves_all_else_alone(
     model, labels = Linear(4, seed).to(dtype), torch.tensor([0, 1, 2])
     x0 = images(seed).mul(1.4).sub(0.2).clamp(0, 1).to(dtype)
     kept_x0, kept_weight = x0.clone(), model.weight.detach().clone()
-    loss = (attacks.cw_margin if margin else attacks.cross_entropy)(model, labels)
+    loss = (losses.cw_margin if margin else attacks.cross_entropy)(model, labels)
 
     def attack() -> Tensor:
         draw = torch.Generator().manual_seed(seed)
         start = random_start(x0, eps, draw) if begin else None
-        return ascend(
+        return pgd_loop(
             loss,
             x0,
             eps=eps,
@@ -240,7 +241,7 @@ def test_pgd_raises_the_loss_of_a_network_more_with_more_steps() -> None:
     x0, labels = images(), torch.tensor([0, 1, 2])
     loss = attacks.cross_entropy(model, labels)
     clean = F.cross_entropy(model(x0), labels, reduction="none")
-    one = loss(ascend(loss, x0, eps=0.3, step_size=0.3, steps=1, rule=sign_rule()))
-    many = loss(ascend(loss, x0, eps=0.3, step_size=0.03, steps=30, rule=sign_rule()))
+    one = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.3, steps=1, rule=sign_rule()))
+    many = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.03, steps=30, rule=sign_rule()))
     assert bool((one > clean).all())
     assert bool((many >= one - 1e-9).all())

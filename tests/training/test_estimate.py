@@ -13,7 +13,7 @@ from tests.training.networks import tiny_config
 from training import estimate as estimating
 from training.config import Config
 from training.estimate import estimate, gradient_evaluations
-from training.methods.registry import Stage, draw_layer, stages
+from training.methods import Stage, draw_layer, stages
 from training.models.member import Member
 from training.parallel.topology import Batch
 from training.trainer import train

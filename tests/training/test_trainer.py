@@ -18,8 +18,7 @@ from training import loss_meter as losses
 from training.config import Data, Dverge
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import dverge
-from training.methods.registry import Stage, draw_layer, epoch_batches
+from training.methods import Stage, draw_layer, dverge, epoch_batches
 from training.parallel.topology import Team
 from training.runs.directory import Run
 from training.trainer import accuracy, train

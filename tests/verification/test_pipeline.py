@@ -22,12 +22,13 @@ from dverge_serve.errors import UserError
 from export.exporter import export
 from tests.conftest import TINY
 from tests.verification.conftest import EPS
-from training.attacks import cw_margin, gradient, mean_logits_output, member_logits
+from training.attacks import gradient, mean_logits_output, member_logits
 from training.data.splits import Split, load_training
 from training.models.bn_folding import folded
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
+from verification.attacks.losses import cw_margin
 from verification.config import Evaluation
 from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.attacks import ascend, momentum_rule
+from training.attacks import momentum_rule, pgd_loop
 from training.config import Dverge
+from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.threads import side_by_side
 from training.parallel.topology import ALONE, Team
@@ -103,7 +104,7 @@ def _distill(
         pass_target_again()  # only now: the backward pass needs the statistics it was begun with
         return momentum(gradient)
 
-    return ascend(
+    return pgd_loop(
         closeness,
         source,
         eps=settings.eps,
@@ -124,15 +125,6 @@ def member_loss(member: Member, index: int, distilled: Sequence[Tensor], labels:
         if other != index
     ]
     return torch.stack(losses).sum()
-
-
-def descend(optimizer: Optimizer, loss: Tensor, team: Team = ALONE) -> Tensor:
-    """Take one optimiser step down `loss` and return it, detached."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    team.average(optimizer)
-    optimizer.step()
-    return loss.detach()
 
 
 def step(
@@ -184,27 +176,6 @@ def step(
         return descend(optimizers[index], loss, team)
 
     return torch.stack(side_by_side(update, mine, source.device))
-
-
-def standard_step(
-    members: Sequence[Member],
-    optimizers: Sequence[Optimizer],
-    source: Tensor,
-    labels: Tensor,
-    *,
-    team: Team = ALONE,
-) -> Tensor:
-    """Make one step of ordinary training: each member alone, cross-entropy on clean images.
-
-    Returns:
-        the loss of each of this process's members, detached, `[members]`.
-    """
-
-    def update(index: int) -> Tensor:
-        member = members[index].train()
-        return descend(optimizers[index], F.cross_entropy(member(source), labels), team)
-
-    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
 
 
 def _features_and_statistics(

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.seeds import generator
+from verification.attacks import losses, transforms
 from verification.attacks.batches import in_batches
 from verification.attacks.skip_gradient import skip_gradient
 
@@ -120,15 +119,17 @@ def _craft_batch(
         return start
     loss = loss_of(attack, members, part.labels)
     if attack.diversity:
-        loss = core.diverse_inputs(loss, draw, probability=attack.diversity)
+        loss = transforms.diverse_inputs(loss, draw, probability=attack.diversity)
     estimate: core.Estimate = core.gradient
     if attack.variance_samples:
-        estimate = core.variance_tuned(eps, draw, samples=attack.variance_samples, norm=attack.norm)
+        estimate = transforms.variance_tuned(
+            eps, draw, samples=attack.variance_samples, norm=attack.norm
+        )
     if attack.decay is not None:
         rule = core.momentum_rule(attack.decay, attack.norm)
     else:
-        rule = core.sign_rule() if attack.norm == "linf" else core.l2_rule()
-    return core.ascend(
+        rule = core.sign_rule() if attack.norm == "linf" else transforms.l2_rule()
+    return core.pgd_loop(
         loss,
         x0,
         eps=eps,
@@ -144,90 +145,11 @@ def _craft_batch(
 def loss_of(attack: Attack, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
     """Return the per-image loss that `attack` raises on these members."""
     if attack.loss == "reweighted":
-        return core.member_reweighted(members, labels)
+        return losses.member_reweighted(members, labels)
     outputs: dict[str, Callable[[Sequence[nn.Module]], core.Output]] = {
         "mean-logits": core.mean_logits_output,
-        "mean-softmax": core.mean_softmax_output,
-        "logsumexp": core.logsumexp_output,
+        "mean-softmax": losses.mean_softmax_output,
+        "logsumexp": losses.logsumexp_output,
     }
-    losses = {"ce": core.cross_entropy, "cw": core.cw_margin, "dlr": core.dlr}
-    return losses[attack.loss](outputs[attack.output](members), labels)
-
-
-def half_deltas(
-    adversarial: Tensor, images: Tensor, eps: float, norm: core.Norm
-) -> npt.NDArray[np.float16]:
-    """Return what is kept of float adversarial images: the change, in float16, inside the ball.
-
-    Images are rounded to what is kept before they are scored, so that a replay scores the same.
-
-    Args:
-        adversarial: float32 `[N, C, H, W]`.
-        images: the clean ones, uint8.
-        eps: the ball's radius; a change that rounding would push out is rounded inward.
-        norm: of the ball.
-    """
-    clean = images.cpu().numpy().astype(np.float32) / np.float32(255)
-    exact = adversarial.cpu().numpy() - clean
-    halves = exact.astype(np.float16)
-    over = np.abs(halves.astype(np.float32)) > (eps if norm == "linf" else np.abs(exact))
-    halves[over] = np.nextafter(halves[over], np.float16(0))
-    return np.asarray(halves)
-
-
-def apply_halves(
-    images: npt.NDArray[np.uint8], halves: npt.NDArray[np.float16]
-) -> npt.NDArray[np.float32]:
-    """Return the float32 images `[N, C, H, W]` in `[0,1]` that `half_deltas` stands for."""
-    clean = images.astype(np.float32) / np.float32(255)
-    return np.asarray(np.clip(clean + halves.astype(np.float32), 0, 1))
-
-
-def deliver(
-    adversarial: npt.NDArray[np.float32],
-    images: npt.NDArray[np.uint8],
-    eps: float,
-    norm: core.Norm = "linf",
-) -> npt.NDArray[np.uint8]:
-    """Round adversarial images to the 8 bits a server receives, inside the ball.
-
-    Args:
-        adversarial: float32 `[N, C, H, W]`.
-        images: the clean ones.
-        eps: the ball; the largest whole Linf step inside it is `floor(255 eps)`.
-        norm: of the ball; in L2 every change is rounded towards zero.
-    """
-    clean = images.astype(np.int16)
-    change = adversarial.astype(np.float64) * 255 - clean
-    if norm == "linf":
-        reach = whole_steps(eps)
-        change = np.clip(np.rint(change), -reach, reach)
-    else:
-        change = np.trunc(change + np.sign(change) * 1e-4)  # 12 must not become 11.99999
-    return np.asarray(np.clip(clean + change, 0, 255).astype(np.uint8))
-
-
-def whole_steps(eps: float) -> int:
-    """Return how many 8-bit steps fit into eps; 0.2 is 51, whatever the floating point says."""
-    return int(eps * 255 + 1e-9)
-
-
-def outside(
-    floats: npt.NDArray[np.float32],
-    delivered: npt.NDArray[np.uint8],
-    images: npt.NDArray[np.uint8],
-    eps: float,
-    norm: core.Norm = "linf",
-) -> int:
-    """Return how many images left the ball or the box, in either version."""
-    clean = images.astype(np.float32) / np.float32(255)
-    axes = (1, 2, 3)
-    steps = np.abs(delivered.astype(np.float64) - images)
-    if norm == "linf":
-        bad = (np.abs(floats - clean) > eps + 1e-6).any(axis=axes)
-        bad |= (steps > eps * 255 + 1e-6).any(axis=axes)
-    else:
-        bad = np.sqrt(np.square(floats.astype(np.float64) - clean).sum(axis=axes)) > eps + 1e-4
-        bad |= np.sqrt(np.square(steps).sum(axis=axes)) > eps * 255 + 0.03
-    bad |= ~((floats >= 0) & (floats <= 1)).all(axis=axes)
-    return int(bad.sum())
+    chosen = {"ce": core.cross_entropy, "cw": losses.cw_margin, "dlr": losses.dlr}
+    return chosen[attack.loss](outputs[attack.output](members), labels)

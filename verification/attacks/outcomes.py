@@ -12,10 +12,10 @@ from torch import nn
 
 from dverge_serve.engine.outputs import Scores, softmax
 from verification.attacks.attack import Attack
-from verification.metrics.statistics import Mask
 
 VERSIONS = ("float", "delivered")
 SOFT = "mean-softmax"  # among a report's outcomes: the model's, had softmax been averaged
+Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
 

@@ -15,11 +15,16 @@ from dverge_serve.progress import Progress
 from training.data.splits import Split, to_float
 from training.seeds import derive
 from verification.attacks import autoattack as reference
-from verification.attacks.attack import Attack, apply_halves, craft, deliver, half_deltas, outside
+from verification.attacks.attack import Attack, craft
 from verification.attacks.cache import keep
-from verification.attacks.outcomes import VERSIONS, Outcomes, Scorer, Target, soft_answers
+from verification.attacks.outcomes import VERSIONS, Mask, Outcomes, Scorer, Target, soft_answers
+from verification.attacks.perturbation import (
+    count_norm_violations,
+    decode_fp16,
+    encode_fp16,
+    quantize_uint8,
+)
 from verification.attacks.square import square
-from verification.metrics.statistics import Mask
 
 Halves = npt.NDArray[np.float16]
 Found = tuple[Halves, npt.NDArray[np.uint8], Mask, Mask]
@@ -149,9 +154,9 @@ def score(
         the images, and which of them were answered wrongly.
     """
     images = split.images.cpu().numpy()
-    floats = apply_halves(images, halves)
-    delivered = deliver(floats, images, eps, attack.norm)
-    outcome.outside += outside(floats, delivered, images, eps, attack.norm)
+    floats = decode_fp16(images, halves)
+    delivered = quantize_uint8(floats, images, eps, attack.norm)
+    outcome.outside += count_norm_violations(floats, delivered, images, eps, attack.norm)
     outcome.scored += int(standing.sum())
     wrong = note(outcome, target.engine, floats, delivered, split, attack, eps, standing)
     return halves, delivered, *wrong
@@ -265,7 +270,7 @@ def _crafted(
         queries = np.zeros(len(split), dtype=np.int64)
         if len(part):
             made, spent = _make(attack, members, scorer, part, eps, seed)
-            halves[standing] = half_deltas(made, part.images, eps, attack.norm)
+            halves[standing] = encode_fp16(made, part.images, eps, attack.norm)
             queries[standing] = spent
         return {"halves": halves, "queries": queries}
 

@@ -14,10 +14,11 @@ from dverge_serve.engine.outputs import Scores, softmax
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.seeds import generator
-from verification.attacks.attack import apply_halves, deliver, half_deltas
+from verification.attacks import losses
 from verification.attacks.batches import in_batches
-from verification.attacks.outcomes import Pixels, Scorer
-from verification.metrics.statistics import Mask, auroc, quantile_above, rate
+from verification.attacks.outcomes import Mask, Pixels, Scorer
+from verification.attacks.perturbation import decode_fp16, encode_fp16, quantize_uint8
+from verification.metrics.statistics import auroc, quantile_above, rate
 
 Floats = npt.NDArray[np.float64]
 DEPLOYED = "jensen-shannon"
@@ -142,8 +143,8 @@ def aware(
 
     made = torch.cat(in_batches(batch, split))
     pixels = split.images.cpu().numpy()
-    halves = half_deltas(made, split.images, eps, "linf")
-    return deliver(apply_halves(pixels, halves), pixels, eps)
+    halves = encode_fp16(made, split.images, eps, "linf")
+    return quantize_uint8(decode_fp16(pixels, halves), pixels, eps)
 
 
 def _aware_batch(
@@ -156,15 +157,17 @@ def _aware_batch(
 
     def loss(x: Tensor) -> Tensor:
         stack = core.member_logits(members, x)
-        return core.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
+        return losses.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
 
     for step in range(steps):
         size = eps * (0.2 if step < steps // 2 else 0.05)
-        x = core.ascend(loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x)
+        x = core.pgd_loop(
+            loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x
+        )
         with torch.no_grad():
             stack = core.member_logits(members, x)
             told = torch.where(
-                core.margins(stack.mean(0), part.labels) > 0,
+                losses.margins(stack.mean(0), part.labels) > 0,
                 _divergence(stack),
                 torch.full_like(least, torch.inf),
             )

@@ -10,8 +10,8 @@ import numpy as np
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split, to_float
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import VERSIONS, Outcomes, Pixels, Scorer
-from verification.metrics.statistics import Mask, mcnemar, rate
+from verification.attacks.outcomes import VERSIONS, Mask, Outcomes, Pixels, Scorer
+from verification.metrics.statistics import mcnemar, rate
 
 THREATS = ("transfer", "white_box")  # those with a figure of their own
 

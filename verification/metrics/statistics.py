@@ -10,7 +10,8 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.stats import binomtest, rankdata
 
-Mask = npt.NDArray[np.bool_]
+from verification.attacks.outcomes import Mask
+
 Floats = npt.NDArray[np.float64]
 Z95 = 1.959963984540054
 

@@ -44,7 +44,7 @@ def transferability(members: Sequence[Member], split: Split, eps: float, seed: i
         def fooled(part: Split, start: int, index: int = index, source: Member = source) -> Tensor:
             x0 = to_float(part.images)
             draw = generator(seed, "transferability", index, start, device=x0.device)
-            adversarial = core.ascend(
+            adversarial = core.pgd_loop(
                 core.cross_entropy(source, part.labels),
                 x0,
                 eps=eps,

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.config import Dverge
-from training.methods import dverge
+from training.methods import dverge, standard
 from training.models.member import Member
 
 TOLERANCE = 1e-8
@@ -108,7 +108,7 @@ def test_a_standard_step_is_sgd_on_the_clean_images_of_each_member_alone() -> No
     descents = descents_of(members)
     steps = optimizers(members)
     for source in (SOURCE, TARGET):
-        losses = dverge.standard_step(members, steps, source, LABELS)
+        losses = standard.standard_step(members, steps, source, LABELS)
         expected = [descent.step([(source, 1.0)], LABELS) for descent in descents]
         assert losses.tolist() == pytest.approx(expected, abs=TOLERANCE)
     for member, descent in zip(members, descents, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
 from training.config import Adp, Adversarial, Dverge, Gal
-from training.methods import baselines, dverge
+from training.methods import adp, adversarial, dverge, gal
 from training.models.bn_folding import folded
 from training.models.member import Member, build_members
 from training.parallel.threads import side_by_side
@@ -49,7 +49,7 @@ def test_adversarial_training_learns_from_each_members_own_pgd() -> None:
     settings = Adversarial(eps=0.1, step_size=0.03, steps=3)
     made = []
     for index, member in enumerate(members):
-        images = baselines.adversarial_images(member, SOURCE, LABELS, settings, 7, index)
+        images = adversarial.adversarial_images(member, SOURCE, LABELS, settings, 7, index)
         member.eval()
         assert (images - SOURCE).abs().max() <= 0.1 + 1e-12
         assert F.cross_entropy(member(images), LABELS) > F.cross_entropy(member(SOURCE), LABELS)
@@ -58,7 +58,7 @@ def test_adversarial_training_learns_from_each_members_own_pgd() -> None:
     losses = [F.cross_entropy(m(x), LABELS) for m, x in zip(members, made, strict=True)]
     wanted = moved_by(members, torch.stack(losses).sum())
     again = tiny_members(2)
-    found = baselines.adversarial_step(
+    found = adversarial.adversarial_step(
         again, sgd(again), SOURCE, LABELS, settings=settings, names=(7,)
     )
     assert found.tolist() == pytest.approx([loss.item() for loss in losses], abs=1e-10)
@@ -94,12 +94,12 @@ def test_dverge_with_adversarial_training_adds_the_members_own_loss() -> None:
 def test_adp_terms_against_a_hand_made_ensemble() -> None:
     # Two members, three classes, label 0; the others' predictions are orthogonal: determinant 1.
     probabilities = torch.tensor([[[0.5, 0.5, 1e-30], [0.5, 1e-30, 0.5]]], dtype=torch.float64)
-    entropy, diversity = baselines.adp_terms(probabilities.log(), torch.tensor([0]))
+    entropy, diversity = adp.adp_terms(probabilities.log(), torch.tensor([0]))
     mean = [0.5, 0.25, 0.25]
     assert entropy.item() == pytest.approx(-sum(p * math.log(p) for p in mean))
     assert diversity.item() == pytest.approx(0, abs=1e-5)
     same = probabilities[:, :1].expand(-1, 2, -1)
-    _, collapsed = baselines.adp_terms(same.log(), torch.tensor([0]))
+    _, collapsed = adp.adp_terms(same.log(), torch.tensor([0]))
     assert collapsed.item() == pytest.approx(math.log(2e-6), abs=1e-3)  # only the ridge is left
 
 
@@ -119,15 +119,15 @@ def test_adp_step_follows_equation_5() -> None:
         total = total - (2.0 * entropy + 0.5 * determinant.log()) / 5
     wanted = moved_by(members, total)
     again = tiny_members(3)
-    baselines.adp_step(again, sgd(again), SOURCE, LABELS, settings=Adp())
+    adp.adp_step(again, sgd(again), SOURCE, LABELS, settings=Adp())
     expect(again, wanted)
 
 
 def test_gal_term_of_aligned_and_opposed_gradients() -> None:
     one = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert baselines.gal_term([one, one * 3]).item() == pytest.approx(1.0)
-    assert baselines.gal_term([one, -one]).item() == pytest.approx(-1.0)
-    three = baselines.gal_term([one, one, -one])
+    assert gal.gal_term([one, one * 3]).item() == pytest.approx(1.0)
+    assert gal.gal_term([one, -one]).item() == pytest.approx(-1.0)
+    three = gal.gal_term([one, one, -one])
     assert three.item() == pytest.approx(math.log(math.e + 2 / math.e), abs=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_gal_step_follows_its_equation() -> None:
     )
     wanted = moved_by(members, (losses[0] + losses[1]) / 2 + 0.5 * cosine.mean())
     again = tiny_members(2)
-    baselines.gal_step(again, sgd(again), SOURCE, LABELS, settings=Gal())
+    gal.gal_step(again, sgd(again), SOURCE, LABELS, settings=Gal())
     expect(again, wanted)
 
 

@@ -1,6 +1,6 @@
 """Whole steps of DVERGE, as a run takes them, against the literal procedure in `reference.py`.
 
-The product's side is `training.methods.registry`: the layer it draws, BatchNorm folded where
+The product's side is `training.methods`: the layer it draws, BatchNorm folded where
 statistics stand still, members side by side. Float64 first, where both must agree to the last
 digits that matter; then float32.
 """
@@ -19,8 +19,7 @@ from torch.optim import SGD
 from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.config import Adversarial, Config, Data, Dverge
-from training.methods import baselines, dverge
-from training.methods.registry import draw_layer, stages
+from training.methods import adversarial, draw_layer, dverge, stages
 from training.models.member import Member
 from training.seeds import generator
 
@@ -119,7 +118,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> reference.Images:
     """Return what will hold the images that the product makes, members in order."""
     made = reference.Images([], [])
     attacked: dict[int, Tensor] = {}
-    distill_all, adversarial_images = dverge.distill_all, baselines.adversarial_images
+    distill_all, adversarial_images = dverge.distill_all, adversarial.adversarial_images
 
     def distilling(*args: Any, **more: Any) -> list[Tensor]:
         found = distill_all(*args, **more)
@@ -132,7 +131,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> reference.Images:
         return attacked[args[-1]]
 
     monkeypatch.setattr(dverge, "distill_all", distilling)
-    monkeypatch.setattr(baselines, "adversarial_images", attacking)
+    monkeypatch.setattr(adversarial, "adversarial_images", attacking)
     return made
 
 

@@ -13,11 +13,11 @@ from torch.optim import SGD
 from tests.training.networks import tiny_config, tiny_images, tiny_members
 from training.config import Dverge
 from training.data.splits import load_training
-from training.methods import dverge
-from training.methods.registry import epoch_batches, stages
+from training.methods import dverge, epoch_batches, stages
 from training.models.member import Member
+from training.optimizers import RateOnDevice
 from training.parallel import cuda_graphs as graphs
-from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
+from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.parallel.topology import Batch
 from training.trainer import prepare
 

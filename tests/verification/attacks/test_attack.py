@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training import attacks as core
 from training.models.member import Member as Network
 from training.models.resnet import resnet_stages
+from verification.attacks import losses, transforms
 from verification.attacks.skip_gradient import residual_ends, skip_gradient
 
 SHAPE = (3, 1, 4, 4)
@@ -51,14 +52,14 @@ def lengths(delta: Tensor) -> Tensor:
 
 def test_fgsm_is_one_whole_step_to_the_corner() -> None:
     x0, w = images(), direction()
-    found = core.ascend(along(w), x0, eps=0.1, step_size=0.1, steps=1, rule=core.sign_rule())
+    found = core.pgd_loop(along(w), x0, eps=0.1, step_size=0.1, steps=1, rule=core.sign_rule())
     torch.testing.assert_close(found, (x0 + 0.1 * w.sign()).clamp(0, 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [core.l2_rule(), core.momentum_rule(1.0, "l2")])
+@pytest.mark.parametrize("rule", [transforms.l2_rule(), core.momentum_rule(1.0, "l2")])
 def test_on_a_linear_loss_l2_ends_where_the_gradient_leaves_the_ball(rule: core.StepRule) -> None:
     x0, w = images(low=0.4, high=0.6), direction()
-    found = core.ascend(along(w), x0, eps=0.3, step_size=0.1, steps=5, rule=rule, norm="l2")
+    found = core.pgd_loop(along(w), x0, eps=0.3, step_size=0.1, steps=5, rule=rule, norm="l2")
     expected = x0 + 0.3 * w / lengths(w).view(-1, 1, 1, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -88,38 +89,38 @@ def test_dlr_is_the_ratio_and_no_scale_hides_it() -> None:
     scores = torch.tensor([[2.0, 5.0, 1.0, 0.0], [9.0, 4.0, 6.0, 3.0]], dtype=torch.float64)
     labels = torch.tensor([1, 1])
     for scale in (1.0, 1e3, 1e-3):
-        found = core.dlr(lambda x, s=scale: scores * s, labels)(images())  # type: ignore[misc]
+        found = losses.dlr(lambda x, s=scale: scores * s, labels)(images())  # type: ignore[misc]
         assert found.tolist() == pytest.approx([(2 - 5) / (5 - 1), (9 - 4) / (9 - 4)])
 
 
 def test_dlr_climbs_from_the_right_class_to_the_best_wrong_one() -> None:
     model, x0 = Linear(), images()
     top = model(x0).argmax(1)
-    gradient = core.gradient(core.dlr(model, top), x0)
-    margin = core.gradient(core.cw_margin(model, top), x0)
+    gradient = core.gradient(losses.dlr(model, top), x0)
+    margin = core.gradient(losses.cw_margin(model, top), x0)
     assert bool(((gradient * margin).flatten(1).sum(1) > 0).all())
 
 
 def test_logsumexp_is_the_log_of_the_mean_exponential() -> None:
     members, x0 = [Linear(seed=0), Linear(seed=1)], images()
-    found = core.logsumexp_output(members)(x0)
+    found = losses.logsumexp_output(members)(x0)
     expected = ((members[0](x0).exp() + members[1](x0).exp()) / 2).log()
     torch.testing.assert_close(found, expected)
     loud = [lambda x: torch.full((3, 4), 1e4), lambda x: torch.zeros(3, 4)]
-    assert bool(core.logsumexp_output(loud)(x0).isfinite().all())  # type: ignore[arg-type]
+    assert bool(losses.logsumexp_output(loud)(x0).isfinite().all())  # type: ignore[arg-type]
 
 
 def test_equal_members_are_reweighted_equally_and_the_nearest_most() -> None:
     same = [Linear(seed=0), Linear(seed=0)]
     x0 = images()
     spread = same[0](x0).std(-1)
-    expected = core.cw_margin(same[0], LABELS)(x0) / spread
-    torch.testing.assert_close(core.member_reweighted(same, LABELS)(x0), expected)
+    expected = losses.cw_margin(same[0], LABELS)(x0) / spread
+    torch.testing.assert_close(losses.member_reweighted(same, LABELS)(x0), expected)
 
     rows = [[1.0, 0.9, -1.0, -1.0], [1.0, -0.5, -1.0, -1.0]]
     scores = [torch.tensor([row], dtype=torch.float64, requires_grad=True) for row in rows]
     fixed: list[Any] = [lambda x, s=each: s for each in scores]
-    loss = core.member_reweighted(fixed, torch.tensor([0]))(torch.zeros(1, 1, 2, 2)).sum()
+    loss = losses.member_reweighted(fixed, torch.tensor([0]))(torch.zeros(1, 1, 2, 2)).sum()
     found = torch.autograd.grad(loss, scores)
     spreads = [each.detach().std() for each in scores]
     weights = [-float(g[0, 0] * s) for g, s in zip(found, spreads, strict=True)]
@@ -130,7 +131,7 @@ def test_equal_members_are_reweighted_equally_and_the_nearest_most() -> None:
 
 def test_a_linear_loss_has_no_variance_to_tune() -> None:
     x0, w = images(), direction()
-    estimate = core.variance_tuned(0.1, torch.Generator().manual_seed(0), samples=3)
+    estimate = transforms.variance_tuned(0.1, torch.Generator().manual_seed(0), samples=3)
     for _ in range(3):
         torch.testing.assert_close(estimate(along(w), x0), w)
 
@@ -139,7 +140,7 @@ def test_variance_tuning_adds_what_the_step_before_saw_around_it() -> None:
     x0 = images()
     loss = lambda x: x.pow(2).flatten(1).sum(1)  # noqa: E731 - its gradient is 2x
     draw, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    estimate = core.variance_tuned(0.1, draw, samples=2, reach=1.5)
+    estimate = transforms.variance_tuned(0.1, draw, samples=2, reach=1.5)
     torch.testing.assert_close(estimate(loss, x0), 2 * x0)
     noise = [torch.rand(SHAPE, generator=same, dtype=torch.float64) for _ in range(2)]
     variance = sum((2 * (2 * each - 1) * 0.15 for each in noise), torch.zeros(SHAPE)) / 2
@@ -153,11 +154,11 @@ def test_diverse_inputs_never_with_probability_zero_and_seeded() -> None:
         seen.append(x)
         return x.flatten(1).sum(1)
 
-    core.diverse_inputs(loss, torch.Generator().manual_seed(0), probability=0.0)(x0)
+    transforms.diverse_inputs(loss, torch.Generator().manual_seed(0), probability=0.0)(x0)
     assert torch.equal(seen.pop(), x0)
     found = []
     for _ in range(2):
-        diverse = core.diverse_inputs(loss, torch.Generator().manual_seed(3), probability=1.0)
+        diverse = transforms.diverse_inputs(loss, torch.Generator().manual_seed(3), probability=1.0)
         found.append([float(diverse(x0)[0]) for _ in range(4)])
     assert found[0] == found[1]
     assert all(each.shape == x0.shape for each in seen)
@@ -210,7 +211,7 @@ def test_sgm_finds_every_block_of_our_members() -> None:
     eps=st.floats(0.01, 0.5),
     seed=st.integers(0, 2**32),
     loss=st.sampled_from(["dlr", "reweighted", "ce"]),
-    form=st.sampled_from([core.logsumexp_output, core.mean_logits_output]),
+    form=st.sampled_from([losses.logsumexp_output, core.mean_logits_output]),
     variance=st.booleans(),
     diverse=st.booleans(),
     norm=st.sampled_from(["linf", "l2"]),
@@ -231,21 +232,21 @@ def test_every_new_piece_keeps_ball_box_model_and_seed(
     def attack() -> Tensor:
         draw = torch.Generator().manual_seed(seed)
         output = form(members)
-        losses = {
-            "dlr": core.dlr(output, LABELS),
+        known = {
+            "dlr": losses.dlr(output, LABELS),
             "ce": core.cross_entropy(output, LABELS),
-            "reweighted": core.member_reweighted(members, LABELS),
+            "reweighted": losses.member_reweighted(members, LABELS),
         }
-        chosen = losses[loss]
-        return core.ascend(
-            core.diverse_inputs(chosen, draw) if diverse else chosen,
+        chosen = known[loss]
+        return core.pgd_loop(
+            transforms.diverse_inputs(chosen, draw) if diverse else chosen,
             x0,
             eps=eps,
             step_size=eps / 3,
             steps=3,
             rule=core.momentum_rule(1.0, norm),
             start=core.random_start(x0, eps, draw, norm),
-            estimate=core.variance_tuned(eps, draw, samples=2) if variance else core.gradient,
+            estimate=transforms.variance_tuned(eps, draw, samples=2) if variance else core.gradient,
             norm=norm,
         )
 

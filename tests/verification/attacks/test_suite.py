@@ -13,8 +13,14 @@ import torch
 from tests.verification.models import EPS, Linear, TorchEngine, attack_linear, linear_split
 from verification.attacks import cache as vault
 from verification.attacks import suite as suites
-from verification.attacks.attack import Attack, apply_halves, craft, deliver, half_deltas, outside
+from verification.attacks.attack import Attack, craft
 from verification.attacks.outcomes import Target, line
+from verification.attacks.perturbation import (
+    count_norm_violations,
+    decode_fp16,
+    encode_fp16,
+    quantize_uint8,
+)
 from verification.attacks.presets import Variant, suite
 from verification.attacks.suite import run_suite
 
@@ -35,13 +41,13 @@ def test_deliver_rounds_inside_the_ball() -> None:
     images = np.array([[[[0, 10, 250, 255]]]], np.uint8)
     x0: Any = images.astype(np.float32) / 255
     up: Any = np.clip(x0 + np.float32(0.05), 0, 1)  # 12.75 steps: 12 fit
-    assert deliver(up, images, 0.05).tolist() == [[[[12, 22, 255, 255]]]]
+    assert quantize_uint8(up, images, 0.05).tolist() == [[[[12, 22, 255, 255]]]]
     down: Any = np.clip(x0 - np.float32(0.05), 0, 1)
-    assert deliver(down, images, 0.05).tolist() == [[[[0, 0, 238, 243]]]]
-    assert deliver(x0, images, 0.05).tolist() == images.tolist()
-    assert deliver(x0 + np.float32(0.2), images, 51 / 255).max() == 255
+    assert quantize_uint8(down, images, 0.05).tolist() == [[[[0, 0, 238, 243]]]]
+    assert quantize_uint8(x0, images, 0.05).tolist() == images.tolist()
+    assert quantize_uint8(x0 + np.float32(0.2), images, 51 / 255).max() == 255
     # In L2 every change shrinks, so the length does too.
-    delivered = deliver(up, images, 0.1, "l2")
+    delivered = quantize_uint8(up, images, 0.1, "l2")
     assert delivered.tolist() == [[[[12, 22, 255, 255]]]]
 
 
@@ -54,14 +60,14 @@ def test_what_is_kept_in_float16_stays_in_the_ball(norm: str, eps: float) -> Non
     split = linear_split([0] * 20)
     split = type(split)(images, split.labels)
     adversarial = craft(attack, [], split, eps, 0)
-    halves = half_deltas(adversarial, images, eps, attack.norm)
+    halves = encode_fp16(adversarial, images, eps, attack.norm)
     pixels = images.numpy()
-    floats = apply_halves(pixels, halves)
+    floats = decode_fp16(pixels, halves)
     assert np.abs(floats - adversarial.numpy()).max() <= eps * 2**-10
-    delivered = deliver(floats, pixels, eps, attack.norm)
-    assert outside(floats, delivered, pixels, eps, attack.norm) == 0
-    assert outside(floats + 1, delivered, pixels, eps, attack.norm) == 20
-    assert outside(floats, 255 - pixels, pixels, 1e-3, attack.norm) >= 19
+    delivered = quantize_uint8(floats, pixels, eps, attack.norm)
+    assert count_norm_violations(floats, delivered, pixels, eps, attack.norm) == 0
+    assert count_norm_violations(floats + 1, delivered, pixels, eps, attack.norm) == 20
+    assert count_norm_violations(floats, 255 - pixels, pixels, 1e-3, attack.norm) >= 19
 
 
 def test_an_interrupted_suite_goes_on_with_what_it_has(

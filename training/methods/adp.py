@@ -1,0 +1,65 @@
+"""Adaptive diversity promoting (Pang et al., ICML 2019): one step.
+
+Where processes share the members, what the others' contribute is a constant: each takes its own
+part of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from training.config import Adp
+from training.methods.standard import descend_together
+from training.models.member import Member
+from training.parallel.topology import ALONE, Team
+
+
+def adp_step(
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    source: Tensor,
+    labels: Tensor,
+    *,
+    settings: Adp,
+    team: Team = ALONE,
+) -> Tensor:
+    """Train the members together with adaptive diversity promoting (Pang et al., 2019, eq. 5).
+
+    `sum_k CE(F_k) - alpha * H(mean F) - beta * log det(M^T M)`, where M's columns are the members'
+    non-maximal predictions: softmax without the true class, scaled to length 1.
+    """
+    mine = team.mine(len(members))
+    own = [members[k].train()(source) for k in mine]
+    logits = torch.stack(team.exchange(own, len(members)), 1)
+    losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in mine])
+    entropy, diversity = adp_terms(logits, labels)
+    total = losses.sum() - settings.alpha * entropy - settings.beta * diversity
+    descend_together([optimizers[k] for k in mine], total, team)
+    return losses.detach()
+
+
+def adp_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ADP's two regularisers, means over the batch.
+
+    Args:
+        logits: `[B, members, classes]`.
+        labels: `[B]`.
+
+    Returns:
+        the entropy of the mean prediction and the log of the ensemble diversity, scalars.
+    """
+    probabilities = logits.softmax(2)
+    mean = probabilities.mean(1)
+    entropy = -(mean * (mean + 1e-20).log()).sum(1).mean()
+    wrong = torch.ones_like(mean, dtype=torch.bool).scatter(1, labels[:, None], False)
+    members, classes = logits.shape[1:]
+    others = probabilities[wrong[:, None].expand_as(probabilities)]
+    unit = F.normalize(others.view(-1, members, classes - 1), dim=2)
+    # Near-equal predictions make the determinant vanish; the ridge keeps its log finite.
+    ridge = 1e-6 * torch.eye(members, device=logits.device, dtype=logits.dtype)
+    return entropy, torch.logdet(unit @ unit.transpose(1, 2) + ridge).mean()
