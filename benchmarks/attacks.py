@@ -29,7 +29,8 @@ from benchmarks.report import busy_percent, finish, parser
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.device import arithmetic
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.recipe import load_recipe
 from verification.attacks.attack import Attack, craft
 from verification.gradients import ready

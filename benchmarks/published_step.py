@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from training.config import Dverge
 from training.models.member import Member
+from training.schedules import Dverge
 
 
 def distill(

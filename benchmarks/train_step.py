@@ -22,7 +22,8 @@ from benchmarks.bench import bar, machine, say
 from benchmarks.report import busy_percent, finish, parser
 from training.device import arithmetic, pick_device
 from training.methods import dverge
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.recipe import load_recipe
 
 DEFAULT_BAR, FP32_BAR, CUDA_BAR = 4.0, 2.5, 10.0

@@ -35,6 +35,13 @@ class UserError(Exception):
         super().__init__(" ".join("; ".join(part for part in parts if part).split()))
 
 
+class PeerError(UserError):
+    """An error that another process of the same training reports; this one says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this training failed", next_step="see its message")
+
+
 class NotMetError(UserError):
     """A check that ran and was not met: parity at export, `--min-accuracy` at verification."""
 

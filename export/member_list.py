@@ -28,7 +28,8 @@ from dverge_serve.files import sha256
 from export.published_checkpoint import read_labels
 from export.source import Source, config_json, without_images
 from training.config import Config
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.models.state_dict import load_members, parse
 
 KEYS = ("name", "labels", "mean", "std", "image", "member")

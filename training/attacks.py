@@ -96,7 +96,7 @@ def sign_rule() -> StepRule:
     return torch.sign
 
 
-def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
+def momentum_rule(momentum: float, norm: Norm = "linf") -> StepRule:
     """Return the steps of MI-FGSM (Dong et al., 2018): along the accumulated gradient.
 
     Each step's gradient is divided by its L1 norm per image before it is added. An image whose
@@ -108,7 +108,7 @@ def momentum_rule(decay: float, norm: Norm = "linf") -> StepRule:
         nonlocal velocity
         size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
         unit = gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
-        velocity = unit if velocity is None else decay * velocity + unit
+        velocity = unit if velocity is None else momentum * velocity + unit
         return normalize(velocity, norm)
 
     return direction

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from dverge_serve.images import Preprocess
 from training.config_parsing import assign, build, check
+from training.registry import METHODS
+from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
 EMBEDDED = ("digits",)
@@ -85,106 +87,6 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """SGD with momentum over one stage of training."""
-
-    table = "standard"  # its name in recipes; not a setting
-
-    epochs: int = 200
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "one-cycle"] = "step"
-    milestones: tuple[float, ...] = (0.5, 0.75)  # step: shares of the epochs where lr falls
-    gamma: float = 0.1  # step: by this factor
-    warmup: float = 0.25  # one-cycle: share of the steps with rising lr
-    average: float = 0.0  # share of the epochs, the last ones, whose weights are averaged; 0: none
-
-    def __post_init__(self) -> None:
-        for key, holds, expected in (
-            ("epochs", self.epochs >= 1, "1 or more"),
-            ("lr", self.lr > 0, "above 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("milestones", all(0 <= share <= 1 for share in self.milestones), "shares in [0, 1]"),
-            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("average", 0 <= self.average <= 1, "a share in [0, 1]"),
-        ):
-            check(f"{self.table}.{key}", getattr(self, key), holds, expected)
-
-    def lr_at(self, epoch: int, progress: float) -> float:
-        """Return the learning rate `progress` (0..1) of the way through `epoch`."""
-        done = (epoch + progress) / self.epochs
-        if self.schedule == "step":
-            passed = sum(epoch >= share * self.epochs for share in self.milestones)
-            return self.lr * self.gamma**passed
-        if done < self.warmup:
-            return self.lr * done / self.warmup
-        return self.lr * max(0.0, (1 - done) / (1 - self.warmup))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dverge(Stage):
-    """DVERGE: how non-robust features are distilled (paper, eq. 1 and 3)."""
-
-    table = "dverge"
-
-    eps: float = 0.07  # radius of the distillation ball, pixels in [0,1]
-    step_size: float = 0.007
-    steps: int = 10
-    decay: float = 1.0  # of the accumulated gradient
-    weight: float = 1.0  # dverge+adversarial: of DVERGE's sum beside the adversarial loss
-    layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
-    # BatchNorm while distilling. `running`: evaluation mode, nothing moves. `batch`: training
-    # mode as in the published code, where every distillation pass moves the running statistics.
-    batchnorm: Literal["running", "batch"] = "running"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check("dverge.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
-        check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
-        check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
-        check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adversarial(Stage):
-    """Adversarial training (Madry et al., 2018): PGD on each member itself."""
-
-    table = "adversarial"
-
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    steps: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check("adversarial.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
-        check("adversarial.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
-        check("adversarial.steps", self.steps, self.steps >= 1, "1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adp(Stage):
-    """Adaptive diversity promoting (Pang et al., 2019)."""
-
-    table = "adp"
-
-    alpha: float = 2.0  # of the ensemble's entropy
-    beta: float = 0.5  # of the log ensemble diversity
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gal(Stage):
-    """Gradient alignment loss (Kariyappa & Qureshi, 2019)."""
-
-    table = "gal"
-
-    weight: float = 0.5  # lambda
-
-
-@dataclass(frozen=True, kw_only=True)
 class Verification:
     """What `verify-robustness` uses unless told otherwise."""
 
@@ -200,9 +102,8 @@ class Config:
     """One training run, whole."""
 
     name: str
-    method: Literal["dverge", "standard", "adversarial", "dverge+adversarial", "adp", "gal"] = (
-        "dverge"
-    )
+    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or one that was registered
+    method: str = "dverge"
     # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -leaky behind it, or torchvision:<name>;
     # or a list with one for each member
     architecture: str | tuple[str, ...] = "resnet20"
@@ -219,16 +120,22 @@ class Config:
     # On a GPU: steps recorded once as CUDA graphs and replayed. off: every operation launched anew.
     graphs: Literal["auto", "off"] = "auto"
     data: Data = field(default_factory=Data)
-    standard: Stage = field(default_factory=Stage)
+    standard: Schedule = field(default_factory=Schedule)
     dverge: Dverge = field(default_factory=Dverge)
     adversarial: Adversarial = field(default_factory=Adversarial)
     adp: Adp = field(default_factory=Adp)
     gal: Gal = field(default_factory=Gal)
     verification: Verification = field(default_factory=Verification)
+    _own: tuple[Schedule, ...] = ()  # settings of methods that were registered
 
     def __post_init__(self) -> None:
+        check("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
+        settings = METHODS[self.method].settings
+        known = {*self.__dataclass_fields__, *(own.table for own in self._own)}
+        if settings.table not in known:
+            object.__setattr__(self, "_own", (*self._own, settings()))
         check("width", self.width, self.width >= 1, "1 or more")
-        least = 1 if self.method in ("standard", "adversarial") else 2
+        least = METHODS[self.method].members
         listed = isinstance(self.architecture, tuple)
         fits = not listed or len(self.architecture) == self.members
         check("architecture", self.architecture, fits, f"one name, or {self.members} of them")
@@ -242,9 +149,17 @@ class Config:
         named = self.architecture
         return (named,) * self.members if isinstance(named, str) else named
 
+    def settings_of(self, table: str) -> Schedule:
+        """Return the settings of a stage by the name of their table, e.g. `dverge`."""
+        own = {settings.table: settings for settings in self._own}
+        found: Schedule = own[table] if table in own else getattr(self, table)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Return every value, as written into `config.json`."""
-        return dataclasses.asdict(self)
+        table = dataclasses.asdict(self)
+        del table["_own"]
+        return table | {own.table: dataclasses.asdict(own) for own in self._own}
 
     def overridden(self, overrides: dict[str, Any]) -> Config:
         """Return these settings with dotted keys changed, e.g. `{"dverge.epochs": 10}`."""
@@ -254,13 +169,17 @@ class Config:
         return Config.from_json(table, "settings")
 
     @classmethod
-    def from_json(cls, table: dict[str, Any], source: str) -> Config:
-        """Read `to_json`'s form, or a recipe's table.
+    def from_json(cls, table: dict[str, Any], where: str) -> Config:
+        """Read `to_json`'s form, or a recipe's table; `where` names it in messages.
 
         Raises:
             UserError: an unknown key, a value of the wrong type or out of range.
         """
-        return build(cls, table, source, "")
+        kinds = {method.settings.table: method.settings for method in METHODS.values()}
+        own = {key: kinds[key] for key in table if key in kinds.keys() - cls.__dataclass_fields__}
+        fields = {key: value for key, value in table.items() if key not in own}
+        made = tuple(build(kind, table[key], where, f"{key}.") for key, kind in own.items())
+        return dataclasses.replace(build(cls, fields, where, ""), _own=made)
 
 
 def differences(one: Config, other: Config) -> list[str]:

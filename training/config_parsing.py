@@ -20,71 +20,71 @@ def check(key: str, value: Any, holds: bool, expected: str) -> None:
         raise UserError(f"{key} = {value}", expected)
 
 
-def assign(table: dict[str, Any], key: str, value: Any, source: str) -> None:
+def assign(table: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Put a value into nested tables under a dotted key, e.g. `dverge.epochs`.
 
     Raises:
-        UserError: a part of the key is no table; `source` is named.
+        UserError: a part of the key is no table; `where` is named.
     """
     *parents, last = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"{source}: '{parent}' is not a table")
+            raise UserError(f"{where}: '{parent}' is not a table")
     table[last] = value
 
 
 T = TypeVar("T")
 
 
-def build(cls: type[T], table: dict[str, Any], source: str, prefix: str) -> T:
+def build(cls: type[T], table: dict[str, Any], where: str, prefix: str) -> T:
     """Return the dataclass `cls` of a table, with defaults where the table is silent.
 
     Args:
-        cls: its fields, and those of dataclasses within, name the keys and their types.
+        cls: its public fields name the keys and their types; so do those of dataclasses within.
         table: as TOML or JSON gives it.
-        source: where the table is from, for messages.
+        where: where the table is from, for messages.
         prefix: of its keys, for messages.
 
     Raises:
         UserError: an unknown key, or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = {
+        key: hint for key, hint in typing.get_type_hints(cls).items() if not key.startswith("_")
+    }
     for key in table:
         if key not in hints:
             known = [prefix + name for name in hints]
             raise UserError(
-                f"{source}: unknown key '{prefix}{key}'", next_step=nearest(prefix + key, known)
+                f"{where}: unknown key '{prefix}{key}'", next_step=nearest(prefix + key, known)
             )
-    values = {
-        key: _convert(hints[key], value, source, prefix + key) for key, value in table.items()
-    }
+    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in table.items()}
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     """Return `value` as the type `hint`, which is one of those the dataclasses above use."""
     options = typing.get_args(hint)
-    origin = typing.get_origin(hint)
+    kind = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return build(typing.cast(type[Any], hint), value, source, f"{key}.")
-    if origin is Literal:
+        return build(typing.cast(type[Any], hint), value, where, f"{key}.")
+    if kind is Literal:
         if value in options:
             return value
-        raise UserError(f"{source}: {key} = {value!r}", f"one of {', '.join(map(str, options))}")
-    if origin is tuple and isinstance(value, list | tuple):
+        raise UserError(f"{where}: {key} = {value!r}", f"one of {', '.join(map(str, options))}")
+    if kind is tuple and isinstance(value, list | tuple):
         kinds = (options[0],) * len(value) if options[-1] is Ellipsis else options
         if len(kinds) == len(value):
             parts = zip(kinds, value, strict=True)
-            return tuple(_convert(kind, part, source, key) for kind, part in parts)
+            return tuple(_convert(kind, part, where, key) for kind, part in parts)
     if type(None) in options:  # "X | None"
-        return None if value is None else _convert(options[0], value, source, key)
+        return None if value is None else _convert(options[0], value, where, key)
     if str in options and not isinstance(value, str):  # "str | tuple[str, ...]"
-        return _convert(options[1], value, source, key)
+        return _convert(options[1], value, where, key)
     if str in options:
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        check(f"{source}: {key}", value, math.isfinite(value), "a finite number")
+        check(f"{where}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)
     if (
         isinstance(hint, type)
@@ -93,4 +93,4 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     ):
         return value
     name = getattr(hint, "__name__", str(hint)) if not options else str(hint)
-    raise UserError(f"{source}: {key} = {value!r}", f"a value of type {name}")
+    raise UserError(f"{where}: {key} = {value!r}", f"a value of type {name}")

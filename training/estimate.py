@@ -13,9 +13,11 @@ import torch
 from training.config import Config
 from training.data import splits as datasets
 from training.data.class_counts import balance
-from training.methods import Stage, draw_layer, epoch_batches, stages
+from training.methods import TrainingStage, epoch_batches, stages
+from training.methods.dverge import draw_layer
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
+from training.registry import METHODS
 from training.trainer import prepare
 
 TIMED_STEPS = 3
@@ -28,22 +30,11 @@ def gradient_evaluations(config: Config, images: int) -> dict[str, int]:
         config: of the run.
         images: in the training part.
     """
-    others = config.members - 1
-    attack = config.adversarial.steps + 1
-    each = {
-        "standard": 1,
-        "dverge": config.dverge.steps + others,
-        "dverge+adversarial": config.dverge.steps + others + attack,
-        "adversarial": attack,
-        "adp": 1,
-        "gal": 2,  # the loss's own, and through the gradient
+    return {
+        name: config.settings_of(name).epochs * method.gradients(config) * images * config.members
+        for method in (METHODS["standard"], METHODS[config.method])
+        for name in (method.settings.table,)
     }
-    found = {"standard": config.standard.epochs * each["standard"]}
-    if config.method != "standard":
-        settings = {"adversarial": config.adversarial, "adp": config.adp, "gal": config.gal}
-        second = settings.get(config.method, config.dverge)
-        found[second.table] = second.epochs * each[config.method]
-    return {name: count * images * config.members for name, count in found.items()}
 
 
 def estimate(config: Config, device: torch.device) -> dict[str, Any]:
@@ -85,7 +76,7 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _epochs_to_time(config: Config, stage: Stage, members: Sequence[Member]) -> list[int]:
+def _epochs_to_time(config: Config, stage: TrainingStage, members: Sequence[Member]) -> list[int]:
     """Return epochs whose steps stand for all: of DVERGE's, those that draw layers evenly spread.
 
     What a step costs grows with the layer it draws; a few at random would say little.

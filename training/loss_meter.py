@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dverge_serve.errors import UserError
 from training.models.member import Member
-from training.parallel.topology import Team
+from training.parallel.topology import ProcessTopology
 
 WINDOW = 50  # steps between two looks at the losses
 
@@ -22,11 +22,11 @@ class Losses:
         stage: its name, which is also its table's in the recipe.
         epoch: counted from 0.
         members: how many.
-        team: of the processes that train them.
+        topology: of the processes that train them.
     """
 
-    def __init__(self, stage: str, epoch: int, members: int, team: Team) -> None:
-        self._stage, self._epoch, self._members, self._team = stage, epoch, members, team
+    def __init__(self, stage: str, epoch: int, members: int, topology: ProcessTopology) -> None:
+        self._stage, self._epoch, self._members, self._topology = stage, epoch, members, topology
         self._sum: Tensor | float = 0.0  # of this process's members since the last look
         self._totals = [0.0] * members
         self._steps = self._read = 0
@@ -63,7 +63,7 @@ class Losses:
 
     def _look(self) -> None:
         assert isinstance(self._sum, Tensor)
-        found = self._team.losses(self._sum, self._members).tolist()
+        found = self._topology.losses(self._sum, self._members).tolist()
         for index, loss in enumerate(found):
             if not math.isfinite(loss):
                 self._fail(f"the loss of member {index} became {loss}", self._read + 1)
@@ -73,7 +73,7 @@ class Losses:
     def _fail(self, what: str, since: int) -> None:
         where = f"{self._stage} epoch {self._epoch + 1}"
         steps = f"step {since}" if since == self._steps else f"steps {since} to {self._steps}"
-        self._team.fail(
+        self._topology.fail(
             UserError(
                 f"{what} in {where}, {steps}",
                 "finite numbers",

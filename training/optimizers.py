@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from training.config import Stage
 from training.models.member import Member
+from training.schedules import Schedule
 
 
 class RateOnDevice(SGD):
@@ -66,7 +66,7 @@ def _recording() -> bool:
 
 
 def build_optimizers(
-    members: Sequence[Member], settings: Stage, *, on_device: bool = False
+    members: Sequence[Member], settings: Schedule, *, on_device: bool = False
 ) -> list[SGD]:
     """Return an optimiser for each member; `on_device`: for steps recorded as CUDA graphs."""
     kind = RateOnDevice if on_device else SGD
@@ -81,7 +81,7 @@ def build_optimizers(
     ]
 
 
-def set_rate(optimizers: Sequence[SGD], settings: Stage, epoch: int, progress: float) -> None:
+def set_rate(optimizers: Sequence[SGD], settings: Schedule, epoch: int, progress: float) -> None:
     """Give all optimisers the stage's settings `progress` (0..1) of the way through `epoch`."""
     rate = settings.lr_at(epoch, progress)
     for optimizer in optimizers:

@@ -41,13 +41,13 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
         overrides: dotted keys to values, e.g. `{"dverge.epochs": 10}`.
     """
     if recipe.endswith(".toml"):
-        source, name = recipe, Path(recipe).stem
+        where, name = recipe, Path(recipe).stem
         try:
             text = Path(recipe).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
     else:
-        source, name = f"recipe '{recipe}'", recipe
+        where, name = f"recipe '{recipe}'", recipe
         if recipe not in recipe_names():
             raise UserError(
                 f"unknown recipe '{recipe}'",
@@ -58,11 +58,11 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML ({error})") from error
+        raise UserError(f"{where} is not valid TOML ({error})") from error
     table.setdefault("name", name)
     for key, value in (overrides or {}).items():
         assign(table, key, value, f"--set {key}")
-    return Config.from_json(table, source)
+    return Config.from_json(table, where)
 
 
 def recipe_for(data: str | None) -> tuple[str, dict[str, Any]]:

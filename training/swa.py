@@ -8,9 +8,9 @@ from typing import cast
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from training.config import Stage
 from training.models.member import Member
 from training.models.state_dict import load_members, members_tensors
+from training.schedules import Schedule
 
 
 class Average:
@@ -25,7 +25,7 @@ class Average:
     """
 
     def __init__(
-        self, settings: Stage, members: Sequence[Member], tensors: dict[str, Tensor]
+        self, settings: Schedule, members: Sequence[Member], tensors: dict[str, Tensor]
     ) -> None:
         self._first = settings.epochs - round(settings.average * settings.epochs)
         self._models = [

@@ -22,15 +22,17 @@ from training.data.splits import Split, TrainingData
 from training.data.streaming import Streamed
 from training.device import arithmetic
 from training.loss_meter import Losses
-from training.methods import Stage, epoch_batches, stages
+from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.diversity import diversity
-from training.models.dropout import begin_draws
-from training.models.member import Member, build_members, mean_logits
+from training.models.build import build_members
+from training.models.dropout import seed_dropout
+from training.models.ensemble import Ensemble
+from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.models.state_dict import load_members, members_tensors
 from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
 from training.parallel import cuda_graphs as graphs
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
 from training.runs.latest import follow
 from training.runs.tensorboard import Log, logged, require_tensorboard
@@ -48,12 +50,12 @@ class Training:
     Args:
         train, holdout: on the device where training happens.
         start: weights from files.
-        members, optimizers: all of them, of which this process of the `team` trains its own.
+        members, optimizers: all of them, of which this process of the `topology` trains its own.
     """
 
     config: Config
     run: Run
-    team: Team
+    topology: ProcessTopology
     members: list[Member]
     optimizers: list[SGD]
     train: Split | Streamed
@@ -68,7 +70,7 @@ def train(
     device: torch.device,
     resume: bool = False,
     data: TrainingData | None = None,
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
     wait: bool = False,
 ) -> Run:
     """Train an ensemble into the run directory `out`, or go on where it stopped.
@@ -79,25 +81,25 @@ def train(
         device: where to train.
         resume: go on in a directory that was begun before.
         data: the images, where the caller has loaded them already.
-        team: of the processes that train together, see `training.parallel.distributed.join`.
+        topology: of the processes that train together, see `training.parallel.distributed.join`.
         wait: for another process that is training there, rather than refuse.
 
     Raises:
         UserError: bad data, a directory that cannot be used or that another process is using, or
             a loss that is not a number.
     """
-    run = Run(follow(out), writes=team.first)
-    if team.tell(lambda: _finished(run, out, config, resume=resume, wait=wait)):
+    run = Run(follow(out), writes=topology.first)
+    if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
         return run
     # Whatever can be wrong is found before anything is written.
-    start = team.in_turn(lambda: Start.read(config))
+    start = topology.rank0_first(lambda: Start.read(config))
     if config.tensorboard:
         require_tensorboard()
     if data is None:
-        data = team.in_turn(lambda: datasets.load_training(config.data))
+        data = topology.rank0_first(lambda: datasets.load_training(config.data))
         for line in balance(data):
             say(line)
-    members, optimizers = prepare(config, data, device, team=team, start=start)
+    members, optimizers = prepare(config, data, device, topology=topology, start=start)
     if start is not None:
         say(start.told(config, members))
     begun = time.time()
@@ -117,14 +119,14 @@ def train(
                 members_tensors(members),
             )
 
-        state = team.tell(begin)
+        state = topology.broadcast_from_rank0(begin)
         if state is None:
             return run
         first, done, tensors = state
         load_members(members, tensors)
         load_momentum(optimizers, tensors)
         parts = data.train.to(device), data.holdout.to(device)
-        training = Training(config, run, team, members, optimizers, *parts, start)
+        training = Training(config, run, topology, members, optimizers, *parts, start)
         _run_stages(training, data, first, done, tensors)
         if run.writes:
             _finish(training, data, begun)
@@ -145,7 +147,7 @@ def prepare(
     data: TrainingData,
     device: torch.device,
     draw: str = "weights",
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
     start: Start | None = None,
 ) -> tuple[list[Member], list[SGD]]:
     """Return new members on the device, and an optimiser for each.
@@ -159,13 +161,13 @@ def prepare(
     if start is not None:
         start.put_into(members)
     compute = arithmetic(config.precision, device)
-    team.adapt(members)
+    topology.sync_batchnorm(members)
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
     if device.type == "cuda" and compute is None:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: no convolution rounds to TF32
-    on_device = team.size == 1 and graphs.wanted(config, device)
+    on_device = topology.size == 1 and graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 
 
@@ -174,12 +176,11 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
     if not len(split):
         return float("nan")
     right = 0
-    for member in members:
-        member.eval()
+    ensemble = Ensemble(members).eval()
     with torch.no_grad():
         for start in range(0, len(split), EVALUATION_BATCH):
             part = split.take(slice(start, start + EVALUATION_BATCH))
-            logits = mean_logits(members, datasets.to_float(part.images))
+            logits = ensemble(datasets.to_float(part.images))
             right += int((logits.argmax(1) == part.labels).sum())
     return right / len(split)
 
@@ -189,7 +190,7 @@ def _run_stages(
 ) -> None:
     """Go through the stages from `first` on, of which `done` epochs are done, given its state."""
     config, run, members = training.config, training.run, training.members
-    plan = stages(config, members, training.optimizers, training.team)
+    plan = stages(config, members, training.optimizers, training.topology)
     run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
     with logged(run, events=config.tensorboard) as log:
         for position in range(first, len(plan)):
@@ -210,13 +211,13 @@ def _run_stages(
 
 def _run_stage(
     training: Training,
-    stage: Stage,
+    stage: TrainingStage,
     position: int,
     done: int,
     tensors: dict[str, Tensor],
     log: Log,
 ) -> None:
-    config, run, team = training.config, training.run, training.team
+    config, run, topology = training.config, training.run, training.topology
     settings, images = stage.settings, len(training.train)
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
@@ -225,14 +226,16 @@ def _run_stage(
     with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
-            losses = Losses(stage.name, epoch, config.members, team)
-            begin_draws(training.members, config.seed, "dropout", stage.name, epoch, *team.names)
+            losses = Losses(stage.name, epoch, config.members, topology)
+            seed_dropout(
+                training.members, config.seed, "dropout", stage.name, epoch, *topology.seed_path
+            )
             batches = epoch_batches(training.train, config, stage, epoch)
-            for number, batch in enumerate(team.parts(batches)):
+            for number, batch in enumerate(topology.shard(batches)):
                 set_rate(training.optimizers, settings, epoch, number / count)
                 losses.add(stage.step(epoch, number, batch))
                 progress.advance()
-            team.collect(training.members, training.optimizers)
+            topology.sync_members(training.members, training.optimizers)
             average.add(epoch, training.members)
             record = {
                 "stage": stage.name,
@@ -287,7 +290,7 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
                 "torch": torch.__version__,
                 "device": str(members[0].mean.device),
                 "threads": torch.get_num_threads(),
-                "processes": training.team.size,
+                "processes": training.topology.size,
                 "precision": "fp32" if members[0].compute is None else "bf16",
                 "seconds_since_start_or_resume": round(time.time() - begun, 1),
             },

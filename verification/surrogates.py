@@ -13,11 +13,12 @@ import torch
 from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
-from training.config import MAX_SEED, Config, Dverge, Verification
+from training.config import MAX_SEED, Config, Verification
 from training.data.splits import TrainingData
 from training.models.member import Member
 from training.models.resnet import deeper
 from training.runs.directory import Run
+from training.schedules import Dverge
 from training.trainer import train
 from verification.attacks.cache import cache_folder
 from verification.gradients import ready

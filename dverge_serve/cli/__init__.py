@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dverge_serve import __version__
-from dverge_serve.errors import Exit, UserError
+from dverge_serve.errors import Exit, PeerError, UserError
 
 TRAIN = (
     *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
@@ -61,6 +61,8 @@ def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="dverge", standalone_mode=False)
+    except PeerError as error:  # the process that failed says why
+        return int(error.exit_code)
     except UserError as error:
         return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

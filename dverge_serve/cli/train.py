@@ -81,12 +81,12 @@ def train(
     from training.trainer import train as train_run
 
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with join(config, pick_device(device)) as (team, chosen):
-        if team.first:
-            together = f", {team.size} processes" if team.size > 1 else ""
+    with join(config, pick_device(device)) as (topology, chosen):
+        if topology.first:
+            together = f", {topology.size} processes" if topology.size > 1 else ""
             typer.echo(f"training '{config.name}' on {chosen}{together} into {out}", err=True)
-        run = train_run(config, out, device=chosen, resume=resume, team=team)
-        if team.first:
+        run = train_run(config, out, device=chosen, resume=resume, topology=topology)
+        if topology.first:
             accuracy = run.checkpoint["holdout_accuracy"]
             typer.echo(f"finished {out}: held-out accuracy {accuracy:.3f}")
 

@@ -13,7 +13,7 @@ from dverge_serve.engine.card import Card
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import Preprocess
 from training.config import Config
-from training.models.member import build_members
+from training.models.build import build_members
 
 
 def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:

@@ -22,7 +22,7 @@ from dverge_serve.images import Preprocess, load, to_float
 from export.exporter import export_source
 from export.parity import torch_scores
 from export.published_checkpoint import CIFAR10, from_checkpoint, read_published
-from training.models.member import build_members
+from training.models.build import build_members
 
 PUBLISHED = "official_dverge_3xresnet20_eps0.07.pth"
 Table = dict[str, Any]

@@ -10,7 +10,8 @@ from torch import Tensor
 from training.config import Config, Data
 from training.data.splits import Split
 from training.data.streaming import Streamed
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.recipe import load_recipe
 
 DEPTH = 8

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dverge_serve.errors import UserError
-from training.config import Config, Dverge, Stage, differences
+from training.config import Config, differences
 from training.recipe import load_recipe, parse_settings, recipe_names
+from training.schedules import Dverge, Schedule
 
 SCHEDULE: dict[str, Any] = {
     "epochs": 200,
@@ -117,12 +118,12 @@ def test_the_published_learning_rate_falls_tenfold_at_epochs_100_and_150() -> No
 
 
 def test_one_cycle_rises_to_the_rate_and_falls_to_nothing() -> None:
-    stage = Stage(epochs=8, lr=0.4, schedule="one-cycle", warmup=0.25)
+    stage = Schedule(epochs=8, lr=0.4, schedule="one-cycle", warmup=0.25)
     rates = [stage.lr_at(epoch, 0.0) for epoch in range(8)]
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.4 / 6 * 5, 0.4 / 6 * 4, 0.2, 0.4 / 3, 0.4 / 6])
     assert stage.lr_at(7, 1.0) == 0.0
     assert stage.lr_at(0, 0.5) == pytest.approx(0.1)
-    assert Stage(epochs=2, lr=0.4, schedule="one-cycle", warmup=0.0).lr_at(0, 0.0) == 0.4
+    assert Schedule(epochs=2, lr=0.4, schedule="one-cycle", warmup=0.0).lr_at(0, 0.0) == 0.4
 
 
 @pytest.mark.parametrize("key", KEYS)

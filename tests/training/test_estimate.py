@@ -13,7 +13,8 @@ from tests.training.networks import tiny_config
 from training import estimate as estimating
 from training.config import Config
 from training.estimate import estimate, gradient_evaluations
-from training.methods import Stage, draw_layer, stages
+from training.methods import TrainingStage, stages
+from training.methods.dverge import draw_layer
 from training.models.member import Member
 from training.parallel.topology import Batch
 from training.trainer import train
@@ -49,14 +50,16 @@ def test_dverge_is_timed_at_layers_spread_over_the_depth(
     config = tiny_config(dverge__layer_every=every)
     drawn: list[int] = []
 
-    def watched(chosen: Config, members: list[Member], optimizers: list[SGD]) -> list[Stage]:
+    def watched(
+        chosen: Config, members: list[Member], optimizers: list[SGD]
+    ) -> list[TrainingStage]:
         def step(epoch: int, number: int, batch: Batch) -> Tensor:
             when = (epoch,) if every == "epoch" else (epoch, number)
             drawn.append(draw_layer(chosen, 8, *when))
             return torch.zeros(2)
 
         found = stages(chosen, members, optimizers)
-        return [Stage(found[1].name, found[1].settings, step, pairs=True)]
+        return [TrainingStage(found[1].name, found[1].settings, step, pairs=True)]
 
     monkeypatch.setattr(estimating, "stages", watched)
     estimate(config, CPU)
@@ -68,16 +71,18 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
     config = tiny_config(standard__epochs=7, dverge__epochs=11)
     now = [0.0]
 
-    def watched(chosen: Config, members: list[Member], optimizers: list[SGD]) -> list[Stage]:
+    def watched(
+        chosen: Config, members: list[Member], optimizers: list[SGD]
+    ) -> list[TrainingStage]:
         seen = set()
 
-        def counted(stage: Stage) -> Stage:
+        def counted(stage: TrainingStage) -> TrainingStage:
             def step(epoch: int, number: int, batch: Batch) -> Tensor:
                 now[0] += 1 if stage.name in seen else 9
                 seen.add(stage.name)
                 return torch.zeros(2)
 
-            return Stage(stage.name, stage.settings, step, stage.fresh, stage.pairs)
+            return TrainingStage(stage.name, stage.settings, step, stage.fresh, stage.pairs)
 
         return [counted(stage) for stage in stages(chosen, members, optimizers)]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 import training.trainer
 from tests.training.networks import tiny_config, tiny_members
 from tests.training.stopping import StoppedError
-from training.config import Dverge
 from training.models.state_dict import members_tensors
 from training.runs.directory import Run
+from training.schedules import Dverge
 from training.swa import Average
 from training.trainer import train
 

@@ -15,16 +15,18 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training import loss_meter as losses
-from training.config import Data, Dverge
+from training.config import Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import Stage, draw_layer, dverge, epoch_batches
-from training.parallel.topology import Team
+from training.methods import TrainingStage, dverge, epoch_batches
+from training.methods.dverge import draw_layer
+from training.parallel.topology import ProcessTopology
 from training.runs.directory import Run
+from training.schedules import Dverge
 from training.trainer import accuracy, train
 
 CPU = torch.device("cpu")
-PAIRS = Stage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
+PAIRS = TrainingStage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
 
 
 class Steps:
@@ -201,14 +203,14 @@ def test_losses_are_read_now_and_then_and_the_window_of_a_nan_is_named(
     """Epochs of 6 steps, windows of 4: two looks an epoch, and step 3 of the last is no number."""
     steps = Steps(monkeypatch)
     monkeypatch.setattr(losses, "WINDOW", 4)
-    plain, looks = Team.losses, 0
+    plain, looks = ProcessTopology.losses, 0
 
-    def counted(team: Team, own: Tensor, members: int) -> Tensor:
+    def counted(topology: ProcessTopology, own: Tensor, members: int) -> Tensor:
         nonlocal looks
         looks += 1
-        return plain(team, own, members)
+        return plain(topology, own, members)
 
-    monkeypatch.setattr(Team, "losses", counted)
+    monkeypatch.setattr(ProcessTopology, "losses", counted)
 
     def step(*_: Any, **more: Any) -> Tensor:
         steps.dverge.append(more)

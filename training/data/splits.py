@@ -168,7 +168,7 @@ def to_float(batch: Tensor) -> Tensor:
 
 
 def batches(
-    split: Split | Streamed, batch_size: int, data: Data, *names: int | str
+    split: Split | Streamed, batch_size: int, data: Data, *seed_path: int | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one shuffled, augmented epoch: float32 images `[B,C,H,W]` in `[0,1]` and labels `[B]`.
 
@@ -177,9 +177,9 @@ def batches(
         batch_size: images a batch; the last may be smaller, but never a single image, which
             BatchNorm cannot normalise.
         data: the augmentation.
-        names: what this epoch is, for the random generator (see `training.seeds`).
+        seed_path: what this epoch is, for the random generator (see `training.seeds`).
     """
-    draw = generator(*names, device=split.device)
+    draw = generator(*seed_path, device=split.device)
     order = torch.randperm(len(split), generator=draw, device=split.device)
     parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
     for images, labels in split.fetch(parts):

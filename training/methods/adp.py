@@ -11,12 +11,26 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from training.config import Adp
+from training.config import Config
+from training.methods import Step
 from training.methods.standard import descend_together
 from training.models.member import Member
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
+from training.schedules import Adp
+
+
+def make_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run; see `adp_step`."""
+    return lambda epoch, number, batch: adp_step(
+        members, optimizers, *batch[:2], settings=config.adp, topology=topology
+    )
 
 
 def adp_step(
@@ -26,20 +40,20 @@ def adp_step(
     labels: Tensor,
     *,
     settings: Adp,
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Tensor:
     """Train the members together with adaptive diversity promoting (Pang et al., 2019, eq. 5).
 
     `sum_k CE(F_k) - alpha * H(mean F) - beta * log det(M^T M)`, where M's columns are the members'
     non-maximal predictions: softmax without the true class, scaled to length 1.
     """
-    mine = team.mine(len(members))
+    mine = topology.local_members(len(members))
     own = [members[k].train()(source) for k in mine]
-    logits = torch.stack(team.exchange(own, len(members)), 1)
+    logits = torch.stack(topology.exchange(own, len(members)), 1)
     losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in mine])
     entropy, diversity = adp_terms(logits, labels)
     total = losses.sum() - settings.alpha * entropy - settings.beta * diversity
-    descend_together([optimizers[k] for k in mine], total, team)
+    descend_together([optimizers[k] for k in mine], total, topology)
     return losses.detach()
 
 

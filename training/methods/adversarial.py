@@ -7,15 +7,40 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from training.attacks import cross_entropy, pgd_loop, random_start, sign_rule
-from training.config import Adversarial
+from training.config import Config
+from training.methods import Step
 from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.threads import side_by_side
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
+from training.schedules import Adversarial
 from training.seeds import generator
+
+
+def make_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run; see `adversarial_step`."""
+
+    def step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return adversarial_step(
+            members,
+            optimizers,
+            source,
+            labels,
+            settings=config.adversarial,
+            seed_path=(config.seed, "adversarial", epoch, number, *topology.seed_path),
+            topology=topology,
+        )
+
+    return step
 
 
 def adversarial_images(
@@ -23,7 +48,7 @@ def adversarial_images(
     source: Tensor,
     labels: Tensor,
     settings: Adversarial,
-    *names: int | str,
+    *seed_path: int | str,
 ) -> Tensor:
     """Return PGD examples made on `member` itself (Madry et al., 2018), from a random start.
 
@@ -32,10 +57,10 @@ def adversarial_images(
         source: clean images.
         labels: their classes.
         settings: radius and steps.
-        names: what the random start is drawn for (see `training.seeds`).
+        seed_path: what the random start is drawn for (see `training.seeds`).
     """
     member.eval()
-    draw = generator(*names, device=source.device)
+    draw = generator(*seed_path, device=source.device)
     made = pgd_loop(
         cross_entropy(member, labels),
         source,
@@ -56,14 +81,14 @@ def adversarial_step(
     labels: Tensor,
     *,
     settings: Adversarial,
-    names: Sequence[int | str],
-    team: Team = ALONE,
+    seed_path: Sequence[int | str],
+    topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Tensor:
     """Train each member alone on PGD examples of its own (Madry et al., 2018, eq. 2.1)."""
 
     def update(index: int) -> Tensor:
         member = members[index]
-        made = adversarial_images(member, source, labels, settings, *names, index)
-        return descend(optimizers[index], F.cross_entropy(member(made), labels), team)
+        made = adversarial_images(member, source, labels, settings, *seed_path, index)
+        return descend(optimizers[index], F.cross_entropy(member(made), labels), topology)
 
-    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
+    return torch.stack(side_by_side(update, topology.local_members(len(members)), source.device))

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import Dverge
 from training.data.splits import Split, to_float
 from training.methods.dverge import distill
 from training.models.member import Member
+from training.schedules import Dverge
 from training.seeds import generator
 
 BATCH = 256

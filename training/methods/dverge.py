@@ -10,18 +10,86 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from training.attacks import momentum_rule, pgd_loop
-from training.config import Dverge
+from training.config import Config
+from training.methods import Step, adversarial
 from training.methods.standard import descend
 from training.models.member import Member
+from training.parallel import cuda_graphs as graphs
 from training.parallel.threads import side_by_side
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
+from training.schedules import Dverge
+from training.seeds import generator
 
 PART = 64  # images that one thread distils at a time
 
 Adversary = Callable[[int, Member], Tensor]  # index, member -> its own adversarial images
+
+
+def make_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run, on a GPU recorded as a CUDA graph for each layer; see `step`."""
+
+    def work(layer: int, batch: Batch) -> Tensor:
+        return step(
+            members, optimizers, *batch, layer=layer, settings=config.dverge, topology=topology
+        )
+
+    recorded = graphs.recorded(work, config, optimizers, members[0].mean.device)
+    return lambda epoch, number, batch: recorded(layer_of(config, members, epoch, number), batch)
+
+
+def make_adversarial_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run with adversarial training beside it; see `step`.
+
+    It is not recorded: it draws random starts, which a recording cannot repeat.
+    """
+
+    def step_with_adversary(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, target = batch
+        seed_path = (config.seed, "dverge", epoch, number)
+
+        def adversary(index: int, member: Member) -> Tensor:
+            return adversarial.adversarial_images(
+                member, source, labels, config.adversarial, *seed_path, index, *topology.seed_path
+            )
+
+        return step(
+            members,
+            optimizers,
+            source,
+            labels,
+            target,
+            layer=layer_of(config, members, epoch, number),
+            settings=config.dverge,
+            adversary=adversary,
+            topology=topology,
+        )
+
+    return step_with_adversary
+
+
+def layer_of(config: Config, members: Sequence[Member], epoch: int, number: int) -> int:
+    """Return the layer that batch `number` of an epoch distils, of the deepest member's layers."""
+    when = (epoch,) if config.dverge.layer_every == "epoch" else (epoch, number)
+    return draw_layer(config, max(member.depth for member in members), *when)
+
+
+def draw_layer(config: Config, depth: int, *when: int | str) -> int:
+    """Return a layer drawn uniformly from 1..depth, the same for all members."""
+    draw = generator(config.seed, "layer", *when)
+    return int(torch.randint(1, depth + 1, (1,), generator=draw))
 
 
 def distill(
@@ -69,15 +137,15 @@ def distill_all(
     deepest = deepest or max(member.depth for member in members)
     layers = [member.layer_at(layer, deepest) for member in members]
     if settings.batchnorm == "batch":
-        seers, rows = [member.train() for member in members], [slice(None)]
+        models, rows = [member.train() for member in members], [slice(None)]
     else:
-        seers = [member.frozen(own) for member, own in zip(members, layers, strict=True)]
+        models = [member.frozen(own) for member, own in zip(members, layers, strict=True)]
         size = PART if source.device.type == "cpu" else max(len(source), 1)
         rows = [slice(start, start + size) for start in range(0, len(source), size)]
 
     def distilled_by(part: tuple[int, slice]) -> Tensor:
         index, own = part
-        return _distill(seers[index], source[own], target[own], layers[index], settings)
+        return _distill(models[index], source[own], target[own], layers[index], settings)
 
     parts = [(index, own) for index in range(len(members)) for own in rows]
     made = side_by_side(distilled_by, parts, source.device)
@@ -137,7 +205,7 @@ def step(
     layer: int,
     settings: Dverge,
     adversary: Adversary | None = None,
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Tensor:
     """Make one DVERGE step: all distil, then each member learns from the others' images.
 
@@ -150,12 +218,12 @@ def step(
             layer at the same share of its own depth.
         adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
             too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
-        team: of the processes that train the members; each trains its own.
+        topology: of the processes that train the members; each trains its own.
 
     Returns:
         the loss of each of this process's members, detached, `[members]`.
     """
-    mine = team.mine(len(members))
+    mine = topology.local_members(len(members))
     made = distill_all(
         [members[index] for index in mine],
         source,
@@ -164,7 +232,7 @@ def step(
         settings=settings,
         deepest=max(member.depth for member in members),
     )
-    distilled = team.exchange(made, len(members))
+    distilled = topology.exchange(made, len(members))
 
     def update(index: int) -> Tensor:
         member = members[index].train()
@@ -173,7 +241,7 @@ def step(
         loss = member_loss(member, index, distilled, labels)
         if own is not None:
             loss = settings.weight * loss + F.cross_entropy(member(own), labels)
-        return descend(optimizers[index], loss, team)
+        return descend(optimizers[index], loss, topology)
 
     return torch.stack(side_by_side(update, mine, source.device))
 

@@ -11,12 +11,26 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from training.config import Gal
+from training.config import Config
+from training.methods import Step
 from training.methods.standard import descend_together
 from training.models.member import Member
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
+from training.schedules import Gal
+
+
+def make_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run; see `gal_step`."""
+    return lambda epoch, number, batch: gal_step(
+        members, optimizers, *batch[:2], settings=config.gal, topology=topology
+    )
 
 
 def gal_step(
@@ -26,7 +40,7 @@ def gal_step(
     labels: Tensor,
     *,
     settings: Gal,
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Tensor:
     """Train the members together with gradient alignment loss (Kariyappa & Qureshi, 2019, eq. 8).
 
@@ -34,12 +48,12 @@ def gal_step(
     ReLU is flat, a gradient's gradient is zero.
     """
     x = source.detach().requires_grad_()
-    mine = team.mine(len(members))
+    mine = topology.local_members(len(members))
     losses = torch.stack([F.cross_entropy(members[k].train()(x), labels) for k in mine])
     own = [torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1) for loss in losses]
-    gradients = team.exchange(own, len(members))
+    gradients = topology.exchange(own, len(members))
     total = losses.sum() / len(members) + settings.weight * gal_term(gradients)
-    descend_together([optimizers[k] for k in mine], total, team)
+    descend_together([optimizers[k] for k in mine], total, topology)
     return losses.detach()
 
 

@@ -11,20 +11,41 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
+from training.config import Config
+from training.methods import Step
 from training.models.member import Member
+from training.parallel import cuda_graphs as graphs
 from training.parallel.threads import side_by_side
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 
 
-def descend(optimizer: Optimizer, loss: Tensor, team: Team = ALONE) -> Tensor:
+def descend(
+    optimizer: Optimizer, loss: Tensor, topology: ProcessTopology = SINGLE_PROCESS
+) -> Tensor:
     """Take one optimiser step down `loss` and return it, detached."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    team.average(optimizer)
+    topology.average_gradients(optimizer)
     optimizer.step()
     return loss.detach()
+
+
+def make_step(
+    config: Config,
+    members: Sequence[Member],
+    optimizers: Sequence[SGD],
+    topology: ProcessTopology,
+) -> Step:
+    """Return the step of a run, on a GPU recorded as a CUDA graph; see `standard_step`."""
+
+    def work(layer: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        return standard_step(members, optimizers, source, labels, topology=topology)
+
+    recorded = graphs.recorded(work, config, optimizers, members[0].mean.device)
+    return lambda epoch, number, batch: recorded(0, batch)
 
 
 def standard_step(
@@ -33,7 +54,7 @@ def standard_step(
     source: Tensor,
     labels: Tensor,
     *,
-    team: Team = ALONE,
+    topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Tensor:
     """Make one step of ordinary training: each member alone, cross-entropy on clean images.
 
@@ -43,16 +64,18 @@ def standard_step(
 
     def update(index: int) -> Tensor:
         member = members[index].train()
-        return descend(optimizers[index], F.cross_entropy(member(source), labels), team)
+        return descend(optimizers[index], F.cross_entropy(member(source), labels), topology)
 
-    return torch.stack(side_by_side(update, team.mine(len(members)), source.device))
+    return torch.stack(side_by_side(update, topology.local_members(len(members)), source.device))
 
 
-def descend_together(optimizers: Sequence[Optimizer], loss: Tensor, team: Team) -> None:
+def descend_together(
+    optimizers: Sequence[Optimizer], loss: Tensor, topology: ProcessTopology
+) -> None:
     """Take one step of all optimisers down a loss that the members share."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for optimizer in optimizers:
-        team.average(optimizer)
+        topology.average_gradients(optimizer)
         optimizer.step()

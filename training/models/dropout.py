@@ -50,11 +50,11 @@ def name_dropout(network: nn.Module) -> None:
                 setattr(parent, name, NamedDropout(layer.p))
 
 
-def begin_draws(members: Sequence[nn.Module], *names: int | str) -> None:
-    """Begin the draws that `names` stand for: what is dropped from now on depends on them alone."""
+def seed_dropout(members: Sequence[nn.Module], *seed_path: int | str) -> None:
+    """Seed the members' dropout: what is dropped from now on depends on `seed_path` alone."""
     for index, member in enumerate(members):
         for position, layer in enumerate(member.modules()):
             if isinstance(layer, NamedDropout):
-                layer.seed, layer.passes = derive(*names, index, position), 0
+                layer.seed, layer.passes = derive(*seed_path, index, position), 0
     if torch.cuda.is_available():
-        torch.cuda.manual_seed(derive(*names))
+        torch.cuda.manual_seed(derive(*seed_path))

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from training.config import Config
 from training.models.bn_folding import Folded
-from training.models.resnet import resnet_stages
-from training.seeds import derive
 
 
 class Member(nn.Module):
@@ -85,56 +82,3 @@ class Member(nn.Module):
         for stage in self.stages[:layer]:
             features, skip = stage(features, skip)
         return features
-
-
-def build(
-    config: Config,
-    architecture: str,
-    classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Member:
-    """Return one member with weights drawn from torch's global generator.
-
-    Raises:
-        UserError: an unknown architecture.
-    """
-    if architecture.startswith("torchvision:"):
-        from training.models.torchvision_member import build_torchvision
-
-        shape = config.data.preprocess.shape
-        return build_torchvision(architecture.partition(":")[2], classes, mean, std, shape)
-    channels = config.data.preprocess.shape[0]
-    member = Member(resnet_stages(architecture, channels, config.width, classes), mean, std)
-    for module in member.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return member
-
-
-def build_members(
-    config: Config,
-    classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    draw: str = "weights",
-) -> list[Member]:
-    """Return the ensemble's members, each with starting weights of its own seed.
-
-    Args:
-        config: architecture, or one for each member.
-        classes: how many logits.
-        mean, std: per channel, for images in `[0,1]`.
-        draw: names the random draw; another name gives other weights.
-    """
-    members = []
-    for index, architecture in enumerate(config.architectures):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.seed, draw, index))
-            members.append(build(config, architecture, classes, mean, std))
-    return members
-
-
-def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
-    """Return the ensemble's answer: the mean of its members' logits, `[batch, classes]`."""
-    return torch.stack([member(images) for member in members]).mean(0)

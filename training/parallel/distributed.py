@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dverge_serve.errors import UserError
 from dverge_serve.progress import Progress
 from training.config import Config
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 
 # A process that ends is noticed at once, by torchrun and by its closed connections. Waiting alone
 # is no sign of trouble: the first process may be downloading a data set.
@@ -22,7 +22,7 @@ PATIENCE = timedelta(days=1)
 
 
 @contextlib.contextmanager
-def join(config: Config, device: torch.device) -> Iterator[tuple[Team, torch.device]]:
+def join(config: Config, device: torch.device) -> Iterator[tuple[ProcessTopology, torch.device]]:
     """Join the processes that torchrun started with this one; without it, be alone.
 
     Args:
@@ -35,17 +35,18 @@ def join(config: Config, device: torch.device) -> Iterator[tuple[Team, torch.dev
     Raises:
         UserError: a number of processes that the members cannot be spread over; another process
             ended.
+        PeerError: in all processes but the first, where the first raises an error of its own.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if launched else 1
     if world == 1:
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     blocks = min(world, config.members)
-    place = Team(rank, blocks, world // blocks)
+    place = ProcessTopology(rank, blocks, world // blocks)
     _refuse_misfits(place, world, config)
-    Progress.shown = place.first
+    Progress.shown = Progress.shown and place.first
     backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
@@ -61,13 +62,13 @@ def join(config: Config, device: torch.device) -> Iterator[tuple[Team, torch.dev
             raise
         raise UserError(
             "another process of this training ended",
-            next_step="what was saved stands; the same command with --resume goes on",
+            next_step="what was saved stands; train again with `resume` to go on",
         ) from error
     finally:
         dist.destroy_process_group()
 
 
-def _refuse_misfits(place: Team, world: int, config: Config) -> None:
+def _refuse_misfits(place: ProcessTopology, world: int, config: Config) -> None:
     if place.size != world:
         place.fail(
             UserError(
@@ -85,7 +86,7 @@ def _refuse_misfits(place: Team, world: int, config: Config) -> None:
         )
 
 
-def _grid(place: Team) -> Team:
+def _grid(place: ProcessTopology) -> ProcessTopology:
     """Return the place with its groups; every process makes all of them, in the same order."""
     columns = [
         _group([block * place.shares + share for block in range(place.blocks)])

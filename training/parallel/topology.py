@@ -2,7 +2,7 @@
 
 Members are independent between exchanges of images, so they are spread over the processes: each
 distils for its own members, all get the images of all, each trains its own members on the full
-batch. More processes than members share the batches besides. One process is a team of its own.
+batch. More processes than members share the batches besides. One process is a grid of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dverge_serve.errors import Exit, UserError
+from dverge_serve.errors import PeerError, UserError
 from training.models.member import Member
 from training.parallel.sync_batchnorm import share_statistics
 
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """This process's place among those that train one run; by default it is alone.
+class ProcessTopology:
+    """The grid of processes that train one run, and this one's place in it; by default it is alone.
 
     The processes stand in a grid: a row for each block of members, a column for each share of the
     batch. All hold all members, each trains those of its row.
@@ -61,15 +61,15 @@ class Team:
         return self.rank % self.shares
 
     @property
-    def names(self) -> tuple[int, ...]:
-        """What tells this process's random draws for its images from those for other shares."""
+    def seed_path(self) -> tuple[int, ...]:
+        """What this process adds to seed paths: each share of a batch has its own draws."""
         return (self.share,) if self.share else ()
 
-    def mine(self, members: int) -> range:
-        """Return which of `members` this process trains."""
+    def local_members(self, members: int) -> range:
+        """Return the indices of the members, of `members` in all, that this process trains."""
         return self._block(self.rank // self.shares, members)
 
-    def parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def shard(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield this process's share of each batch.
 
         All shares are equally large: images that would make one larger are left out, at most
@@ -90,7 +90,7 @@ class Team:
         """
         if self.column is None:
             return list(own)
-        mine = dict(zip(self.mine(members), own, strict=True))
+        mine = dict(zip(self.local_members(members), own, strict=True))
         found, under_way = [], []
         for index in range(members):
             if index in mine:
@@ -117,7 +117,7 @@ class Team:
         """Return every member's loss on the whole batch, given those of this process's members."""
         return torch.stack(self.exchange(list(self.mean(own)), members))
 
-    def average(self, optimizer: Optimizer) -> None:
+    def average_gradients(self, optimizer: Optimizer) -> None:
         """Give an optimiser's parameters the gradient of the whole batch."""
         if self.row is None:
             return
@@ -127,7 +127,7 @@ class Team:
             flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
             _spread_out(flat, gradients)
 
-    def collect(self, members: Sequence[Member], optimizers: Sequence[Optimizer]) -> None:
+    def sync_members(self, members: Sequence[Member], optimizers: Sequence[Optimizer]) -> None:
         """Bring every process's copies of the members, and of their momentum, up to date."""
         if self.column is None:
             return
@@ -138,17 +138,18 @@ class Team:
             dist.broadcast(flat, self._owner(index, len(members)), self.column)
             _spread_out(flat, tensors)
 
-    def adapt(self, members: Sequence[Member]) -> None:
-        """Let BatchNorm normalise by the whole batch, where this process sees but a share of it."""
+    def sync_batchnorm(self, members: Sequence[Member]) -> None:
+        """Let BatchNorm normalise by the whole batch where this process sees only a share of it."""
         if self.row is None:
             return
         for member in members:
             share_statistics(member, self.row)
 
-    def tell(self, work: Callable[[], T]) -> T:
-        """Return what `work` returned on the first process, where alone it is done.
+    def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
+        """Return what `work` returned on the first process, the only one that runs it.
 
-        An error there ends the others in silence: the first process says what it was.
+        Raises:
+            PeerError: `work` failed there; the first process raises the error itself.
         """
         if self.size == 1:
             return work()
@@ -159,18 +160,18 @@ class Team:
         finally:
             dist.broadcast_object_list(box, 0)
         if box[0] is None:
-            raise SystemExit(Exit.USER)
+            raise PeerError
         return box[0][0]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def rank0_first(self, work: Callable[[], T]) -> T:
         """Return `work()`, done by the first process before the others: a download happens once."""
         done: list[T] = []
-        self.tell(lambda: done.append(work()))
+        self.broadcast_from_rank0(lambda: done.append(work()))
         return done[0] if done else work()
 
     def fail(self, error: UserError) -> NoReturn:
-        """End all processes for a reason that all of them see; the first one says it."""
-        raise error if self.first else SystemExit(error.exit_code)
+        """Raise `error` on the first process and a PeerError on the others, which all call this."""
+        raise error if self.first else PeerError
 
     def _block(self, block: int, members: int) -> range:
         return range(block * members // self.blocks, (block + 1) * members // self.blocks)
@@ -180,7 +181,7 @@ class Team:
         return next(blocks) * self.shares + self.share
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessTopology()
 
 
 def _momentum(optimizer: Optimizer) -> list[Tensor]:

@@ -29,7 +29,8 @@ from dverge_serve.files import (
 )
 from dverge_serve.images import Preprocess
 from training.config import Config, differences
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.models.state_dict import load_members, members_tensors, parse
 from training.runs.latest import follow, name_latest
 from training.runs.lock import NAME as LOCK

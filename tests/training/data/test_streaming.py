@@ -19,11 +19,12 @@ from PIL import Image
 
 from dverge_serve.errors import UserError
 from tests.training.stopping import stopped_at_its_first_state
-from training.config import Config, Data, Dverge, Stage
+from training.config import Config, Data
 from training.data import streaming
 from training.data.sources import image_files
 from training.data.splits import Split, batches, load_training
 from training.data.streaming import Streamed, streams
+from training.schedules import Dverge, Schedule
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ def tiny(data: Data, **more: Any) -> Config:
         batch_size=16,
         precision="fp32",
         data=data,
-        standard=Stage(epochs=2),
+        standard=Schedule(epochs=2),
         dverge=Dverge(epochs=2, steps=2),
         **more,
     )

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import published_step
 from tests.training.networks import DEPTH, tiny_images, tiny_members
-from training.config import Dverge
 from training.methods import dverge
+from training.schedules import Dverge
 
 
 @pytest.mark.parametrize("layer", [1, 4, DEPTH])

@@ -14,9 +14,9 @@ from torch.optim import SGD
 
 from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
-from training.config import Dverge
 from training.methods import dverge, standard
 from training.models.member import Member
+from training.schedules import Dverge
 
 TOLERANCE = 1e-8
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-3

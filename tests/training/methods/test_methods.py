@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
-from training.config import Adp, Adversarial, Dverge, Gal
 from training.methods import adp, adversarial, dverge, gal
 from training.models.bn_folding import folded
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.parallel.threads import side_by_side
 from training.runs.directory import Run
+from training.schedules import Adp, Adversarial, Dverge, Gal
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_adversarial_training_learns_from_each_members_own_pgd() -> None:
     wanted = moved_by(members, torch.stack(losses).sum())
     again = tiny_members(2)
     found = adversarial.adversarial_step(
-        again, sgd(again), SOURCE, LABELS, settings=settings, names=(7,)
+        again, sgd(again), SOURCE, LABELS, settings=settings, seed_path=(7,)
     )
     assert found.tolist() == pytest.approx([loss.item() for loss in losses], abs=1e-10)
     expect(again, wanted)

@@ -18,9 +18,11 @@ from torch.optim import SGD
 
 from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
-from training.config import Adversarial, Config, Data, Dverge
-from training.methods import adversarial, draw_layer, dverge, stages
+from training.config import Config, Data
+from training.methods import adversarial, dverge, stages
+from training.methods.dverge import draw_layer
 from training.models.member import Member
+from training.schedules import Adversarial, Dverge
 from training.seeds import generator
 
 TOLERANCE = 1e-8

@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from tests.training.networks import tiny_config
 from tests.training.stopping import stopped_at_its_first_state
-from training.models.dropout import NamedDropout, begin_draws, name_dropout
+from training.models.dropout import NamedDropout, name_dropout, seed_dropout
 from training.models.torchvision_member import build_torchvision
 from training.trainer import train
 
@@ -37,7 +37,7 @@ def test_draws_follow_their_names_and_nothing_else() -> None:
 
     def drawn(*names: int | str) -> list[torch.Tensor]:
         members = [nn.Sequential(NamedDropout(0.5), NamedDropout(0.5)) for _ in range(2)]
-        begin_draws(members, *names)
+        seed_dropout(members, *names)
         torch.rand(3)  # torch's own generator has no part in it
         return [member[at](x) for member in members for at in (0, 1, 0)]
 
@@ -66,7 +66,7 @@ def test_a_copy_drops_alike(name: str) -> None:
     x, layer = torch.rand(4, 3, 32, 32), member.depth - 1
     found = []
     for each in (member, copy.deepcopy(member)):
-        begin_draws([each], "one")
+        seed_dropout([each], "one")
         found.append(each(x, layer))
     assert torch.equal(*found)
 

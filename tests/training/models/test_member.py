@@ -13,7 +13,8 @@ from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.config import Config, Data
 from training.models.bn_folding import folded
-from training.models.member import build_members, mean_logits
+from training.models.build import build_members
+from training.models.ensemble import Ensemble
 
 
 def config(architecture: str = "resnet8", **overrides: Any) -> Config:
@@ -151,7 +152,7 @@ def test_mean_logits_is_the_mean_over_members() -> None:
     images = tiny_images(4)
     with torch.no_grad():
         expected = (members[0](images) + members[1](images) + members[2](images)) / 3
-        torch.testing.assert_close(mean_logits(members, images), expected)
+        torch.testing.assert_close(Ensemble(members)(images), expected)
 
 
 @pytest.mark.parametrize("layer", [1, 4, 5, DEPTH])

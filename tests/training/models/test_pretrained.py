@@ -16,7 +16,8 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.training.networks import tiny_config
 from training.config import Config
-from training.models.member import Member, build_members
+from training.models.build import build_members
+from training.models.member import Member
 from training.models.pretrained import Start
 from training.models.torchvision_member import build_torchvision
 from training.runs.directory import Run

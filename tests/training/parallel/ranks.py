@@ -18,7 +18,7 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training.config import Config
 from training.parallel.distributed import join
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
 
 SHORT: dict[str, Any] = {
@@ -45,7 +45,9 @@ def variant(name: str, members: int) -> Config:
     return tiny_config(members=members, architecture=architecture, **(SHORT | VARIANTS[name]))
 
 
-def train_variant(name: str, members: int, out: Path, team: Team = ALONE) -> Run:
+def train_variant(
+    name: str, members: int, out: Path, topology: ProcessTopology = SINGLE_PROCESS
+) -> Run:
     """Train with members in float64: a sum in another order then turns no sign of a gradient."""
     plain = training.trainer.prepare
 
@@ -56,19 +58,19 @@ def train_variant(name: str, members: int, out: Path, team: Team = ALONE) -> Run
     with mock.patch.object(training.trainer, "prepare", in_float64):
         config = variant(name, members)
         device = torch.device("cpu")
-        return training.trainer.train(config, out, device=device, resume=True, team=team)
+        return training.trainer.train(config, out, device=device, resume=True, topology=topology)
 
 
 def main(out: Path, members: int, names: list[str]) -> None:
     torch.set_num_threads(1)
-    with join(variant("dverge", members), torch.device("cpu")) as (team, _):
+    with join(variant("dverge", members), torch.device("cpu")) as (topology, _):
         for name in names:
             ended = "finished"
             try:
-                train_variant(name, members, out / str(team.rank) / name, team)
-            except (UserError, SystemExit) as error:
+                train_variant(name, members, out / str(topology.rank) / name, topology)
+            except UserError as error:
                 ended = f"{type(error).__name__}: {error}"
-            (out / f"ended.{team.rank}.{name}").write_text(ended)
+            (out / f"ended.{topology.rank}.{name}").write_text(ended)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import SGD
 
 from tests.training.networks import tiny_config, tiny_images, tiny_members
-from training.config import Dverge
 from training.data.splits import load_training
 from training.methods import dverge, epoch_batches, stages
 from training.models.member import Member
@@ -19,6 +18,7 @@ from training.optimizers import RateOnDevice
 from training.parallel import cuda_graphs as graphs
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.parallel.topology import Batch
+from training.schedules import Dverge
 from training.trainer import prepare
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}

@@ -21,7 +21,7 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from tests.training.parallel.ranks import VARIANTS, train_variant
 from training.parallel.distributed import join
-from training.parallel.topology import ALONE, Team
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
 from training.trainer import train
 
@@ -144,7 +144,7 @@ def test_the_first_process_alone_writes_and_all_end_alike(
             assert (out / f"ended.{rank}.{name}").read_text() == "finished"
         broken = (out / f"ended.{rank}.broken").read_text()
         said = "UserError: the loss of member 0 became nan in standard epoch 1, steps 1 to 6;"
-        assert broken.startswith(said if rank == 0 else "SystemExit: 2"), broken
+        assert broken.startswith(said if rank == 0 else "PeerError: another process"), broken
     assert not Run(out / "0" / "broken").finished
 
 
@@ -226,11 +226,11 @@ def test_more_shares_than_images_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_torchrun_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with join(tiny_config(), CPU) as (team, device):
-        assert (team, device) == (ALONE, CPU)
+    with join(tiny_config(), CPU) as (topology, device):
+        assert (topology, device) == (SINGLE_PROCESS, CPU)
     pretend(monkeypatch, 0, 1)
-    with join(tiny_config(), CPU) as (team, _):
-        assert team is ALONE
+    with join(tiny_config(), CPU) as (topology, _):
+        assert topology is SINGLE_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,15 @@ def test_without_torchrun_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_every_member_has_one_place(blocks: int, members: int, spread: list[list[int]]) -> None:
-    assert [list(Team(rank, blocks).mine(members)) for rank in range(blocks)] == spread
+    assert [
+        list(ProcessTopology(rank, blocks).local_members(members)) for rank in range(blocks)
+    ] == spread
 
 
 def test_shares_of_a_batch_are_equal_and_of_different_images() -> None:
     images = torch.arange(11).float().view(11, 1, 1, 1)
     batches = [(images, torch.arange(11), images + 0.5), (images[:1], torch.arange(1), images[:1])]
-    parts = [list(Team(rank, 1, 2).parts(batches)) for rank in range(2)]
+    parts = [list(ProcessTopology(rank, 1, 2).shard(batches)) for rank in range(2)]
     assert [len(found) for found in parts] == [1, 1]  # one image is too few for two
     assert [found[0][1].tolist() for found in parts] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     for ((source, labels, target),) in parts:

@@ -10,10 +10,10 @@ import torch
 
 from dverge_serve.engine.outputs import Scores
 from tests.verification.models import Linear, TorchEngine, linear_split
-from training.config import Dverge
 from training.data.splits import Split
 from training.methods.diversity import diversity
 from training.models.member import Member
+from training.schedules import Dverge
 from verification.metrics import detection as alarm
 from verification.metrics import transferability as matrices
 
