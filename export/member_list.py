@@ -30,7 +30,7 @@ from export.source import Source, config_json, without_images
 from training.config import Config
 from training.models.build import build_members
 from training.models.member import Member
-from training.models.state_dict import load_members, parse
+from training.models.state_dict import fit, parse, tensors_of
 
 KEYS = ("name", "labels", "mean", "std", "image", "member")
 MEMBER_KEYS = ("file", "architecture", "width")
@@ -57,18 +57,19 @@ def from_list(path: Path) -> Source:
                 f"cannot read {file} ({error.strerror})", f"a member of {path}"
             ) from error
         tensors = parse(read, file)
-        if any(name.startswith("member1.") for name in tensors):
+        if tensors_of(tensors, 1):
             raise UserError(
                 f"{file} holds several members", "a file with one", "export its run instead"
             )
-        if not any(name.startswith("member0.") for name in tensors):
-            tensors = {f"member0.{name}": tensor for name, tensor in tensors.items()}
-        made = build_members(config, len(labels), config.data.mean, config.data.std)
-        try:
-            load_members(made, _normalised(tensors, made[0]))
-        except UserError as error:
-            raise UserError(f"{file}: {error.found}", f"the weights of {entry}") from error
-        members += [member.eval().requires_grad_(False) for member in made]
+        (member,) = build_members(config, len(labels), config.data.mean, config.data.std)
+        fit(
+            member,
+            tensors_of(tensors, 0) or tensors,
+            file=str(file),
+            who=f"a {entry['architecture']}",
+            optional=("mean", "std"),  # the list's, where the file carries none
+        )
+        members.append(member.eval().requires_grad_(False))
         data += read
     config = _config(table, entries, path)
     card = Card(
@@ -139,9 +140,3 @@ def _config(table: dict[str, Any], entries: list[dict[str, Any]], path: Path) ->
     if "width" in entries[0]:
         settings["width"] = entries[0]["width"]
     return Config.from_json(settings, str(path))
-
-
-def _normalised(tensors: dict[str, Any], member: Member) -> dict[str, Any]:
-    """Return the tensors with the list's normalisation where the file carries none."""
-    own = {"member0.mean": member.mean, "member0.std": member.std}
-    return own | tensors

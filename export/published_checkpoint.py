@@ -23,6 +23,7 @@ from export.source import Source, config_json, without_images
 from training.config import Config
 from training.models.member import Member
 from training.models.resnet import BlockMiddle, resnet_stages
+from training.models.state_dict import fit
 from training.recipe import load_recipe
 
 CIFAR10 = (
@@ -102,7 +103,15 @@ def read_published(path: Path) -> Published:
     for index, (tensors, mean, std) in enumerate(firsts):
         stages, kind = _architecture(tensors, path, index)
         member = Member(stages, mean, std)
-        _fill(member, tensors, path, index)
+        fit(
+            member,
+            tensors,
+            file=str(path),
+            who=f"model{index}",
+            expected="the tensors of a CIFAR ResNet",
+            names={ours: _published_name(ours, member) for ours in member.state_dict()},
+            optional=("mean", "std"),
+        )
         members.append(member.eval().requires_grad_(False))
         kinds.append((kind, mean, std))
     if len(set(kinds)) > 1:
@@ -180,14 +189,12 @@ def _plain(
             raise UserError(
                 f"{path}: '{name}' of model{index} is a {type(value).__name__}", "a tensor"
             )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise UserError(f"{path}: '{name}' of model{index} is not finite", "finite weights")
         tensors[re.sub(r"^(module\.)*(model\.)?(module\.)*", "", str(name))] = value
     mean, std = tensors.pop("normalizer.mean", None), tensors.pop("normalizer.std", None)
     if mean is None or std is None:
         return tensors, MEAN, STD
-    if bool((std <= 0).any()):
-        raise UserError(f"{path}: the normalisation of model{index} divides by 0 or less")
+    if not bool(((std > 0) & mean.isfinite() & std.isfinite()).all()):
+        raise UserError(f"{path}: the normalisation of model{index}", "finite, and std above 0")
     return tensors, _floats(mean), _floats(std)
 
 
@@ -219,34 +226,6 @@ def _architecture(
         architecture = f"resnet{6 * blocks[0] + 2}"
     stages = resnet_stages(architecture, channels, width, classes)
     return stages, (architecture, width, channels, classes)
-
-
-def _fill(member: Member, tensors: Tensors, path: Path, index: int) -> None:
-    """Put the published tensors into our stages."""
-    names = {ours: _published_name(ours, member) for ours in member.state_dict()}
-    own = {"mean": member.mean, "std": member.std}
-    missing = [name for ours, name in names.items() if ours not in own and name not in tensors]
-    surplus = sorted(set(tensors) - set(names.values()))
-    state = {
-        ours: own[ours] if ours in own else tensors[name]
-        for ours, name in names.items()
-        if not missing
-    }
-    wrong = [
-        f"{names[ours]} {tuple(tensor.shape)}"
-        for ours, tensor in state.items()
-        if tensor.shape != member.state_dict()[ours].shape
-    ]
-    for found, what in (
-        (missing, f"model{index} has no"),
-        (surplus, f"model{index} has, out of place,"),
-        (wrong, f"model{index} has, of another shape,"),
-    ):
-        if found:
-            raise UserError(
-                f"{path}: {what} {found[0]} ({len(found)} such)", "the tensors of a CIFAR ResNet"
-            )
-    member.load_state_dict(state)
 
 
 def _published_name(ours: str, member: Member) -> str:

@@ -165,7 +165,7 @@ class Config:
         """Return these settings with dotted keys changed, e.g. `{"dverge.epochs": 10}`."""
         table = self.to_json()
         for key, value in overrides.items():
-            assign(table, key, value, f"--set {key}")
+            assign(table, key, value, f"`set` {key}")
         return Config.from_json(table, "settings")
 
     @classmethod

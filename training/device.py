@@ -7,16 +7,18 @@ import torch
 from dverge_serve.errors import UserError
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`.
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`; a `torch.device` as it is.
 
     Raises:
         UserError: another name, or a GPU asked for where there is none.
     """
+    if isinstance(name, torch.device):
+        return name
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device '{name}'", "auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU is usable here", "a GPU", "use --device cpu or auto")
+        raise UserError("no CUDA GPU is usable here", "a GPU", "use `device` cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

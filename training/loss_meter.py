@@ -77,6 +77,6 @@ class Losses:
             UserError(
                 f"{what} in {where}, {steps}",
                 "finite numbers",
-                f"lower {self._stage}.lr and train into another --out",
+                f"lower {self._stage}.lr and train into another `out`",
             )
         )

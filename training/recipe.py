@@ -61,7 +61,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
         raise UserError(f"{where} is not valid TOML ({error})") from error
     table.setdefault("name", name)
     for key, value in (overrides or {}).items():
-        assign(table, key, value, f"--set {key}")
+        assign(table, key, value, f"`set` {key}")
     return Config.from_json(table, where)
 
 
@@ -87,7 +87,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {pair}", "key=value, e.g. --set dverge.epochs=10")
+            raise UserError(f"`set` {pair}", "key=value, e.g. `set` dverge.epochs=10")
         try:
             parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

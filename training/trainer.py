@@ -1,4 +1,4 @@
-"""The whole of training: standard members first, then DVERGE, saved so that a kill loses little."""
+"""The training loop: standard members first, then the method's own stage, saved as it goes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.data import splits as datasets
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData
 from training.data.streaming import Streamed
-from training.device import arithmetic
+from training.device import arithmetic, pick_device
 from training.loss_meter import Losses
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.diversity import diversity
@@ -65,20 +65,20 @@ class Training:
 
 def train(
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
-    device: torch.device,
+    device: str | torch.device = "auto",
     resume: bool = False,
     data: TrainingData | None = None,
     topology: ProcessTopology = SINGLE_PROCESS,
     wait: bool = False,
 ) -> Run:
-    """Train an ensemble into the run directory `out`, or go on where it stopped.
+    """Train an ensemble into the run directory `out`, or go on where it stopped; return the run.
 
     Args:
         config: every setting.
         out: the run directory.
-        device: where to train.
+        device: where to train: `auto`, `cpu`, `cuda` or a torch device.
         resume: go on in a directory that was begun before.
         data: the images, where the caller has loaded them already.
         topology: of the processes that train together, see `training.parallel.distributed.join`.
@@ -88,6 +88,7 @@ def train(
         UserError: bad data, a directory that cannot be used or that another process is using, or
             a loss that is not a number.
     """
+    device, out = pick_device(device), Path(out)
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
         return run

@@ -72,7 +72,7 @@ def test_members_of_different_architectures_become_one_file(members: list[Member
         ('"a.safetensors"', '"none.safetensors"', "cannot read none.safetensors"),
         ('"a.safetensors"', '"list.toml"', "list.toml is damaged"),
         ('"a.safetensors"', '"run.safetensors"', "holds several members"),
-        ("resnet8", "resnet14", "do not fit"),
+        ("resnet8", "resnet14", "that a resnet14 has not, first 'stages.4.shortcut"),
         ("width = 4", "widht = 4", "did you mean 'width'"),
         ("labels = ", "names = ", "unknown key 'names'"),
         ('["cat", "dog", "owl"]', '["cat", "cat"]', "comes twice"),

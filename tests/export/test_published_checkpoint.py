@@ -155,13 +155,19 @@ def without(name: str) -> Callable[[Table], object]:
         (lambda made: made.pop("model0"), "holds model1, model2"),
         (lambda made: made.update(model1={}), "0 tensors"),
         (without("model.fc.weight"), "a CIFAR ResNet"),
-        (without("model.layer2.0.bn1.bias"), "no layer2.0.bn1.bias"),
+        (
+            without("model.layer2.0.bn1.bias"),
+            "lacks 1 of the 56 tensors of model0, first 'layer2.0.bn1.bias'",
+        ),
         (
             lambda made: made["model0"].update({"model.extra": torch.zeros(1)}),
-            "out of place, extra",
+            "1 tensors that model0 has not, first 'extra'",
         ),
-        (lambda made: made["model0"].update({"model.fc.bias": torch.zeros(3)}), "fc.bias (3,)"),
+        (lambda made: made["model0"].update({"model.fc.bias": torch.zeros(3)}), "'fc.bias' in"),
         (lambda made: made["model0"]["model.bn1.weight"].fill_(torch.nan), "not finite"),
+        (lambda made: made["model0"]["normalizer.std"].fill_(torch.nan), "std above 0"),
+        (lambda made: made["model0"]["normalizer.std"].fill_(0), "std above 0"),
+        (lambda made: made["model0"]["normalizer.mean"].fill_(torch.inf), "expected finite"),
         (lambda made: made["model0"].update({"model.fc.bias": "text"}), "is a str"),
     ],
 )

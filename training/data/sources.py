@@ -100,7 +100,7 @@ def _torchvision(
         raise UserError(
             f"cannot download '{data.name}' ({reason})",
             "a network connection",
-            f"or put the data set under {root}, or give --data FOLDER with images",
+            f"or put the data set under {root}, or give `data` a folder of images",
         ) from error
     return tuple(names), pixels.astype(np.uint8), np.asarray(targets).astype(np.int64)
 
@@ -141,7 +141,7 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
         UserError: missing or empty folders, or classes that differ between the parts.
     """
     if not data.path:
-        raise UserError("no data folder", "--data FOLDER with train/<class>/ and test/<class>/")
+        raise UserError("no data folder", "`data` FOLDER with train/<class>/ and test/<class>/")
     root = Path(data.path)
     train, test = class_folders(root, "train"), class_folders(root, "test")
     if train.keys() != test.keys():

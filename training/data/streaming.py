@@ -160,7 +160,7 @@ class _Reader:
                 raise
             raise UserError(
                 "a process that reads images was ended, perhaps for want of memory",
-                next_step="lower data.workers and go on with --resume",
+                next_step="lower data.workers and go on with `resume`",
             ) from error
 
 

@@ -16,13 +16,14 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import Config
 from training.models.member import Member
+from training.models.state_dict import fit
 
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin
 CONVERT = "where you trust it, convert it with safetensors.torch.save_file(torch.load(FILE), OUT)"
 
 
 @dataclass(frozen=True)
-class Source:
+class Weights:
     """One member's weights in a file.
 
     Args:
@@ -41,11 +42,11 @@ class Start:
     """The files that `start` names, read.
 
     Args:
-        sources: for each member.
+        weights: for each member.
         files: name and sha256 of each file, for the run's record.
     """
 
-    sources: list[Source]
+    weights: list[Weights]
     files: list[dict[str, str]]
 
     @classmethod
@@ -73,10 +74,10 @@ class Start:
                 f"{' and '.join(named)} {'hold' if len(named) > 1 else 'holds'} {len(networks)} "
                 f"members, the run has {config.members}",
                 f"{config.members} members, or one model for all to start from",
-                f"--members {len(networks)}",
+                f"use `members` {len(networks)}",
             )
         counts = Counter(key for key, _, _ in networks)
-        return cls([Source(name, held, counts[key] > 1) for key, name, held in networks], files)
+        return cls([Weights(name, held, counts[key] > 1) for key, name, held in networks], files)
 
     @property
     def sha256(self) -> str:
@@ -92,13 +93,22 @@ class Start:
         Raises:
             UserError: tensors are missing, foreign, of other shapes or not finite.
         """
-        for index, (member, source) in enumerate(zip(members, self.sources, strict=True)):
-            _put(source, member, f"member {index}")
+        for index, (member, weights) in enumerate(zip(members, self.weights, strict=True)):
+            # A plain network knows nothing of normalisation, nor did older BatchNorms count.
+            optional = {name for name in member.state_dict() if name.endswith("_tracked")}
+            fit(
+                member,
+                _named_for(member, weights),
+                file=weights.name,
+                who=f"member {index}",
+                optional=optional | {"mean", "std"},
+                unused=_drawn(weights, member),
+            )
 
     def complete(self, members: Sequence[Member]) -> bool:
         """Return whether every member gets all of its weights, its last layer's among them."""
-        pairs = zip(members, self.sources, strict=True)
-        return not any(_drawn(source, member) for member, source in pairs)
+        pairs = zip(members, self.weights, strict=True)
+        return not any(_drawn(weights, member) for member, weights in pairs)
 
     def told(self, config: Config, members: Sequence[Member]) -> str:
         """Return a line on what the weights are used for."""
@@ -115,48 +125,14 @@ def skipped(config: Config, members: Sequence[Member], start: Start | None) -> i
     return config.standard.epochs if stand else 0
 
 
-def _put(source: Source, member: Member, who: str) -> None:
-    own, given = member.state_dict(), _named_for(member, source)
-    if not own.keys() & given.keys():
-        raise UserError(
-            f"{source.name} holds no weights of {who} (its first tensor is "
-            f"'{next(iter(given), 'none')}')",
-            "weights of the same architecture",
-        )
-    if foreign := sorted(given.keys() - own.keys()):
-        raise UserError(
-            f"{source.name} holds {len(foreign)} tensors that {who} has not, first '{foreign[0]}'",
-            "weights of the same architecture",
-        )
-    # A plain network knows nothing of normalisation, nor did older BatchNorms count.
-    needed = {name for name in own.keys() - {"mean", "std"} if not name.endswith("_tracked")}
-    if missing := sorted(needed - given.keys()):
-        raise UserError(
-            f"{source.name} lacks {len(missing)} of the {len(needed)} tensors of {who}, "
-            f"first '{missing[0]}'",
-            "a whole network's weights",
-        )
-    drawn = _drawn(source, member)
-    for name in sorted(given.keys() - drawn):
-        if given[name].shape != own[name].shape:
-            raise UserError(
-                f"'{name}' in {source.name} has shape {list(given[name].shape)}, in {who} "
-                f"{list(own[name].shape)}",
-                "weights of the same architecture, width and image channels",
-            )
-        if not bool(given[name].isfinite().all()):
-            raise UserError(f"'{name}' in {source.name} has values that are not finite", "numbers")
-        own[name].copy_(given[name])
-
-
-def _drawn(source: Source, member: Member) -> set[str]:
+def _drawn(weights: Weights, member: Member) -> set[str]:
     """Return which tensors stay the member's own random draw: its last layer's, or none."""
-    own, given, last = member.state_dict(), _named_for(member, source), _last_layer(member)
+    own, given, last = member.state_dict(), _named_for(member, weights), _last_layer(member)
     other_classes = any(
         given[name].shape != own[name].shape and given[name].shape[1:] == own[name].shape[1:]
         for name in last & given.keys()
     )
-    return last if source.shared or other_classes else set()
+    return last if weights.shared or other_classes else set()
 
 
 def _last_layer(member: Member) -> set[str]:
@@ -169,9 +145,9 @@ def _last_layer(member: Member) -> set[str]:
     return {f"{name}.{key}" for key in layer.state_dict()}
 
 
-def _named_for(member: Member, source: Source) -> dict[str, Tensor]:
+def _named_for(member: Member, weights: Weights) -> dict[str, Tensor]:
     """Return the tensors by the member's own names, where they are torchvision's."""
-    own, tensors = member.state_dict().keys(), source.tensors
+    own, tensors = member.state_dict().keys(), weights.tensors
     inside = {f"network.{name}": tensor for name, tensor in tensors.items()}
     return tensors if own & tensors.keys() or not own & inside.keys() else inside
 
@@ -203,15 +179,15 @@ def _content(path: Path) -> bytes:
 
 
 def _parse(content: bytes, name: str) -> dict[str, Tensor]:
-    if content.startswith(PICKLES):
-        raise UserError(
-            f"{name} is a pickle, and loading one runs whatever code it holds",
-            "a safetensors file",
-            CONVERT,
-        )
     try:
         return load_tensors(content)
     except (SafetensorError, ValueError) as error:
+        if content.startswith(PICKLES):  # only now: a safetensors file may begin so, too
+            raise UserError(
+                f"{name} is a pickle, and loading one runs whatever code it holds",
+                "a safetensors file",
+                CONVERT,
+            ) from error
         raise UserError(
             f"{name} is not a whole safetensors file ({error})", "a safetensors file"
         ) from error

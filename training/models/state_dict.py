@@ -1,13 +1,13 @@
-"""Members as tensors: the form in which they are saved, checked where they come back."""
+"""State dictionaries: members as named tensors, and the checks where tensors come from a file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 from training.models.member import Member
@@ -22,27 +22,98 @@ def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
     }
 
 
-def load_members(members: Sequence[Member], tensors: dict[str, Tensor]) -> None:
+def load_members(
+    members: Sequence[Member], tensors: Mapping[str, Tensor], file: str = "the saved state"
+) -> None:
     """Put `members_tensors`' form back; other keys are left alone.
 
+    Args:
+        members: as many as were saved.
+        tensors: as `members_tensors` returns them.
+        file: where they are from, for messages.
+
     Raises:
-        UserError: tensors are missing, or shaped for other members.
+        UserError: tensors are missing, foreign, of another shape or not finite.
     """
     for index, member in enumerate(members):
-        prefix = f"member{index}."
-        found = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        try:
-            member.load_state_dict(found)
-        except RuntimeError as error:
+        fit(
+            member,
+            tensors_of(tensors, index),
+            file=file,
+            who=f"member {index}",
+            expected="the weights of a run with these settings",
+        )
+
+
+def tensors_of(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Return one member's tensors in `members_tensors`' form, by the member's own names."""
+    prefix = f"member{index}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def fit(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    file: str,
+    who: str,
+    expected: str = "weights of the same architecture, width and image channels",
+    names: Mapping[str, str] | None = None,
+    optional: Collection[str] = (),
+    unused: Collection[str] = (),
+) -> None:
+    """Copy tensors into a network: all of them, or with an error none.
+
+    Args:
+        network: that they are for.
+        tensors: as the file has them.
+        file: where they are from, for messages.
+        who: the network, for messages, e.g. `member 0`.
+        expected: what the file should hold, for messages.
+        names: what the file calls each of the network's tensors; the same where nothing is given.
+        optional: tensors of the network that the file may lack.
+        unused: tensors of the network that keep their values, whatever the file has.
+
+    Raises:
+        UserError: tensors are missing, foreign, of another shape or not finite.
+    """
+    called = {name: (names or {}).get(name, name) for name in network.state_dict()}
+    if not tensors.keys() & called.values():
+        first = next(iter(tensors), "none")
+        raise UserError(
+            f"{file} holds no weights of {who} (its first tensor is '{first}')", expected
+        )
+    if foreign := sorted(tensors.keys() - set(called.values())):
+        raise UserError(
+            f"{file} holds {len(foreign)} tensors that {who} has not, first '{foreign[0]}'",
+            expected,
+        )
+    needed = [stored for name, stored in called.items() if name not in optional]
+    if missing := [stored for stored in needed if stored not in tensors]:
+        raise UserError(
+            f"{file} lacks {len(missing)} of the {len(needed)} tensors of {who}, "
+            f"first '{missing[0]}'",
+            expected,
+        )
+    pairs = [
+        (called[name], tensors[called[name]], into)
+        for name, into in network.state_dict().items()
+        if called[name] in tensors and name not in unused
+    ]
+    for stored, tensor, into in pairs:
+        if tensor.shape != into.shape:
             raise UserError(
-                f"the saved weights do not fit member {index} ({str(error).splitlines()[-1]})",
-                "the weights of a run with these settings",
-                "train into another --out",
-            ) from error
+                f"'{stored}' in {file} has shape {list(tensor.shape)}, in {who} {list(into.shape)}",
+                expected,
+            )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"'{stored}' in {file} has values that are not finite", "numbers")
+    for _, tensor, into in pairs:
+        into.copy_(tensor)
 
 
 def parse(data: bytes, path: Path) -> dict[str, Tensor]:

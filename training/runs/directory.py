@@ -30,11 +30,11 @@ from dverge_serve.files import (
 from dverge_serve.images import Preprocess
 from training.config import Config, differences
 from training.models.build import build_members
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.state_dict import load_members, members_tensors, parse
+from training.runs import lock
 from training.runs.latest import follow, name_latest
-from training.runs.lock import NAME as LOCK
-from training.runs.lock import locked
 
 SCHEMA_VERSION = 1
 PROBES = 16
@@ -60,6 +60,10 @@ class Run:
     path: Path
     writes: bool = True
 
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
+        object.__setattr__(self, "path", Path(path))
+        object.__setattr__(self, "writes", writes)
+
     @property
     def finished(self) -> bool:
         """Whether training ended and its result is complete."""
@@ -73,15 +77,11 @@ class Run:
     @property
     def in_use_or_killed(self) -> bool:
         """Whether a process trains here, or was killed while it did."""
-        return (self.path / LOCK).exists()
+        return (self.path / lock.NAME).exists()
 
     @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Run:
-        """Open a directory for training: a new one, or with `resume` one that was begun.
-
-        Raises:
-            UserError: what `check` raises.
-        """
+        """Open a directory for training: a new one, or with `resume` a begun one; it is checked."""
         cls.check(path, config, resume=resume)
         run = cls(follow(path))
         for part in run.path.glob(UNFINISHED):
@@ -102,12 +102,12 @@ class Run:
         run = cls(follow(path))
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"{path} is a file", "a folder for the run")
-        remains = {run.path / LOCK, *run.path.glob(UNFINISHED)}
+        remains = {run.path / lock.NAME, *run.path.glob(UNFINISHED)}
         if not run.path.is_dir() or set(run.path.iterdir()) <= remains:
             return
         if not resume:
             raise UserError(
-                f"{path} is not empty", "a new folder", "use --resume to go on, or another --out"
+                f"{path} is not empty", "a new folder", "use `resume` to go on, or another `out`"
             )
         if not run.begun:
             raise UserError(f"{path} holds no run", "a folder that `dverge train` made")
@@ -115,12 +115,12 @@ class Run:
             raise UserError(
                 f"{path} was begun with other settings of {', '.join(odd)}",
                 "the settings it was begun with",
-                "give those, or another --out",
+                "give those, or another `out`",
             )
 
     def locked(self, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from training here, see `training.runs.lock`."""
-        return locked(self.path, wait=wait)
+        return lock.locked(self.path, wait=wait)
 
     def keep_to(self, images_sha256: str, start_sha256: str = "") -> None:
         """Note what the run learns and begins from when it starts; refuse other when it goes on.
@@ -129,23 +129,23 @@ class Run:
             UserError: the images or the starting weights changed in between.
         """
         path = self.path / "images.json"
-        note = {"images_sha256": images_sha256}
-        note |= {"start_sha256": start_sha256} if start_sha256 else {}
+        note = {"images_sha256": images_sha256, "start_sha256": start_sha256}
+        note = {key: value for key, value in note.items() if value}
         if not path.is_file():
             write_atomic(path, pretty_json(note))
             return
         noted = read_json(path, "the hash of the run's images")
         if noted != note:
-            same_images = noted.get("images_sha256") == images_sha256
-            what = "starting weights" if same_images else "training images"
+            same = noted.get("images_sha256") == images_sha256
+            what = "starting weights" if same else "training images"
             raise UserError(
                 f"the {what} changed since {self.path} was begun",
                 "those it was begun with",
-                "restore them, or train into another --out",
+                "restore them, or train into another `out`",
             )
 
     @classmethod
-    def open_finished(cls, path: Path) -> Run:
+    def open_finished(cls, path: str | Path) -> Run:
         """Open a finished run for reading; `runs/latest` may be a link or a text file naming it.
 
         Raises:
@@ -157,7 +157,7 @@ class Run:
             raise UserError(
                 f"no run at {path}",
                 "a folder that `dverge train` made",
-                "train first, or give --run",
+                "train first, or give another `run`",
             )
         if not run.finished:
             raise UserError(
@@ -222,13 +222,16 @@ class Run:
                 "the sha256 that checkpoint.json names",
                 "restore it or train again",
             )
-        classes = len(self.labels)
-        channels = self.preprocess.shape[0]
+        classes, channels = len(self.labels), self.preprocess.shape[0]
         members = build_members(self.config, classes, [0.0] * channels, [1.0] * channels)
-        load_members(members, parse(data, path))
+        load_members(members, parse(data, path), str(path))
         for member in members:
             member.eval().requires_grad_(False)
         return members
+
+    def ensemble(self, which: str = "members") -> Ensemble:
+        """Return `members` as one network, from images in `[0,1]` to the mean of their logits."""
+        return Ensemble(self.members(which)).eval()
 
     def save_members(self, members: Sequence[Member], which: str) -> str:
         """Write the members' tensors and return the file's sha256."""

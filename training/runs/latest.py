@@ -23,7 +23,7 @@ def name_latest(run: Path) -> None:
         write_atomic(latest, run.name.encode())
 
 
-def follow(path: Path) -> Path:
+def follow(path: str | Path) -> Path:
     """Return the run that `runs/latest` names, a link or a text file; other paths as they are."""
     path = Path(path)
     if path.is_symlink():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import write_error
 
 NAME = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without locks
 
 
 @contextlib.contextmanager
@@ -20,7 +22,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from training in `folder`, which is made if need be.
 
     The system holds the lock and lets go of it when the process ends, by a kill too; the file that
-    a kill leaves behind hinders nobody.
+    a kill leaves behind does no harm. On a file system without locks nobody is kept out.
 
     Args:
         folder: a run directory.
@@ -29,45 +31,27 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process trains there; the folder cannot be written.
     """
-    if sys.platform == "win32":  # no flock there: nobody is kept out
-        yield
-        return
     path = folder / NAME
-    descriptor = _take(path, wait)
+    lock = FileLock(path)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        holder = ""
+        with contextlib.suppress(OSError):  # Windows shows nobody what is in a locked file
+            holder = path.read_text(encoding="utf-8", errors="replace")
+        raise UserError(
+            f"another process{holder and f' ({holder})'} is training in {folder}",
+            next_step="wait until it is done, or train into another `out`",
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise write_error(path, error) from error
+    try:
+        with contextlib.suppress(OSError):  # a full disk: who holds it stays unsaid
+            path.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held: nobody else can be in the folder
-        os.close(descriptor)
-
-
-def _take(path: Path, wait: bool) -> int:
-    """Return a descriptor of the file at `path`, locked."""
-    import fcntl
-
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise write_error(path, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:
-                return descriptor  # a file system without locks: nobody is kept out
-            holder = os.read(descriptor, 20).decode(errors="replace")
-            os.close(descriptor)
-            raise UserError(
-                f"another process{holder and f' ({holder})'} is training in {path.parent}",
-                next_step="wait until it is done, or train into another --out",
-            ) from error
-        # The one before may have removed the file between the opening and the lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                with contextlib.suppress(OSError):  # a full disk: who holds it stays unsaid
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        os.close(descriptor)
+        lock.release()

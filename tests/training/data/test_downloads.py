@@ -58,4 +58,4 @@ def test_a_download_that_fails_is_one_line(
     monkeypatch.setattr(datasets, "SVHN", fail)
     message = refusal(Data(name="svhn"))
     assert "cannot download 'svhn'" in message
-    assert "--data FOLDER" in message
+    assert "`data` a folder" in message

@@ -89,7 +89,7 @@ def test_training_sees_what_the_service_will_see(folder: Path) -> None:
 
 
 def test_no_folder_given() -> None:
-    assert "--data FOLDER" in refusal(Data(name="imagefolder"))
+    assert "`data` FOLDER" in refusal(Data(name="imagefolder"))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_directory_that_is_not_empty_is_refused_before_anything_is_read(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     monkeypatch.setattr(datasets, "load_training", lambda _: pytest.fail("images were read"))
-    with pytest.raises(UserError, match=r"is not empty.*--resume") as caught:
+    with pytest.raises(UserError, match=r"is not empty.*`resume`") as caught:
         train(tiny_config(), tmp_path, device=CPU)
     one_line(caught)
     with pytest.raises(UserError, match="holds no run") as caught:
