@@ -28,7 +28,7 @@ from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
 from training import attacks as core
 from training.data.splits import Split, to_float
-from training.device import arithmetic
+from training.device import autocast_dtype
 from training.models.build import build_members
 from training.models.member import Member
 from training.recipe import load_recipe
@@ -110,7 +110,7 @@ def measure(images: int, steps: int, seconds: float) -> dict[str, Any]:
         "product, white-box (fp32)": lambda: product(ours, split, steps),
     }
     skipped = []
-    if arithmetic("auto", torch.device("cpu")) is not None:
+    if autocast_dtype("auto", torch.device("cpu")) is not None:
         low = prepared(members, lowered=True)
         cases[LOWERED] = lambda: product(low, split, steps)
     else:

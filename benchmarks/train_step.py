@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import published_step
 from benchmarks.bench import bar, machine, say
 from benchmarks.report import busy_percent, finish, parser
-from training.device import arithmetic, pick_device
+from training.device import autocast_dtype, pick_device
 from training.methods import dverge
 from training.models.build import build_members
 from training.models.member import Member
@@ -48,7 +48,7 @@ class Side:
             member.to(device)
             if self.ours:
                 member.to(memory_format=torch.channels_last)
-                member.compute = arithmetic(config.precision, device)
+                member.compute = autocast_dtype(config.precision, device)
         self.optimizers = [
             torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
             for m in self.members
@@ -120,7 +120,7 @@ def main() -> None:
     rows.append({"layer": "all", **total, **{f"x_{name}": times[name] for name in OURS}})
     default, fp32 = times["product"], times["product_fp32"]
     bars, skipped = [], []
-    lowered = arithmetic("auto", device) is not None
+    lowered = autocast_dtype("auto", device) is not None
     if device.type == "cuda":
         bars.append(bar("a step on CUDA, all layers", default, "times", CUDA_BAR))
     elif lowered:

@@ -3,6 +3,15 @@
 PGD and DVERGE's distillation are the same loop; they differ in the loss and its sign.
 Images are float tensors `[N, C, H, W]` in `[0,1]`; eps and step sizes are in the same units, the
 Linf or L2 norm of the whole image's change.
+
+A loss of your own is any function from images to one number an image, which the attack raises; a
+step rule of your own, any function from a gradient to a direction:
+
+    def margin(x):
+        logits = ensemble(x)
+        return -logits.gather(1, labels[:, None]).squeeze(1)
+
+    adversarial = pgd_loop(margin, x0, eps=0.03, step_size=0.003, steps=10, rule=sign_rule())
 """
 
 from __future__ import annotations
@@ -46,11 +55,11 @@ def pgd_loop(
     it was.
 
     Args:
-        loss: per-image loss to raise.
+        loss: per-image loss to raise, `[N]` for images `[N, C, H, W]`: yours, or `cross_entropy`.
         x0: clean images.
-        rule: makes a direction of a gradient.
+        rule: from a gradient to a direction: yours, `sign_rule()` or `momentum_rule(...)`.
         start: where to begin inside the ball; `x0` by default.
-        estimate: how the gradient is found.
+        estimate: from the loss and images to a gradient; by default the gradient itself.
         norm: of the ball; the rule should be of the same.
     """
     x = x0 if start is None else start
@@ -87,7 +96,7 @@ def random_change(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "l
 
 
 def normalize(gradient: Tensor, norm: Norm = "linf") -> Tensor:
-    """Return the longest step up a linear loss: the sign, or the gradient at L2 length one."""
+    """Return the steepest direction in a norm: the sign, or the gradient at L2 length 1."""
     return gradient.sign() if norm == "linf" else gradient / _length(gradient)
 
 

@@ -32,7 +32,7 @@ DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, and how they are made into the model's input."""
+    """The data set, and the preprocessing that makes its images the model's input."""
 
     name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "svhn", "imagefolder"] = (
         "imagefolder"
@@ -88,7 +88,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify-robustness` uses unless told otherwise."""
+    """Defaults of `verify-robustness` for models of this run."""
 
     eps: tuple[float, ...] = (0.01, 0.02, 0.03)  # Linf radii, pixels in [0,1]
 
@@ -99,10 +99,10 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run, whole."""
+    """All settings of one training run."""
 
     name: str
-    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or one that was registered
+    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or your own: `training.registry`
     method: str = "dverge"
     # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -leaky behind it, or torchvision:<name>;
     # or a list with one for each member

@@ -1,4 +1,4 @@
-"""Dataclasses from tables as TOML and JSON have them, every key and value checked."""
+"""Typed settings: dataclasses from TOML and JSON tables, with every key and value checked."""
 
 from __future__ import annotations
 

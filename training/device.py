@@ -1,4 +1,4 @@
-"""Where training happens, and in which arithmetic."""
+"""The device of training, and the precision of its operations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return what the members' operations are cast to: bfloat16, or None for float32.
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype that members' operations are autocast to: bfloat16, or None for float32.
 
     Raises:
         UserError: bf16 asked for where the hardware lacks it.

@@ -1,4 +1,4 @@
-"""What a run will cost, before it is begun."""
+"""Cost estimates: gradient evaluations and seconds of a run that has not begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The members' losses, summed on the device and read now and then, so that no step waits."""
+"""Loss meter: members' losses, summed on the device and read every 50 steps: no step waits."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def build_optimizers(
 
 
 def set_rate(optimizers: Sequence[SGD], settings: Schedule, epoch: int, progress: float) -> None:
-    """Give all optimisers the stage's settings `progress` (0..1) of the way through `epoch`."""
+    """Set the optimisers' settings of a stage `progress` (0..1) of the way through `epoch`."""
     rate = settings.lr_at(epoch, progress)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -50,7 +50,7 @@ class Average:
                 model.update_parameters(member)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a state needs to go on with, under `average<i>.`; on the CPU."""
+        """Return the running means under `average<i>.`, on the CPU, for a saved state."""
         return {
             f"average{index}.{name}": tensor.detach().cpu().contiguous()
             for index, model in enumerate(self._models)
@@ -58,7 +58,7 @@ class Average:
         }
 
     def put_into(self, members: Sequence[Member]) -> None:
-        """Let the means take the members' places, if anything is averaged."""
+        """Replace the members' weights by the means, if anything is averaged."""
         if self._models:
             means = [cast(Member, model.module) for model in self._models]
             load_members(members, members_tensors(means))

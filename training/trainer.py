@@ -20,7 +20,7 @@ from training.data import splits as datasets
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData
 from training.data.streaming import Streamed
-from training.device import arithmetic, pick_device
+from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.diversity import diversity
@@ -45,7 +45,7 @@ DIVERSITY_IMAGES = 256
 
 @dataclass(frozen=True)
 class Training:
-    """What every stage of one run works with.
+    """The state of one run that every stage shares.
 
     Args:
         train, holdout: on the device where training happens.
@@ -161,7 +161,7 @@ def prepare(
     members = build_members(config, len(data.labels), mean, std, draw)
     if start is not None:
         start.put_into(members)
-    compute = arithmetic(config.precision, device)
+    compute = autocast_dtype(config.precision, device)
     topology.sync_batchnorm(members)
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from dverge_serve.files import sha256
 from export.published_checkpoint import read_published
 from training import attacks as core
 from training.data.splits import Split, to_float
-from training.device import arithmetic
+from training.device import autocast_dtype
 from training.models.bn_folding import folded
 from training.models.member import Member
 from training.runs.directory import Run
@@ -59,7 +59,7 @@ def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Mem
     """
     copy = folded(member).to(device)
     copy.to(memory_format=torch.channels_last)
-    copy.compute = arithmetic("auto" if lowered else "fp32", device)
+    copy.compute = autocast_dtype("auto" if lowered else "fp32", device)
     return copy
 
 

@@ -25,7 +25,7 @@ from export.exporter import export, export_source
 from export.published_checkpoint import from_checkpoint
 from training.config import Config
 from training.data.splits import Split, load_test
-from training.device import arithmetic
+from training.device import autocast_dtype
 from training.estimate import gradient_evaluations
 from training.runs.directory import Run
 from training.trainer import train
@@ -48,7 +48,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
     """
     begun, before = time.monotonic(), machine()
     config, protocol = cell.settings(here=True), cell.protocol
-    arithmetic(config.precision, device)  # refuses hardware it lacks before anything is made
+    autocast_dtype(config.precision, device)  # refuses hardware it lacks before anything is made
     name = f"{cell.slug}-{record.fingerprint(cell.definition())[:12]}"
     folder = images.evidence_cache() / "cells" / name
     folder.mkdir(parents=True, exist_ok=True)

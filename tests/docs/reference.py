@@ -75,7 +75,7 @@ def recipes() -> str:
         comments = _comments(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]):
+            if dataclasses.is_dataclass(hints[field.name]) or field.name.startswith("_"):
                 continue
             key = f"{prefix}.{field.name}" if prefix else field.name
             default = "-" if field.default is dataclasses.MISSING else _toml(field.default)

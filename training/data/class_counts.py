@@ -1,4 +1,4 @@
-"""How many images each class has, and what is worth a warning about it."""
+"""Class counts, and warnings about imbalanced classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def class_counts(data: TrainingData) -> dict[str, int]:
 
 
 def balance(data: TrainingData) -> list[str]:
-    """Return what to tell of the classes: a line of counts, then the warnings, if any."""
+    """Return a line of class counts, then the warnings, if any."""
     counts = class_counts(data)
     (rare, fewest), (common, most) = (
         pick(counts.items(), key=lambda item: item[1]) for pick in (min, max)

@@ -1,4 +1,4 @@
-"""Where images come from: embedded digits, torchvision's data sets, folders of image files."""
+"""Data sets: the embedded digits, torchvision's data sets, folders of image files."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def read(data: Data, part: str) -> tuple[tuple[str, ...], Arrays]:
     if data.name == "imagefolder":
         names, files = image_files(data, part)
         return names, files.read()
-    source = _digits if data.name == "digits" else _torchvision
-    labels, pixels, targets = source(data, "train" if part == "train" else "test")
+    load = _digits if data.name == "digits" else _torchvision
+    labels, pixels, targets = load(data, "train" if part == "train" else "test")
     chosen = _chosen(len(targets), data, part)
     return labels, (pixels[chosen], targets[chosen])
 

@@ -81,7 +81,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training may look at. The held-out part is for choosing; the test set is not here."""
+    """Images for training and held-out images for choosing; the test set is not among them."""
 
     labels: tuple[str, ...]
     train: Split | Streamed

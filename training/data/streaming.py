@@ -34,7 +34,7 @@ Decoded = tuple[npt.NDArray[np.uint8], list[str]]  # images, and which files hav
 
 @dataclass(frozen=True)
 class Streamed:
-    """Labelled images on disk, with the face of a `Split` in memory.
+    """Labelled images on disk, with the interface of a `Split` in memory.
 
     Given the same files it has the same hash and gives the same images, whatever the number of
     workers: they only decode; order and augmentation are drawn where the batches are made.
@@ -126,7 +126,7 @@ def streamed(files: ImageFiles, data: Data) -> Streamed:
 
 
 class _Reader:
-    """One shuffle's worth of worker processes, kept from epoch to epoch."""
+    """Worker processes that decode images, kept from epoch to epoch."""
 
     def __init__(self, files: ImageFiles, workers: int) -> None:
         self._files, self._plan = files, _Plan()
@@ -165,7 +165,7 @@ class _Reader:
 
 
 class _Plan:
-    """What the workers read next."""
+    """Batch sampler: the paths that the workers read next."""
 
     def __init__(self) -> None:
         self.parts: list[list[str]] = []
@@ -178,7 +178,7 @@ class _Plan:
 
 
 class _Decoder(Dataset[Any]):
-    """What a worker does: batches of paths to batches of images."""
+    """Data set that decodes batches of paths, in a worker."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._preprocess = preprocess

@@ -1,4 +1,4 @@
-"""Diversity: how little the members' weaknesses overlap, by the paper's own metric."""
+"""Vulnerability diversity of the members: the metric of the DVERGE paper."""
 
 from __future__ import annotations
 

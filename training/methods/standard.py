@@ -1,4 +1,4 @@
-"""Ordinary training, and what every method's step ends with: the optimiser's.
+"""Standard training, each member alone, and the optimiser step that every method ends with.
 
 Steps take `source` float `[B, C, H, W]` in `[0,1]` and `labels` `[B]`, update the members in place
 and return the loss of each of this process's members, detached, `[members]`.

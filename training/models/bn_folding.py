@@ -1,4 +1,4 @@
-"""Folding: BatchNorm into the convolution before it, for networks whose statistics stand still.
+"""BatchNorm folding: into the convolution before it, for networks in evaluation mode.
 
 The same function in fewer operations: for attacks, for distillation and for export.
 """

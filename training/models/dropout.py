@@ -1,4 +1,4 @@
-"""Dropout whose draws have a name, so that a run that goes on drops what it would have dropped."""
+"""Dropout with seeded draws: a resumed run drops what it would have dropped."""
 
 from __future__ import annotations
 

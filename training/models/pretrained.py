@@ -111,7 +111,7 @@ class Start:
         return not any(_drawn(weights, member) for member, weights in pairs)
 
     def told(self, config: Config, members: Sequence[Member]) -> str:
-        """Return a line on what the weights are used for."""
+        """Return a line that says what the weights are used for."""
         names = " and ".join(file["file"] for file in self.files)
         if skipped(config, members, self):
             return f"the weights in {names} stand for standard training, which is skipped"

@@ -132,7 +132,7 @@ def build_torchvision(
 
 
 def whole() -> dict[str, Any]:
-    """Return what tells the tracer which modules of ours not to look into."""
+    """Return the tracer's options: modules that it must not look into."""
     return {"leaf_modules": [NamedDropout]}
 
 

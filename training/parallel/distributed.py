@@ -1,4 +1,4 @@
-"""Several processes on one run: `torchrun --nproc-per-node K -m dverge_serve train`."""
+"""Distributed training: `torchrun --nproc-per-node K -m dverge_serve train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Members side by side: one thread each on the CPU's cores; on a GPU a stream each, or in turn.
+"""Members in parallel: a thread each on the CPU's cores; on a GPU a stream each, or in turn.
 
 Small networks give a thread pool inside each operation too little to do: its threads mostly wait
 for one another, all the more on cores that other processes share. Members are independent between

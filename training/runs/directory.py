@@ -123,7 +123,7 @@ class Run:
         return lock.locked(self.path, wait=wait)
 
     def keep_to(self, images_sha256: str, start_sha256: str = "") -> None:
-        """Note what the run learns and begins from when it starts; refuse other when it goes on.
+        """Record the images and starting weights of a new run; refuse others when it is resumed.
 
         Raises:
             UserError: the images or the starting weights changed in between.
@@ -275,7 +275,7 @@ class Run:
             raise write_error(path, error) from error
 
     def drop_metrics_after(self, stage: str, epochs: int, earlier: Sequence[str]) -> None:
-        """Forget lines of epochs that a resumed run is going to run again."""
+        """Drop the lines of `metrics.jsonl` for epochs that a resumed run will run again."""
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.is_file():
             return

@@ -1,4 +1,4 @@
-"""`runs/latest`, the name of the run that was begun last."""
+"""`runs/latest`: a link to the newest run."""
 
 from __future__ import annotations
 

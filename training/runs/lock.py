@@ -1,4 +1,4 @@
-"""One process at a time in a run directory, however the one before it ended."""
+"""Lock of a run directory: one process trains there at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard events beside `metrics.jsonl`, and saying the same."""
+"""TensorBoard events: the figures of `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Events:
 
 @contextlib.contextmanager
 def logged(run: Run, *, events: bool) -> Iterator[Log]:
-    """Yield what logs a line: in `metrics.jsonl`, and with `events` for TensorBoard too."""
+    """Yield a function that logs a line to `metrics.jsonl`, and with `events` to TensorBoard."""
     if not (events and run.writes):
         yield run.log
         return
