@@ -18,7 +18,7 @@ from training import loss_meter as losses
 from training.config import Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import TrainingStage, dverge, epoch_batches
+from training.methods import TrainingStage, dverge, epoch_batches, standard
 from training.methods.dverge import draw_layer
 from training.parallel.topology import ProcessTopology
 from training.runs.directory import Run
@@ -54,7 +54,7 @@ class Steps:
             self.dverge.append({"source": source, "target": target, **group, **more})
             return torch.ones(len(members))
 
-        monkeypatch.setattr(dverge, "standard_step", standard_step)
+        monkeypatch.setattr(standard, "standard_step", standard_step)
         monkeypatch.setattr(dverge, "step", step)
 
 
