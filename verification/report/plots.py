@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from verification.attacks.outcomes import Pixels
+from verification.report.report import Accuracies, Report
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 # Told apart by hue and by lightness, in print too; each line is labelled where it ends.
@@ -37,29 +38,27 @@ STYLE: Any = {
 }
 
 
-def curves(report: dict[str, Any]) -> bytes:
+def curves(report: Report) -> bytes:
     """Return accuracy against eps with Wilson intervals, the model's and the control's."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(6.4, 3.6)
-        lines = {name: (report, name) for name in ("transfer", "white_box")}
-        if report["control"]:
-            lines["control"] = (report["control"], "transfer")
+        lines: dict[str, tuple[Accuracies, str]] = {
+            name: (report, name) for name in ("transfer", "white_box")
+        }
+        if report.control:
+            lines["control"] = (report.control, "transfer")
         ends = []
-        for name, (source, threat) in lines.items():
-            points = [(0.0, source["clean_accuracy"])] + [
-                (row["eps"], row[threat])
-                for row in source["robust_accuracy"]
-                if row[threat] is not None
-            ]
+        for name, (found, threat) in lines.items():
+            robust = {eps: getattr(row, threat) for eps, row in found.robust_accuracy.items()}
+            points = {0.0: found.clean_accuracy} | {e: rate for e, rate in robust.items() if rate}
             if len(points) < 2:
                 continue
-            x = [eps for eps, _ in points]
+            x, rates = list(points), points.values()
             colour = COLOURS[name]
             dashes = "--" if name == "control" else "-"
-            value = [100 * rate["value"] for _, rate in points]
+            value = [100 * rate.value for rate in rates]
             axes.plot(x, value, dashes, color=colour, marker="o", markersize=4, linewidth=1.8)
-            low = [100 * rate["low"] for _, rate in points]
-            high = [100 * rate["high"] for _, rate in points]
+            low, high = [100 * rate.low for rate in rates], [100 * rate.high for rate in rates]
             axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             ends.append([value[-1], value[-1], x[-1], name])
         _spread(ends, apart=7.0)
@@ -75,7 +74,7 @@ def curves(report: dict[str, Any]) -> bytes:
             )
         axes.set_ylim(0, 102)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"eps ({report['threat_model']['norm']}, pixels from 0 to 1)")
+        axes.set_xlabel(f"eps ({report.norm}, pixels from 0 to 1)")
         axes.set_ylabel("images answered rightly, %")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
