@@ -86,19 +86,12 @@ class Against(Accuracies):
 
 @dataclass(frozen=True)
 class Gate:
-    """One check's result.
-
-    Args:
-        name: the check.
-        passed: None where it could not be run.
-        failure: what the evaluation becomes if it fails (or cannot be run: INCONCLUSIVE).
-        detail: the figures behind it, for people.
-    """
+    """One check's result."""
 
     name: str
-    passed: bool | None
-    failure: Verdict
-    detail: str
+    passed: bool | None  # None where it could not be run
+    failure: Verdict  # the evaluation's, if the check fails; INCONCLUSIVE if it cannot be run
+    detail: str  # the figures behind it, for people
 
     def to_json(self) -> dict[str, Any]:
         """Return the form kept in the report."""
@@ -153,14 +146,9 @@ class Live:
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Live:
         """Return it from the report's section `live`."""
-        return _pick(
-            cls,
-            table,
-            exposed=tuple(table["exposed"]),
-            clean_accuracy=_pick(Rate, table["clean_accuracy"]),
-            transfer=_pick(Rate, table["transfer"]),
-            square=_pick(Square, table["square"]),
-        )
+        rates = {key: _pick(Rate, table[key]) for key in ("clean_accuracy", "transfer")}
+        exposed, square = tuple(table["exposed"]), _pick(Square, table["square"])
+        return _pick(cls, table, exposed=exposed, square=square, **rates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +204,7 @@ class Report(Accuracies):
     @classmethod
     def _from_table(cls, table: dict[str, Any]) -> Report:
         control, against, live = table["control"], table["against"], table.get("live", {})
+        rows = tuple(_pick(Comparison, row) for row in against["comparison"]) if against else ()
         return _pick(
             cls,
             table,
@@ -223,8 +212,8 @@ class Report(Accuracies):
             model=_pick(VerifiedModel, table["model"]),
             data=_pick(Images, table["data"]),
             norm=table["threat_model"]["norm"],
-            control=control and Control(what=control["what"], **_accuracies(control)),
-            against=against and _against(against),
+            control=control and _pick(Control, control, **_accuracies(control)),
+            against=against and _pick(Against, against, comparison=rows, **_accuracies(against)),
             gates=tuple(_pick(Gate, gate) for gate in table["gates"]),
             live=Live.from_json(live) if "eps" in live else None,
             live_error=live.get("error"),
@@ -262,10 +251,3 @@ def _robust(rate: Mapping[str, Any] | None) -> RobustRate | None:
     if rate is None:
         return None
     return _pick(RobustRate, rate, as_float=rate["float"], as_uint8=rate["delivered"])
-
-
-def _against(table: Mapping[str, Any]) -> Against:
-    rows = tuple(_pick(Comparison, row) for row in table["comparison"])
-    return Against(
-        file=table["file"], sha256=table["sha256"], comparison=rows, **_accuracies(table)
-    )
