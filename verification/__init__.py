@@ -1,1 +1,103 @@
-"""Verification: attack the very file that will be served, and say what the figures are worth."""
+"""Verification: attack the very file that will be served, and judge what the figures are worth.
+
+report = verify("model.onnx", run="runs/latest", eps=[0.1])
+report.verdict, report.robust_accuracy[0.1].transfer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verification.config import VerificationConfig
+from verification.report.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.attacks import Norm
+    from training.runs.directory import Run
+    from verification.attacks.attack import Attack
+
+__all__ = ["Report", "verify"]
+
+
+def verify(
+    model: str | Path,
+    *,
+    run: Run | str | Path | None = None,
+    preset: str = "quick",
+    eps: Iterable[float] = (),
+    norm: Norm = "linf",
+    data: str | Path | None = None,
+    images: int | None = None,
+    checkpoint: str | Path | None = None,
+    labels: str | Path | None = None,
+    surrogates: str | Path | None = None,
+    against: str | Path | None = None,
+    url: str | None = None,
+    requests: int = 2000,
+    requests_a_second: float = 50.0,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    at_eps: float | None = None,
+    attacks: Iterable[Attack] = (),
+) -> Report:
+    """Attack a model file, write the report and its evidence beside it, and return the report.
+
+    Args:
+        model: the ONNX file; `model.onnx` gets `model.report.json`, `model.report.html` and
+            `model.report/`.
+        run: it was exported from, for white-box attacks; by default the one with these weights,
+            under `runs/` or beside the file.
+        preset: the attack suite: `quick`, `standard` (the paper's protocol) or `full`.
+        eps: radii, pixels in `[0,1]`; by default the recipe's.
+        norm: of the radii: `linf` or `l2`.
+        data: a folder of images or a data set's name; by default the run's own.
+        images: number of test images; by default the recipe's limit.
+        checkpoint: of the paper's published code, for gradients instead of a run.
+        labels: file with the class names of a foreign classifier, which is attacked as a black
+            box.
+        surrogates: a folder of runs to attack from; by default trained once and cached.
+        against: another model file, attacked alike and compared image by image.
+        url: a live service of this model, attacked through `/predict` as well.
+        requests: to it at most, all in all.
+        requests_a_second: to it at most.
+        seed: of the attacks' random draws.
+        device: `auto`, `cpu`, `cuda` or a torch device; the model itself runs in ONNX Runtime.
+        at_eps: a radius that must be among those evaluated.
+        attacks: further attacks, run after the preset's.
+
+    Raises:
+        UserError: a setting out of range; no such model, no data for it, data with other classes;
+            a folder that cannot be written; a live service that does not answer, or that stopped
+            answering (after all else was written).
+    """
+
+    def path(given: str | Path | None) -> Path | None:
+        return None if given is None else Path(given)
+
+    config = VerificationConfig(
+        model=Path(model),
+        run=path(run if run is None or isinstance(run, str | Path) else run.path),
+        preset=preset,
+        eps=tuple(eps),
+        norm=norm,
+        data=None if data is None else str(data),
+        images=images,
+        checkpoint=path(checkpoint),
+        labels=None if labels is None else str(labels),
+        surrogates=path(surrogates),
+        against=path(against),
+        url=url,
+        requests=requests,
+        requests_a_second=requests_a_second,
+        seed=seed,
+        device=device,
+        at_eps=at_eps,
+        attacks=tuple(attacks),
+    )
+    from verification.pipeline import attack_and_report
+
+    return attack_and_report(config)

@@ -1,4 +1,4 @@
-"""The report as data: everything that was asked, found and judged."""
+"""The report as JSON: settings, figures and gates in the order of its schema."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dverge_serve.engine.report_reader import SCHEMA_VERSION
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
-from verification.config import Setting
-from verification.gates import Gate
+from verification.context import Context
 from verification.metrics.robust_accuracy import comparison, figures
+from verification.report.report import Gate
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
@@ -25,42 +25,42 @@ NO_QUERIES = "attackers who query the service many times (no query-based attack 
 
 
 def assemble(
-    here: Setting,
+    context: Context,
     outcomes: dict[str, Outcomes],
     control: str,
     checks: Sequence[Gate],
     measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the report as its schema has it, without evidence, live service and `run`.
+    """Return the report as its schema has it, without `evidence`, `live` and `run`.
 
     Args:
-        here: the evaluation.
+        context: of the verification.
         outcomes: of all targets by name.
-        control: what the control is.
+        control: `own`, a surrogate's name or `none`.
         checks: every gate's result.
-        measured: what else was measured, merged into it.
+        measured: the other measurements, merged into it.
     """
-    asked, card, gradients = here.asked, here.engine.card, here.gradients
-    queries = any(attack.queries for attack in here.suite)
+    config, card, gradients = context.config, context.engine.card, context.gradients
+    queries = any(attack.queries for attack in context.suite)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": gates.verdict(checks),
-        "preset": asked.preset,
+        "preset": config.preset,
         "model": {
-            "file": asked.model.name,
-            "sha256": here.engine.sha256,
+            "file": config.model.name,
+            "sha256": context.engine.sha256,
             "name": card.name,
             "members": card.members,
             "precision": card.precision,
             "weights_sha256": card.weights_sha256,
             "labels": list(card.labels),
             "gradients": gradients.origin if gradients else "none",
-            "foreign": asked.labels is not None,
+            "foreign": config.labels is not None,
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",
-            "norm": "Linf" if asked.norm == "linf" else "L2",
-            "eps": list(here.eps),
+            "norm": "Linf" if config.norm == "linf" else "L2",
+            "eps": list(context.eps),
             "transfer": "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model for scores; tried on images that nothing else broke, and "
             "counted among all attacks alone",
@@ -70,45 +70,46 @@ def assemble(
             "robust": "right when clean and after every attack, float and delivered",
         },
         "data": {
-            "name": here.config.data.name,
+            "name": context.training.data.name,
             "part": "test",
-            "n": len(here.split),
-            "sha256": here.split.sha256,
-            "train_sha256": here.data.train.sha256,
-            "training_known": here.training_known,
+            "n": len(context.split),
+            "sha256": context.split.sha256,
+            "train_sha256": context.data.train.sha256,
+            "training_known": context.training_known,
         },
-        **figures(outcomes["model"], here.suite, here.eps),
+        **figures(outcomes["model"], context.suite, context.eps),
         "control": None,
         "against": None,
         "gates": [check.to_json() for check in checks],
         **measured,
-        "attacks": [attack.to_json() for attack in here.suite],
-        "surrogates": [surrogate.to_json() for surrogate in here.surrogates],
-        "left_out": list(here.left_out),
-        "seed": asked.seed,
+        "attacks": [attack.to_json() for attack in context.suite],
+        "surrogates": [surrogate.to_json() for surrogate in context.surrogates],
+        "left_out": list(context.left_out),
+        "seed": config.seed,
         "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()}
         | {SOFT: outcomes["model"].by_softmax().to_json()},
         "out_of_scope": [*OUT_OF_SCOPE, *([] if queries else [NO_QUERIES])],
         "tool_version": __version__,
     }
     if "control" in outcomes:
-        report["control"] = {"what": control} | figures(outcomes["control"], here.suite, here.eps)
-    if here.against is not None:
-        rows = comparison(outcomes["model"], outcomes["against"], here.suite, here.eps)
+        found = figures(outcomes["control"], context.suite, context.eps)
+        report["control"] = {"what": control} | found
+    if context.against is not None:
+        rows = comparison(outcomes["model"], outcomes["against"], context.suite, context.eps)
         report["against"] = {
-            "file": here.against.path.name,
-            "sha256": here.against.sha256,
-            **figures(outcomes["against"], here.suite, here.eps),
+            "file": context.against.path.name,
+            "sha256": context.against.sha256,
+            **figures(outcomes["against"], context.suite, context.eps),
             "comparison": rows,
         }
     report["configuration_sha256"] = sha256(
-        canonical_json([report["attacks"], list(here.eps), asked.seed, report["surrogates"]])
+        canonical_json([report["attacks"], list(context.eps), config.seed, report["surrogates"]])
     )
     return report
 
 
 def nulls(value: Any) -> Any:
-    """Return a part of a report with None for whatever is not a number, as a broken model's is."""
+    """Return a part of a report with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: nulls(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A classifier that is not ours: any ONNX graph from images to scores, for black-box attacks."""
+"""A foreign classifier: any ONNX graph from images to scores, attacked as a black box."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.recipe import data_overrides, load_recipe
 
 
 class ForeignEngine:
-    """A foreign classifier behind the engine's face; its scores count as one member.
+    """A foreign classifier with the engine's interface; its scores count as one member.
 
     Args:
         path: an ONNX file with one input, float32 `[N, C, H, W]` in `[0,1]`, and one output of

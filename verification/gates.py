@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,35 +12,14 @@ from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Mask, Outcomes
+from verification.report.report import Gate, Verdict
 
-Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
 SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit
 CONVERGED = 0.02
 SURROGATES_BEHIND = 0.1  # of the model's clean accuracy, on the same images
 VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that give its gradients
 NO_WEIGHTS = "no weights to take gradients from"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One check's result.
-
-    Args:
-        name: the check.
-        passed: None where it could not be run.
-        failure: what the evaluation becomes if it fails (or cannot be run: INCONCLUSIVE).
-        detail: the figures behind it, for people.
-    """
-
-    name: str
-    passed: bool | None
-    failure: Verdict
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the form kept in the report."""
-        return asdict(self)
 
 
 def verdict(gates: Sequence[Gate]) -> Verdict:

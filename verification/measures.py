@@ -11,7 +11,7 @@ from training.methods.diversity import diversity
 from training.models.member import Member
 from verification.attacks.cache import keep
 from verification.attacks.outcomes import Outcomes, Target
-from verification.config import Setting
+from verification.context import Context
 from verification.gradients import flow
 from verification.metrics import detection as alarm
 from verification.metrics import transferability as matrices
@@ -22,21 +22,21 @@ from verification.report.evidence import Gathering
 AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
 
 
-def measure(here: Setting, model: Target, outcome: Outcomes, evidence: Gathering) -> dict[str, Any]:
+def measure(here: Context, model: Target, outcome: Outcomes, evidence: Gathering) -> dict[str, Any]:
     """Measure what is not accuracy: the alarm, the members' matrices, the combinations."""
     attacked = worst_at(outcome, max(here.eps))
     found: dict[str, Any] = {"members": None}
     if model.members is not None:
         members, eps = model.members, max(here.eps)
-        steps = AWARE_STEPS[here.asked.preset]
+        steps = AWARE_STEPS[here.config.preset]
 
         def aware() -> dict[str, Any]:
             return {
-                "pixels": alarm.aware(members, here.split, eps, steps=steps, seed=here.asked.seed)
+                "pixels": alarm.aware(members, here.split, eps, steps=steps, seed=here.config.seed)
             }
 
-        key = ["aware", eps, steps, here.asked.seed, here.split.sha256, model.weights]
-        if here.asked.norm == "linf":
+        key = ["aware", eps, steps, here.config.seed, here.split.sha256, model.weights]
+        if here.config.norm == "linf":
             pixels = keep(key, aware)["pixels"]
             attacked["detector-aware"] = (eps, pixels)
             nothing = np.zeros(pixels.shape, np.float16)
@@ -50,13 +50,13 @@ def measure(here: Setting, model: Target, outcome: Outcomes, evidence: Gathering
     return found
 
 
-def _matrices(here: Setting, members: Sequence[Any]) -> dict[str, Any]:
+def _matrices(here: Context, members: Sequence[Any]) -> dict[str, Any]:
     middle = sorted(here.eps)[len(here.eps) // 2]
     _, _, norms = flow(members, here.split, here.suite)
     found = {"gradient_norms": norms}
-    if here.asked.norm == "linf":
+    if here.config.norm == "linf":
         found["transferability"] = matrices.transferability(
-            members, here.split, middle, here.asked.seed
+            members, here.split, middle, here.config.seed
         )
-    found["diversity"] = diversity(members, here.split, here.config.dverge, here.asked.seed)
+    found["diversity"] = diversity(members, here.split, here.training.dverge, here.config.seed)
     return found

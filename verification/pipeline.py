@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from typing import Any
 
 import torch
 
@@ -16,82 +15,85 @@ from verification.assemble import assemble, nulls
 from verification.attacks import presets
 from verification.attacks.cache import prune
 from verification.attacks.suite import run_suite
-from verification.config import Evaluation, find_setting
+from verification.config import VerificationConfig
+from verification.context import find_context
 from verification.live import attack_service
 from verification.measures import measure
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import Gathering, evidence_folder
 from verification.report.page import page
+from verification.report.report import Report
 from verification.run_gates import check
 from verification.self_test import CHECKING
 from verification.targets import find_targets
 
 
-def verify(asked: Evaluation) -> dict[str, Any]:
+def attack_and_report(config: VerificationConfig) -> Report:
     """Attack a model file, write the report and its evidence beside it, and return the report.
 
     Raises:
-        UserError: what `find_setting` raises; a live service that stopped answering, after all
+        UserError: what `find_context` raises; a live service that stopped answering, after all
             else was written.
     """
     begun = time.time()
-    here = find_setting(asked)
-    targets, control = find_targets(here)
-    sources = {each.name: (each.members, each.run.weights_sha256) for each in here.surrogates}
-    evidence = Gathering(evidence_folder(asked.model), here.split, here.holdout)
+    context = find_context(config)
+    targets, control = find_targets(context)
+    sources = {each.name: (each.members, each.run.weights_sha256) for each in context.surrogates}
+    evidence = Gathering(evidence_folder(config.model), context.split, context.holdout)
     outcomes = run_suite(
-        here.suite, sources, targets, here.split, here.eps, seed=asked.seed, evidence=evidence
+        context.suite,
+        sources,
+        targets,
+        context.split,
+        context.eps,
+        seed=config.seed,
+        evidence=evidence,
     )
-    hidden, hidden_eps = presets.large(asked.norm, here.split.images[0].numel())
+    model, outcome = targets["model"], outcomes["model"]
+    hidden, hidden_eps = presets.large(config.norm, context.split.images[0].numel())
     last = run_suite(
         [hidden],
         {},
-        {"model": targets["model"]},
-        here.split,
+        {"model": model},
+        context.split,
         [hidden_eps],
-        seed=asked.seed,
+        seed=config.seed,
         label=CHECKING,
     )["model"]
-    checks = check(here, targets["model"], outcomes, control, (last, hidden, hidden_eps))
-    measured = measure(here, targets["model"], outcomes["model"], evidence)
-    report = assemble(here, outcomes, control, checks, measured)
-    report["evidence"] = evidence.index
+    checks = check(context, model, outcomes, control, (last, hidden, hidden_eps))
+    measured = measure(context, model, outcome, evidence)
+    table = assemble(context, outcomes, control, checks, measured)
+    table["evidence"] = evidence.index
     unanswered = None
-    if here.service is not None:
+    if context.service is not None:
+        served, eps = context.engine.sha256, max(context.eps)
         try:
-            report["live"] = attack_service(
-                here.service,
-                here.split,
-                outcomes["model"],
-                here.engine.sha256,
-                max(here.eps),
-                asked.seed,
+            table["live"] = attack_service(
+                context.service, context.split, outcome, served, eps, config.seed
             )
-        except UserError as error:  # what was found without it is worth keeping
-            unanswered, report["live"] = error, {"error": str(error)}
-    report["run"] = {
+        except UserError as error:  # the rest is worth keeping
+            unanswered, table["live"] = error, {"error": str(error)}
+    table["run"] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - begun, 1),
-        "device": str(asked.device),
-        "engine": here.engine.provider,
+        "device": str(context.device),
+        "engine": context.engine.provider,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    report = {key: nulls(value) for key, value in report.items()}
-    model = targets["model"]
-    drawn = illustrate(
-        report, here.engine.card, here.engine, model.members, here.split, outcomes["model"]
-    )
-    written, shown = pretty_json(report), page(report, drawn)
-    evidence.finish(drawn)
-    write_atomic(report_path(asked.model), written)
-    write_atomic(page_path(asked.model), shown)
+    report = Report.from_json(nulls(table))
+    labels, split = context.engine.card.labels, context.split
+    plots = illustrate(report, labels, context.engine, model.members, split, outcome)
+    written, shown = pretty_json(report.to_json()), page(report, plots)
+    evidence.finish(plots)
+    write_atomic(report_path(config.model), written)
+    write_atomic(page_path(config.model), shown)
     prune()
     if unanswered is not None:
         raise UserError(
-            f"the live service: {unanswered.found}; {report_path(asked.model)} has all the rest",
+            f"the live service: {unanswered.found}; {report_path(config.model)} has all the rest",
             unanswered.expected,
             unanswered.next_step,
         )

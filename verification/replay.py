@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dverge_serve.engine.report_reader import SCHEMA_VERSION
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
-from dverge_serve.files import read_json
 from training.attacks import Norm
 from training.data.splits import Split
 from verification.assemble import nulls
@@ -22,10 +20,11 @@ from verification.attacks.outcomes import SOFT, Outcomes, Pixels, Target
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
 from verification.attacks.suite import note, start
 from verification.foreign_model import ForeignEngine
-from verification.gates import Gate, verdict
+from verification.gates import verdict
 from verification.metrics import detection as alarm
 from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
 from verification.report.evidence import evidence_folder, read_evidence
+from verification.report.report import Gate, Report
 
 SAME = 1e-6  # relative: what rounding on another machine may do to a score
 
@@ -59,9 +58,7 @@ def replay(path: Path) -> Replay:
     Raises:
         UserError: a missing or changed file, or a report this version cannot read.
     """
-    report = read_json(path, "a report of `dverge verify-robustness`")
-    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path} is not a report this version reads", f"schema {SCHEMA_VERSION}")
+    report = Report.load(path).to_json()
     model = path.with_name(report["model"]["file"])
     engine: Engine | ForeignEngine
     if report["model"].get("foreign"):

@@ -10,15 +10,15 @@ from export.parity import compare, torch_scores
 from verification import gates
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Outcomes, Target
-from verification.config import Setting
-from verification.gates import Gate
+from verification.context import Context
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import clean_scores, to_float_numpy
+from verification.report.report import Gate
 from verification.self_test import planted
 
 
 def check(
-    here: Setting,
+    here: Context,
     model: Target,
     outcomes: dict[str, Outcomes],
     control: str,
@@ -44,7 +44,7 @@ def check(
     return [
         gates.finite(everyone),
         gates.deterministic(clean, again),
-        gates.not_probabilities(clean, here.asked.labels is not None),
+        gates.not_probabilities(clean, here.config.labels is not None),
         gates.nonzero_gradient(zero, broken),
         gates.eps_8bit(everyone),
         _parity(here, model, mine),
@@ -55,14 +55,14 @@ def check(
         gates.weaker_never_beats(mine, here.suite, here.eps),
         gates.control_falls(outcomes.get("control"), here.suite, here.eps, named),
         gates.surrogates_close(_best_surrogate(here), float(mine.clean.mean())),
-        gates.planted_found(*planted(here.split, here.asked.seed)),
+        gates.planted_found(*planted(here.split, here.config.seed)),
     ]
 
 
-def _best_surrogate(here: Setting) -> float | None:
+def _best_surrogate(here: Context) -> float | None:
     """Return the best undefended surrogate's clean accuracy on the test images."""
     pixels = to_float_numpy(here.split.images.cpu().numpy())
-    x, labels = torch.from_numpy(pixels).to(here.asked.device), here.split.labels.cpu().numpy()
+    x, labels = torch.from_numpy(pixels).to(here.device), here.split.labels.cpu().numpy()
     found = [
         float((torch_scores(each.members, x).predictions == labels).mean())
         for each in here.surrogates
@@ -71,7 +71,7 @@ def _best_surrogate(here: Setting) -> float | None:
     return max(found, default=None)
 
 
-def _parity(here: Setting, model: Target, outcome: Outcomes) -> Gate:
+def _parity(here: Context, model: Target, outcome: Outcomes) -> Gate:
     """Compare torch with the engine on clean images and on the worst adversarial ones."""
     if model.members is None:
         return gates.parity(None)

@@ -8,17 +8,17 @@ from pathlib import Path
 from dverge_serve.engine.session import Engine
 from export.exporter import export
 from verification.attacks.outcomes import Target
-from verification.config import Setting
+from verification.context import Context
 from verification.gradients import find_run, ready
 
 
-def find_targets(here: Setting) -> tuple[dict[str, Target], str]:
+def find_targets(here: Context) -> tuple[dict[str, Target], str]:
     """Return what is attacked, the model first, and what the control is.
 
     The control is the run's own standard members; without a run, the first surrogate, attacked
     from the others.
     """
-    found, device = here.gradients, here.asked.device
+    found, device = here.gradients, here.device
     targets = {
         "model": Target(
             here.engine,
@@ -43,7 +43,7 @@ def find_targets(here: Setting) -> tuple[dict[str, Target], str]:
     return targets, "own" if what == "standard" else here.surrogates[0].name
 
 
-def _against(here: Setting, engine: Engine) -> Target:
+def _against(here: Context, engine: Engine) -> Target:
     run = find_run(engine.card, engine.path, None)
-    members = [ready(member, here.asked.device) for member in run.members()] if run else None
+    members = [ready(member, here.device) for member in run.members()] if run else None
     return Target(engine, members, engine.card.weights_sha256)

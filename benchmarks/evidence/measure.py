@@ -29,12 +29,11 @@ from training.device import autocast_dtype
 from training.estimate import gradient_evaluations
 from training.runs.directory import Run
 from training.trainer import train
+from verification import verify
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Outcomes
-from verification.config import Evaluation
 from verification.gradients import find_gradients
 from verification.metrics.detection import DEPLOYED
-from verification.pipeline import verify
 from verification.surrogates import given_surrogates
 
 ALARM = ("auroc", "tpr_at_0.05", "fpr_at_0.05")
@@ -62,19 +61,17 @@ def measure(cell: Cell, device: torch.device) -> Record:
     surrogates = trained_surrogates(protocol, device)
     attacking = time.monotonic()
     report = verify(
-        Evaluation(
-            model=model,
-            preset=protocol.preset,
-            run=run.path if run else None,
-            checkpoint=checkpoint,
-            data=None if run else config.data.path,
-            surrogates=surrogates,
-            eps=protocol.eps,
-            images=protocol.images or None,
-            seed=protocol.seed,
-            device=device,
-        )
-    )
+        model,
+        preset=protocol.preset,
+        run=run,
+        checkpoint=checkpoint,
+        data=None if run else config.data.path,
+        surrogates=surrogates,
+        eps=protocol.eps,
+        images=protocol.images or None,
+        seed=protocol.seed,
+        device=device,
+    ).to_json()
     suite = [Attack(**attack) for attack in report["attacks"]]
     split = _test(config, protocol.images, device)
     assert split.sha256 == report["data"]["sha256"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from verification.report.report import Accuracies, Live, Rate, Report
 
 
 def show(table: Table) -> None:
@@ -19,78 +22,61 @@ def plain(value: Any) -> Text:
     return Text("".join(c if c.isprintable() else "?" for c in str(value)))
 
 
-def percent(figure: dict[str, Any] | None) -> str:
+def percent(rate: Rate | None) -> str:
     """Return a rate as "95.3%", or a dash where it was not measured."""
-    return "-" if figure is None else f"{100 * figure['value']:.1f}%"
+    return "-" if rate is None else f"{100 * rate.value:.1f}%"
 
 
-def interval(figure: dict[str, Any] | None) -> str:
+def interval(rate: Rate | None) -> str:
     """Return a rate with its interval, "95.3% (92.6-97.1)"."""
-    if figure is None:
+    if rate is None:
         return "not run"
-    return f"{percent(figure)} ({100 * figure['low']:.1f}-{100 * figure['high']:.1f})"
+    return f"{percent(rate)} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
 
 
-def report_table(report: dict[str, Any]) -> None:
+def report_table(report: Report) -> None:
     """Print a report's figures and gates."""
-    n = report["data"]["n"]
-    figures = Table(title=f"Robust accuracy of {n} test images (Wilson 95% interval)")
+    figures = Table(title=f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)")
     for name in ("eps", "transfer", "white-box", "control, transfer"):
         figures.add_column(name, justify="right")
-    control = report["control"]
-    held = control["robust_accuracy"] if control else [None] * len(report["robust_accuracy"])
-    figures.add_row(
-        "clean",
-        interval(report["clean_accuracy"]),
-        "",
-        percent(control["clean_accuracy"]) if control else "-",
-    )
-    for row, other in zip(report["robust_accuracy"], held, strict=True):
-        figures.add_row(
-            f"{row['eps']:g}",
-            interval(row["transfer"]),
-            interval(row["white_box"]),
-            percent(other["transfer"]) if other else "-",
-        )
+    control = report.control
+    held = percent(control.clean_accuracy) if control else "-"
+    figures.add_row("clean", interval(report.clean_accuracy), "", held)
+    for eps, row in report.robust_accuracy.items():
+        held = percent(control.robust_accuracy[eps].transfer) if control else "-"
+        figures.add_row(f"{eps:g}", interval(row.transfer), interval(row.white_box), held)
     show(figures)
     gates = Table(title="Gates")
     gates.add_column("gate", no_wrap=True)
     gates.add_column("result", no_wrap=True)
     gates.add_column("found")
     words = {True: "passed", False: "FAILED", None: "NOT RUN"}
-    for gate in report["gates"]:
-        gates.add_row(gate["name"], words[gate["passed"]], plain(gate["detail"]))
+    for gate in report.gates:
+        gates.add_row(gate.name, words[gate.passed], plain(gate.detail))
     show(gates)
 
 
-def live_line(live: dict[str, Any]) -> str:
+def live_line(live: Live) -> str:
     """Return what the attack on a running service found, as one line."""
-    square = live["square"]
-    same = "" if live["same_model"] else ", which serves ANOTHER model"
+    same = "" if live.same_model else ", which serves ANOTHER model"
     return (
-        f"live service{same}: {percent(live['clean_accuracy'])} clean, "
-        f"{percent(live['transfer'])} transferred at eps {live['eps']:g}; Square broke "
-        f"{square['broken']} of {square['images']} images in {square['queries']} queries; "
-        f"{live['requests']} requests; it exposes {live['exposure']}: {', '.join(live['exposed'])}"
+        f"live service{same}: {percent(live.clean_accuracy)} clean, "
+        f"{percent(live.transfer)} transferred at eps {live.eps:g}; Square broke "
+        f"{live.square.broken} of {live.square.images} images in {live.square.queries} queries; "
+        f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )
 
 
-def demo_table(report: dict[str, Any], eps: float) -> None:
+def demo_table(report: Report, standard: Accuracies, eps: float) -> None:
     """Print the DVERGE ensemble beside the standard one under the same attacks."""
-    members = report["model"]["members"]
-    table = Table(
-        title=f"{report['data']['n']} digit images the ensembles never saw, {members} members each"
-    )
+    n, members = report.data.n, report.model.members
+    table = Table(title=f"{n} digit images the ensembles never saw, {members} members each")
     for name in ("", "clean", f"transfer attacks, eps {eps:g}", f"white-box, eps {eps:g}"):
         table.add_column(name, justify="right" if name else "left")
-    for name, figures in (("standard", report["control"]), ("DVERGE", report)):
-        row = next(row for row in figures["robust_accuracy"] if row["eps"] == eps)
-        table.add_row(
-            name,
-            percent(figures["clean_accuracy"]),
-            percent(row["transfer"]),
-            percent(row["white_box"]),
-        )
+    for name, found in (("standard", standard), ("DVERGE", report)):
+        row = found.robust_accuracy[eps]
+        rates = found.clean_accuracy, row.transfer, row.white_box
+        table.add_row(name, *map(percent, rates))
     show(table)
 
 

@@ -105,8 +105,7 @@ def demo(
     from training.device import pick_device
     from training.recipe import load_recipe
     from training.trainer import train as train_run
-    from verification.config import Evaluation
-    from verification.pipeline import verify
+    from verification import verify
 
     config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
@@ -114,10 +113,11 @@ def demo(
     typer.echo("2/3 exporting one ONNX graph", err=True)
     export_run(run, model)
     typer.echo("3/3 attacking the exported file and an undefended control", err=True)
-    report = verify(Evaluation(model=model, run=run.path, device=chosen))
-    demo_table(report, DEMO_EPS)
-    typer.echo(f"verdict {report['verdict']}. Serve it with: dverge serve {model}")
-    if report["verdict"] != "VALID":
+    report = verify(model, run=run, device=chosen)
+    assert report.control is not None  # the run's own standard members
+    demo_table(report, report.control, DEMO_EPS)
+    typer.echo(f"verdict {report.verdict}. Serve it with: dverge serve {model}")
+    if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
 
 

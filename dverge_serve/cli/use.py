@@ -123,10 +123,13 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
         "robustness": f"verified, {report['verdict']}" if report else "no report for this file",
     }
     if report:
-        facts["  clean accuracy"] = interval(report["clean_accuracy"])
-        for row in report["robust_accuracy"]:
-            told = f"transfer {interval(row['transfer'])}, white-box {interval(row['white_box'])}"
-            facts[f"  at eps {row['eps']:g}"] = told
+        from verification import Report
+
+        found = Report.from_json(report)
+        facts["  clean accuracy"] = interval(found.clean_accuracy)
+        for eps, row in found.robust_accuracy.items():
+            told = f"transfer {interval(row.transfer)}, white-box {interval(row.white_box)}"
+            facts[f"  at eps {eps:g}"] = told
     card_table(facts)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from dverge_serve.cli import app
 from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
+
+if TYPE_CHECKING:
+    from training.attacks import Norm
+    from verification import Report
+    from verification.report.report import Rate
 
 
 @app.command(
@@ -74,70 +78,54 @@ def verify_robustness(
 
     Exit codes: 0 VALID, 1 --min-accuracy not met, 3 INCONCLUSIVE or INVALID.
     """
-    if preset not in ("quick", "standard", "full"):
-        raise UserError(f"preset '{preset}'", "quick, standard or full")
-    if url is not None and norm != "linf":
-        raise UserError("--url with --norm l2", "linf: Square is an Linf attack")
     if foreign != (labels is not None):
         raise UserError("--foreign and --labels go together", "both, or neither")
-    if norm not in ("linf", "l2"):
-        raise UserError(f"norm '{norm}'", "linf or l2")
-    radii = _eps(eps, norm)
+    radii = _eps(eps)
     if threat not in ("transfer", "white-box", "all"):
         raise UserError(f"threat '{threat}'", "transfer, white-box or all")
-    if images is not None and images < 1:
-        raise UserError(f"--images {images}", "1 or more")
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
-    if at_eps is not None and radii and at_eps not in radii:
-        raise UserError(f"--at-eps {at_eps:g}", f"one of --eps {eps}")
-    from dverge_serve.files import check_writable
-    from training.device import pick_device
-    from verification.config import Evaluation
-    from verification.pipeline import verify
+    from dverge_serve.cli.tables import live_line, report_table
+    from dverge_serve.engine.report_reader import report_path
+    from dverge_serve.files import check_writable, pretty_json, write_atomic
+    from verification import verify
 
     for wanted in (junit, bom):
         if wanted is not None:
             check_writable(wanted)
     report = verify(
-        Evaluation(
-            model=model,
-            run=run,
-            preset=preset,
-            checkpoint=checkpoint,
-            labels=labels if foreign else None,
-            data=data,
-            surrogates=surrogates,
-            against=against,
-            eps=radii,
-            url=url,
-            requests=requests,
-            requests_a_second=rate,
-            norm="l2" if norm == "l2" else "linf",
-            images=images,
-            seed=seed,
-            device=pick_device(device),
-            at_eps=at_eps,
-        )
+        model,
+        run=run,
+        preset=preset,
+        checkpoint=checkpoint,
+        labels=labels,
+        data=data,
+        surrogates=surrogates,
+        against=against,
+        eps=radii,
+        url=url,
+        requests=requests,
+        requests_a_second=rate,
+        norm=cast("Norm", norm),
+        images=images,
+        seed=seed,
+        device=device,
+        at_eps=at_eps,
     )
-    from dverge_serve.cli.tables import live_line, report_table
-    from dverge_serve.engine.report_reader import report_path
-
     report_table(report)
-    if "live" in report:
-        typer.echo(live_line(report["live"]))
-    typer.echo(f"verdict {report['verdict']}; report in {report_path(model)}")
+    if report.live is not None:
+        typer.echo(live_line(report.live))
+    typer.echo(f"verdict {report.verdict}; report in {report_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None or bom is not None:
-        from dverge_serve.files import pretty_json, write_atomic
-        from verification.report import formats as records
+        from verification.report import formats
 
         if junit is not None:
             case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
-            write_atomic(junit, records.junit(report, case))
+            write_atomic(junit, formats.junit(report, case))
         if bom is not None:
-            write_atomic(bom, pretty_json(records.bill_of_materials(report)))
-    if report["verdict"] != "VALID":
+            write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
+    if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
     if not met:
         raise NotMetError(told, f"at least {min_accuracy:g}")
@@ -167,25 +155,21 @@ def replay(
     typer.echo(f"{found.images} images scored again; all {found.figures} figures are the same")
 
 
-def _eps(text: str | None, norm: str) -> tuple[float, ...]:
+def _eps(text: str | None) -> tuple[float, ...]:
     try:
-        radii = tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        radii = (0.0,)
-    most = 1.0 if norm == "linf" else math.inf
-    if not all(0 < radius <= most and math.isfinite(radius) for radius in radii):
-        raise UserError(f"--eps {text}", "radii above 0 with commas between, e.g. 0.05,0.1")
-    return radii
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        wanted = "radii above 0 with commas between, e.g. 0.05,0.1"
+        raise UserError(f"--eps {text}", wanted) from error
 
 
 def _demand(
-    report: dict[str, Any], least: float | None, at_eps: float | None, threat: str
+    report: Report, least: float | None, at_eps: float | None, threat: str
 ) -> tuple[bool, str]:
     """Return whether the accuracy asked for is there, and what is there."""
-    rows = report["robust_accuracy"]
-    row = next((row for row in rows if row["eps"] == at_eps), rows[-1])
-    found = row[threat.replace("-", "_")]
+    eps = max(report.robust_accuracy) if at_eps is None else at_eps
+    found: Rate | None = getattr(report.robust_accuracy[eps], threat.replace("-", "_"))
     if found is None:
         return least is None, f"{threat} robust accuracy was not measured"
-    told = f"{threat} robust accuracy {found['value']:.3f} at eps {row['eps']:g}"
-    return least is None or found["value"] >= least, told
+    told = f"{threat} robust accuracy {found.value:.3f} at eps {eps:g}"
+    return least is None or found.value >= least, told

@@ -1,4 +1,4 @@
-"""A small model and its whole report."""
+"""A small model and its report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
+from verification import Report, verify
 from verification.attacks import presets
 from verification.attacks.attack import Attack
-from verification.config import Evaluation
-from verification.pipeline import verify
 
 EPS = (0.03, 0.3)
 
@@ -37,7 +36,7 @@ def short() -> Iterator[None]:
 @pytest.fixture(scope="package")
 def evaluated(
     short: None, tiny_model: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Report]:
     model = tmp_path_factory.mktemp("verify") / "model.onnx"
     shutil.copy(tiny_model, model)
-    return model, verify(Evaluation(model=model, run=tiny_run, eps=EPS))
+    return model, verify(model, run=tiny_run, eps=EPS, device="cpu")

@@ -19,6 +19,7 @@ from dverge_serve.errors import UserError
 from tests.verification.models import Linear, TorchEngine, linear_split
 from verification.attacks.outcomes import Outcomes
 from verification.live import Service, attack_service
+from verification.report.report import Live
 
 EPS = 0.05
 
@@ -95,12 +96,12 @@ def test_it_counts_what_it_asked_and_tells_what_was_exposed(url: str, full: bool
     assert square["queries"] == Handler.count - 8
     assert square["images"] == 1
     assert square["queries_each_at_most"] == 100
-    line = live_line(told)
+    line = live_line(Live.from_json(told))
     assert "100.0% clean, 75.0% transferred at eps 0.05" in line
     assert f"{Handler.count} requests" in line
     assert line.endswith("it exposes scores: index, label, top" if full else "label: index, label")
     assert "ANOTHER" not in line
-    assert "ANOTHER" in live_line(told | {"same_model": False})
+    assert "ANOTHER" in live_line(Live.from_json(told | {"same_model": False}))
 
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

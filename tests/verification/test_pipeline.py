@@ -28,54 +28,61 @@ from training.models.bn_folding import folded
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
+from verification import Report, verify
+from verification.attacks import presets
 from verification.attacks.losses import cw_margin
-from verification.config import Evaluation
+from verification.attacks.presets import Variant
 from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run
-from verification.pipeline import verify
+from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogate_folder, surrogates
 
 pytestmark = pytest.mark.usefixtures("short")
 
 
-def test_the_report_is_about_these_bytes(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_the_report_is_about_these_bytes(evaluated: tuple[Path, Report]) -> None:
     model, report = evaluated
     engine = Engine(model, device="cpu")
-    assert json.loads(report_path(model).read_bytes()) == report
-    assert read_report(model, engine.sha256) == report
+    assert Report.load(report_path(model)) == report
+    assert report.model.sha256 == engine.sha256
+    assert read_report(model, engine.sha256) == report.to_json()
     assert read_report(model, "0" * 64) is None
 
 
 def test_the_figures_follow_from_the_outcome_matrix(
-    evaluated: tuple[Path, dict[str, Any]],
+    evaluated: tuple[Path, Report],
 ) -> None:
     _, report = evaluated
-    matrix = report["outcomes"]["model"]
+    table = report.to_json()
+    matrix = table["outcomes"]["model"]
     clean = np.array([c == "1" for c in matrix["clean"]])
-    assert report["clean_accuracy"]["value"] == clean.mean()
-    threats = {attack["name"]: attack["threat"] for attack in report["attacks"]}
-    for row in report["robust_accuracy"]:
-        for threat in ("transfer", "white_box", "all"):
+    assert report.clean_accuracy.value == clean.mean()
+    threats = {attack["name"]: attack["threat"] for attack in table["attacks"]}
+    for eps, row in report.robust_accuracy.items():
+        rates = {"transfer": row.transfer, "white_box": row.white_box, "all": row.all}
+        values = {}
+        for threat, rate in rates.items():
             robust = clean.copy()
             for entry in matrix["survived"]:
-                if entry["eps"] == row["eps"] and threat in ("all", threats[entry["attack"]]):
+                if entry["eps"] == eps and threat in ("all", threats[entry["attack"]]):
                     robust &= np.array([c != "0" for c in entry["images"]])
-            assert row[threat]["value"] == robust.mean()
-        assert row["all"]["value"] <= min(row["transfer"]["value"], row["white_box"]["value"])
-        assert row["transfer"]["value"] <= min(
-            row["transfer"]["float"], row["transfer"]["delivered"]
-        )
+            assert rate is not None
+            assert rate.value == robust.mean()
+            assert rate.value <= min(rate.as_float, rate.as_uint8)
+            values[threat] = rate.value
+        assert values["all"] <= min(values["transfer"], values["white_box"])
 
 
-def test_attacks_bite_and_more_eps_bites_more(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_attacks_bite_and_more_eps_bites_more(evaluated: tuple[Path, Report]) -> None:
     _, report = evaluated
-    small, large = report["robust_accuracy"]
-    assert large["all"]["value"] < small["all"]["value"] < report["clean_accuracy"]["value"]
+    small, large = (report.robust_accuracy[eps].all for eps in EPS)
+    assert small is not None
+    assert large is not None
+    assert large.value < small.value < report.clean_accuracy.value
 
 
-def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, dict[str, Any]]) -> None:
-    _, report = evaluated
-    schema = report_schema()
+def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, Report]) -> None:
+    report, schema = evaluated[1].to_json(), report_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
     assert len(report["gates"]) == 14
@@ -86,9 +93,9 @@ def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, dict[str, Any]]) 
         jsonschema.validate(report | {"verdict": "FINE"}, schema)
 
 
-def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
     model, report = evaluated
-    assert report["verdict"] in page_path(model).read_text(encoding="utf-8")
+    assert report.verdict in page_path(model).read_text(encoding="utf-8")
     folder = model.with_name("model.report")
     assert {"curves.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
     assert not list(model.parent.glob(".*.part"))
@@ -100,30 +107,39 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     def trained(*_: object) -> None:
         raise AssertionError("surrogates were asked for")
 
-    monkeypatch.setattr("verification.config.surrogates", trained)
-    asked = Evaluation(model=tiny_model, run=tiny_run, eps=EPS, images=8)
-    for wrong, words in (
-        (replace(asked, against=tmp_path / "none.onnx"), "no model"),
-        (replace(asked, url="http://127.0.0.1:9"), "no answer"),
-        (replace(asked, at_eps=0.5), "--at-eps"),
-        (replace(asked, model=tmp_path / "no" / "model.onnx"), "no model"),
-    ):
+    monkeypatch.setattr("verification.context.surrogates", trained)
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"against": tmp_path / "none.onnx"}, "no model"),
+        ({"url": "http://127.0.0.1:9"}, "no answer"),
+        ({"at_eps": 0.5}, "`at_eps` 0.5; expected one of `eps` 0.03,0.3"),
+        ({"at_eps": 0.5, "eps": ()}, "`at_eps` 0.5; expected one of 0.05, 0.1, 0.15"),
+        ({"model": tmp_path / "no" / "model.onnx"}, "no model"),
+        ({"preset": "slow"}, "preset 'slow'; expected quick"),
+        ({"norm": "l1"}, "norm 'l1'"),
+        ({"norm": "l2", "eps": ()}, "`norm` l2 without `eps`"),
+        ({"norm": "l2", "url": "http://127.0.0.1:9"}, "`url` with `norm` l2"),
+        ({"eps": (0.1, 1.5)}, "`eps` 0.1,1.5"),
+        ({"images": 0}, "`images` 0"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"labels": "labels.txt"}, "without `data`"),
+    )
+    right = {"model": tiny_model, "run": tiny_run, "eps": EPS, "images": 8}
+    for change, words in wrong:
         with pytest.raises(UserError, match=words):
-            verify(wrong)
+            verify(**(right | change))  # type: ignore[arg-type]
     assert not report_path(tiny_model).exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_same_seed_same_report(
-    evaluated: tuple[Path, dict[str, Any]],
+    evaluated: tuple[Path, Report],
     tiny_run: Path,
     cache: Path,
 ) -> None:
     model, first = evaluated
     shutil.rmtree(cache / "attacks")  # nothing is remembered
-    again = verify(Evaluation(model=model, run=tiny_run, eps=EPS))
-    del again["run"]
-    assert again == {key: value for key, value in first.items() if key != "run"}
+    again = verify(model, run=Run(tiny_run), eps=EPS, device="cpu")
+    assert again.to_json() | {"run": None} == first.to_json() | {"run": None}
 
 
 def test_without_the_run_the_white_box_is_not_run(
@@ -132,11 +148,19 @@ def test_without_the_run_the_white_box_is_not_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("verification.gradients._from_file", lambda *_: None)
     shutil.copy(tiny_model, "model.onnx")
-    report = verify(Evaluation(model=Path("model.onnx"), eps=(0.1,), images=32))
-    assert report["verdict"] == "INCONCLUSIVE"
-    assert report["robust_accuracy"][0]["white_box"] is None
-    assert report["control"]["what"] == "surrogate-standard-3"
-    assert report["clean_accuracy"]["n"] == 32
+    noise = presets.suite(Variant(preset="quick", classes=10), [], [0.1])[0]
+    more = replace(noise, name="more noise")
+    report = verify("model.onnx", eps=[0.1], images=32, attacks=[more])
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.robust_accuracy[0.1].white_box is None
+    assert report.control is not None
+    assert report.control.what == "surrogate-standard-3"
+    assert report.clean_accuracy.n == 32
+    assert report.robust_accuracy[0.1].all is not None
+    assert "more noise" in report.robust_accuracy[0.1].all.attacks
+    assert replay(report_path(Path("model.onnx"))).differences == []
+    with pytest.raises(UserError, match="two attacks of one name"):
+        verify("model.onnx", eps=[0.1], images=32, attacks=[noise])
 
 
 def test_the_matching_run_under_runs_is_found(
@@ -226,17 +250,20 @@ def test_another_model_is_compared_image_by_image(
     model, other = tmp_path / "model.onnx", tmp_path / "standard.onnx"
     shutil.copy(tiny_model, model)
     export(Run.open_finished(tiny_run), other, which="standard")
-    asked = Evaluation(model=model, run=tiny_run, against=other, eps=(0.2,), images=48)
-    report = verify(asked)
-    against = report["against"]
-    assert against["sha256"] == Engine(other, device="cpu").sha256
-    rows = {row["what"]: row for row in against["comparison"]}
+    report = verify(model, run=tiny_run, against=other, eps=[0.2], images=48, device="cpu")
+    against, control = report.against, report.control
+    assert against is not None
+    assert control is not None
+    assert against.sha256 == Engine(other, device="cpu").sha256
+    rows = {row.what: row for row in against.comparison}
     assert set(rows) == {"clean", "transfer"}  # its weights are not at hand: no white-box
-    row = rows["transfer"]
-    assert row["this"] - row["other"] == pytest.approx((row["only_this"] - row["only_other"]) / 48)
     # The control is the same standard model, so it met the same transfer attacks.
-    control = report["control"]["robust_accuracy"][0]["transfer"]["value"]
-    assert row["other"] == control
+    held, this = (each.robust_accuracy[0.2].transfer for each in (control, report))
+    assert held == against.robust_accuracy[0.2].transfer
+    assert held is not None
+    assert this is not None
+    row = rows["transfer"]
+    assert this.value - held.value == pytest.approx((row.only_this - row.only_other) / 48)
 
 
 def test_gradients_come_from_the_file_itself_where_they_can(

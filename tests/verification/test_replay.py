@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import numpy as np
@@ -16,24 +15,22 @@ from dverge_serve.engine.report_reader import read_report, report_path, report_s
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.verification.conftest import EPS
-from verification.config import Evaluation
-from verification.pipeline import verify
+from verification import Report, verify
 from verification.replay import replay
 
 pytestmark = pytest.mark.usefixtures("short")
 
 
-def test_a_replay_finds_every_figure_again(
-    evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    model, report = evaluated
+def test_a_replay_finds_every_figure_again(evaluated: tuple[Path, Report], tmp_path: Path) -> None:
+    model, written = evaluated
+    report = written.to_json()
     found = replay(report_path(model))
     assert found.differences == []
     assert found.images > 1000
     assert found.figures > 200
     shutil.copy(model, tmp_path)
     shutil.copytree(model.parent / "model.report", tmp_path / "model.report")
-    changed = json.loads(json.dumps(report))
+    changed = written.to_json()
     changed["robust_accuracy"][0]["transfer"]["value"] += 1 / 64
     (tmp_path / "model.report.json").write_text(json.dumps(changed))
     (difference,) = replay(tmp_path / "model.report.json").differences
@@ -46,7 +43,7 @@ def test_a_replay_finds_every_figure_again(
     arrays = dict(np.load(kept.parent / "000.npz"))
     arrays["delivered"][0] = 120
     np.savez_compressed(kept.parent / "000.npz", **arrays)
-    changed = json.loads(json.dumps(report))
+    changed = written.to_json()
     changed["evidence"]["adversarial"][0]["sha256"] = sha256((kept.parent / "000.npz").read_bytes())
     (tmp_path / "model.report.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="1 images of 'noise' lie outside"):
@@ -66,14 +63,15 @@ def test_a_model_that_gives_no_numbers_gets_its_report_all_the_same(
     broken[0] = np.nan
     weights.CopyFrom(onnx.numpy_helper.from_array(broken, weights.name))
     onnx.save(graph, tmp_path / "model.onnx")
-    asked = Evaluation(model=tmp_path / "model.onnx", run=tiny_run, eps=EPS, images=32)
-    report = verify(asked)
-    jsonschema.validate(report, report_schema())
-    assert report["verdict"] == "INVALID"
-    assert next(gate["name"] for gate in report["gates"] if gate["passed"] is False) == "finite"
-    assert report["disagreement"]["threshold"] is None
-    assert read_report(asked.model, report["model"]["sha256"]) == report
-    assert replay(report_path(asked.model)).differences == []
+    model = tmp_path / "model.onnx"
+    report = verify(model, run=tiny_run, eps=EPS, images=32, device="cpu")
+    table = report.to_json()
+    jsonschema.validate(table, report_schema())
+    assert report.verdict == "INVALID"
+    assert next(gate.name for gate in report.gates if gate.passed is False) == "finite"
+    assert table["disagreement"]["threshold"] is None
+    assert read_report(model, report.model.sha256) == table
+    assert replay(report_path(model)).differences == []
 
 
 def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
@@ -85,14 +83,13 @@ def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
     monkeypatch.setattr("verification.live.Service.scores", lambda *_: None)
     monkeypatch.setattr("verification.pipeline.attack_service", gone)
     shutil.copy(tiny_model, tmp_path / "model.onnx")
-    asked = Evaluation(
-        model=tmp_path / "model.onnx", run=tiny_run, eps=EPS, images=32, url="http://somewhere"
-    )
+    model, url = tmp_path / "model.onnx", "http://somewhere"
     with pytest.raises(UserError, match=r"no answer from somewhere.*has all the rest"):
-        verify(asked)
-    report = json.loads(report_path(asked.model).read_bytes())
-    assert "no answer" in report["live"]["error"]
-    assert report["robust_accuracy"][0]["white_box"]
+        verify(model, run=tiny_run, eps=EPS, images=32, url=url, device="cpu")
+    report = Report.load(report_path(model))
+    assert report.live is None
+    assert "no answer" in (report.live_error or "")
+    assert report.robust_accuracy[EPS[0]].white_box
 
 
 def test_a_foreign_classifier_gets_a_whole_report(
@@ -103,24 +100,25 @@ def test_a_foreign_classifier_gets_a_whole_report(
     for name in ("one", "two"):
         shutil.copytree(tiny_run, tmp_path / "surrogates" / name)
     report = verify(
-        Evaluation(
-            model=tmp_path / "foreign.onnx",
-            labels=str(tmp_path / "labels.txt"),
-            data="digits",
-            surrogates=tmp_path / "surrogates",
-            eps=(0.2,),
-            images=32,
-        )
+        tmp_path / "foreign.onnx",
+        labels=tmp_path / "labels.txt",
+        data="digits",
+        surrogates=tmp_path / "surrogates",
+        eps=[0.2],
+        images=32,
+        device="cpu",
     )
-    jsonschema.validate(report, report_schema())
-    assert report["verdict"] == "INCONCLUSIVE"
-    assert report["robust_accuracy"][0]["white_box"] is None
-    assert report["robust_accuracy"][0]["transfer"]["value"] < report["clean_accuracy"]["value"]
-    assert {"what": "white-box attacks", "why": "no weights to take gradients from"} in report[
-        "left_out"
-    ]
-    # What it was trained on is not known: the alarm stands on test images that are not attacked.
-    assert not report["data"]["training_known"]
-    assert report["disagreement"]["calibration_images"] == 360 - 32
+    table = report.to_json()
+    jsonschema.validate(table, report_schema())
+    assert report.verdict == "INCONCLUSIVE"
+    row = report.robust_accuracy[0.2]
+    assert row.white_box is None
+    assert row.transfer is not None
+    assert row.transfer.value < report.clean_accuracy.value
+    left_out = {"what": "white-box attacks", "why": "no weights to take gradients from"}
+    assert left_out in table["left_out"]
+    # Its training data is unknown: the alarm is calibrated on test images that are not attacked.
+    assert not table["data"]["training_known"]
+    assert table["disagreement"]["calibration_images"] == 360 - 32
     again = replay(tmp_path / "foreign.report.json")
     assert again.differences == []

@@ -1,21 +1,20 @@
-"""What the plots show: regions around images, and images that fool the model."""
+"""The report's plots: accuracy curves, matrices, decision regions, images that fool the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from dverge_serve.engine.card import Card
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.seeds import generator
 from verification.attacks.outcomes import Outcomes, Scorer
 from verification.report import plots
+from verification.report.report import Report
 
 SHOWN = 6
 AROUND = 3  # images with decision regions
@@ -23,8 +22,8 @@ POINTS = 41
 
 
 def illustrate(
-    report: dict[str, Any],
-    card: Card,
+    report: Report,
+    labels: Sequence[str],
     engine: Scorer,
     members: Sequence[nn.Module] | None,
     split: Split,
@@ -34,32 +33,28 @@ def illustrate(
 
     Args:
         report: the figures.
-        card: of the model.
+        labels: class names.
         engine: scores images.
         members: for the gradient of the decision regions; None leaves those out.
         split: the test images.
         outcome: of the model, with the worst images.
     """
-    found = {"curves": plots.curves(report)}
-    if report["members"] and (maps := plots.heat_maps(report["members"])):
+    found, eps = {"curves": plots.curves(report)}, max(report.robust_accuracy)
+    matrices = report.to_json()["members"]
+    if matrices and (maps := plots.heat_maps(matrices)):
         found["matrices"] = maps
+    truth = split.labels.cpu().numpy()
     right = np.flatnonzero(outcome.clean)[:AROUND]
-    if members is not None and len(right):
-        reach = 2 * max(report["threat_model"]["eps"])
-        if report["threat_model"]["norm"] == "Linf":
-            answers = plane(engine, members, split.take(torch.from_numpy(right)), reach)
-            truth = split.labels.cpu().numpy()[right].tolist()
-            found["regions"] = plots.regions(answers, reach, card.labels, truth)
-    for (eps, _), pixels in sorted(outcome.worst.items(), key=lambda item: item[0]):
-        scores = engine.run_all(pixels.astype(np.float32) / np.float32(255))
-        labels = split.labels.cpu().numpy()
-        fooled = np.flatnonzero(outcome.clean & (scores.predictions != labels))[:SHOWN]
-        if len(fooled) == min(SHOWN, len(labels)) or (
-            len(fooled) and eps == max(report["threat_model"]["eps"])
-        ):
-            told = [(card.labels[labels[at]], card.labels[scores.predictions[at]]) for at in fooled]
+    if members is not None and len(right) and report.norm == "Linf":
+        answers = plane(engine, members, split.take(torch.from_numpy(right)), 2 * eps)
+        found["regions"] = plots.regions(answers, 2 * eps, labels, truth[right].tolist())
+    for (radius, _), pixels in sorted(outcome.worst.items(), key=lambda item: item[0]):
+        answered = engine.run_all(pixels.astype(np.float32) / np.float32(255)).predictions
+        fooled = np.flatnonzero(outcome.clean & (answered != truth))[:SHOWN]
+        if len(fooled) == min(SHOWN, len(truth)) or (len(fooled) and radius == eps):
+            told = [(labels[truth[at]], labels[answered[at]]) for at in fooled]
             clean = split.images.cpu().numpy()[fooled]
-            found["pictures"] = plots.pictures(clean, pixels[fooled], told, eps)
+            found["pictures"] = plots.pictures(clean, pixels[fooled], told, radius)
             break
     return found
 
@@ -67,7 +62,7 @@ def illustrate(
 def plane(
     engine: Scorer, members: Sequence[nn.Module], split: Split, reach: float
 ) -> npt.NDArray[np.int64]:
-    """Return what everybody answers on a plane through each image.
+    """Return the answers of members and ensemble on a plane through each image.
 
     The plane is spanned by the sign of the ensemble's gradient (of the cross-entropy) and a
     random direction of signs: a point `(a, b)` changes no pixel by more than `|a| + |b|`.

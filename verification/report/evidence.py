@@ -22,17 +22,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def evidence_folder(model: Path) -> Path:
-    """Return where the evidence about `model` lies: `model.onnx` has `model.report/`."""
+    """Return the folder of evidence about `model`: `model.onnx` has `model.report/`."""
     return model.with_name(f"{model.stem}.report")
 
 
 class Gathering:
-    """Evidence while it is gathered, in a folder of its own that takes the final name at the end.
+    """Writer of the evidence, into a temporary folder that is renamed at the end.
 
     Args:
         folder: the final folder.
-        split: the clean images and labels that all else is a change of.
-        holdout: the clean images that the alarm is calibrated on.
+        split: the clean images and labels; adversarial images are stored as changes of them.
+        holdout: the clean images that calibrate the alarm.
     """
 
     def __init__(self, folder: Path, split: Split, holdout: Split) -> None:
@@ -40,7 +40,7 @@ class Gathering:
         self.part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         self._images = split.images.cpu().numpy()
         for left in folder.parent.glob(f".{folder.name}.*.part"):
-            if not _alive(left):  # by a run that was killed
+            if not _alive(left):  # a run was killed
                 shutil.rmtree(left, ignore_errors=True)
         (self.part / "adversarial").mkdir(parents=True)
         images = {
@@ -65,7 +65,7 @@ class Gathering:
         Args:
             attack: its name.
             eps: its radius.
-            halves: the float images' changes.
+            halves: changes of the float images.
             delivered: the 8-bit images; kept as int8 changes where those fit.
         """
         name = f"adversarial/{len(self.index['adversarial']):03d}.npz"

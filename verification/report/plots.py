@@ -10,12 +10,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from verification.attacks.outcomes import Pixels
+from verification.report.report import Accuracies, Report
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 # Told apart by hue and by lightness, in print too; each line is labelled where it ends.
@@ -37,29 +37,28 @@ STYLE: Any = {
 }
 
 
-def curves(report: dict[str, Any]) -> bytes:
+def curves(report: Report) -> bytes:
     """Return accuracy against eps with Wilson intervals, the model's and the control's."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(6.4, 3.6)
-        lines = {name: (report, name) for name in ("transfer", "white_box")}
-        if report["control"]:
-            lines["control"] = (report["control"], "transfer")
+        figure = _figure(6.4, 3.6)
+        axes = figure.add_subplot()
+        lines: dict[str, tuple[Accuracies, str]] = {
+            name: (report, name) for name in ("transfer", "white_box")
+        }
+        if report.control:
+            lines["control"] = (report.control, "transfer")
         ends = []
-        for name, (source, threat) in lines.items():
-            points = [(0.0, source["clean_accuracy"])] + [
-                (row["eps"], row[threat])
-                for row in source["robust_accuracy"]
-                if row[threat] is not None
-            ]
+        for name, (found, threat) in lines.items():
+            robust = {eps: getattr(row, threat) for eps, row in found.robust_accuracy.items()}
+            points = {0.0: found.clean_accuracy} | {e: rate for e, rate in robust.items() if rate}
             if len(points) < 2:
                 continue
-            x = [eps for eps, _ in points]
+            x, rates = list(points), points.values()
             colour = COLOURS[name]
             dashes = "--" if name == "control" else "-"
-            value = [100 * rate["value"] for _, rate in points]
+            value = [100 * rate.value for rate in rates]
             axes.plot(x, value, dashes, color=colour, marker="o", markersize=4, linewidth=1.8)
-            low = [100 * rate["low"] for _, rate in points]
-            high = [100 * rate["high"] for _, rate in points]
+            low, high = [100 * rate.low for rate in rates], [100 * rate.high for rate in rates]
             axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             ends.append([value[-1], value[-1], x[-1], name])
         _spread(ends, apart=7.0)
@@ -75,7 +74,7 @@ def curves(report: dict[str, Any]) -> bytes:
             )
         axes.set_ylim(0, 102)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"eps ({report['threat_model']['norm']}, pixels from 0 to 1)")
+        axes.set_xlabel(f"eps ({report.norm}, pixels from 0 to 1)")
         axes.set_ylabel("images answered rightly, %")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -85,7 +84,7 @@ def curves(report: dict[str, Any]) -> bytes:
 def heat_maps(members: dict[str, Any]) -> bytes | None:
     """Return the transferability and the diversity matrix, every cell with its number.
 
-    None where neither says anything: a single member, no image that all of them get right.
+    None where neither exists: a single member, no image that all of them get right.
     """
     with mpl.rc_context(STYLE):
         maps = []
@@ -104,8 +103,7 @@ def heat_maps(members: dict[str, Any]) -> bytes | None:
             maps.append(("Diversity of two members\n(nats, more is better)", pairs, False))
         if not maps:
             return None
-        figure = Figure(figsize=(3.5 * len(maps), 3.4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(3.5 * len(maps), 3.4)
         for at, (title, values, ensemble) in enumerate(maps):
             axes = figure.add_subplot(1, len(maps), at + 1)
             top = 1.0 if ensemble else float(np.nanmax(values)) or 1.0
@@ -130,7 +128,7 @@ def heat_maps(members: dict[str, Any]) -> bytes | None:
 def regions(
     answers: npt.NDArray[np.int64], reach: float, labels: Sequence[str], truth: Sequence[int]
 ) -> bytes:
-    """Return decision regions around images, as the paper's figure 1 draws them.
+    """Return decision regions around images, as in the paper's figure 1.
 
     Args:
         answers: class indices `[images, members + 1, points, points]`, the ensemble last; the
@@ -144,9 +142,7 @@ def regions(
         shown, places = np.unique(answers, return_inverse=True)
         places = places.reshape(answers.shape)
         lines = -(-len(shown) // columns)
-        size = (1.65 * columns, 1.75 * rows + 0.3 + 0.18 * lines)
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(1.65 * columns, 1.75 * rows + 0.3 + 0.18 * lines)
         tab = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
         colours = [tab[(2 * at) % 20 + (2 * at >= 20)] for at in range(len(shown))]
         extent = (-reach, reach, -reach, reach)
@@ -189,13 +185,12 @@ def pictures(
 
     Args:
         clean, adversarial: uint8 `[n, C, H, W]`.
-        told: what the model says of each, before and after.
+        told: the model's answers to each, before and after.
         eps: radius; the difference is stretched so that eps is black or white.
     """
     with mpl.rc_context(STYLE):
         count = len(clean)
-        figure = Figure(figsize=(1.2 * count + 0.6, 4.1), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(1.2 * count + 0.6, 4.1)
         change = (adversarial.astype(float) - clean) / (255 * eps) / 2 + 0.5
         for row, (name, stack) in enumerate(
             (("clean", clean / 255), ("attacked", adversarial / 255), ("difference", change))
@@ -216,10 +211,8 @@ def pictures(
         return _png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _spread(ends: list[list[Any]], apart: float) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 from verification.report import plots
-from verification.report.page import page, summary
+from verification.report.page import page
+from verification.report.report import Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -21,7 +25,7 @@ def rate(value: float) -> dict[str, Any]:
     return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": 100}
 
 
-def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.onnx") -> Any:
+def table(verdict: str = "VALID", white_box: bool = True, name: str = "model.onnx") -> Any:
     attacks = {"noise": 0.9}
     held = (
         rate(0.7)
@@ -40,6 +44,7 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
             "name": "<script>alert(1)</script>",
             "members": 3,
             "precision": "fp32",
+            "weights_sha256": "4" * 64,
             "gradients": "run",
         },
         "threat_model": {"norm": "Linf", "eps": [0.1]},
@@ -56,6 +61,9 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
         "control": {"what": "own", "clean_accuracy": rate(0.95), "robust_accuracy": [row]},
         "against": {
             "file": "other.onnx",
+            "sha256": "5" * 64,
+            "clean_accuracy": rate(0.93),
+            "robust_accuracy": [row],
             "comparison": [
                 {"what": "clean", "eps": 0.0, "only_this": 3, "only_other": 1, "p_value": 0.625}
             ],
@@ -113,6 +121,10 @@ def report(verdict: str = "VALID", white_box: bool = True, name: str = "model.on
     }
 
 
+def shown(*, pictures: Mapping[str, bytes] | None = None, **changes: Any) -> str:
+    return page(Report.from_json(table() | changes), pictures or {}).decode()
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +135,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_fetches_and_runs_nothing_and_its_policy_says_so() -> None:
-    text = page(report(), {"curves": PNG}).decode()
+    text = shown(pictures={"curves": PNG})
     tags = Tags()
     tags.feed(text)
     names = {tag for tag, _ in tags.seen}
@@ -145,7 +157,7 @@ def test_the_page_fetches_and_runs_nothing_and_its_policy_says_so() -> None:
 
 
 def test_names_are_never_markup() -> None:
-    text = page(report(name="<b>&.onnx"), {}).decode()
+    text = shown(**table(name="<b>&.onnx"))
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "<b>" not in text
@@ -154,15 +166,34 @@ def test_names_are_never_markup() -> None:
 
 @pytest.mark.parametrize("verdict", ["VALID", "INCONCLUSIVE", "INVALID"])
 def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
-    text = page(report(verdict), {}).decode()
+    text = shown(verdict=verdict)
     body = text[text.index("<main>") :]
     assert body.index(f"<strong>{verdict}</strong>") < body.index("<h2>")
     assert "Not passed: parity." in body
 
 
 def test_plain_words_say_what_was_not_measured() -> None:
-    assert any("70.0%" in line and "weights" in line for line in summary(report()))
-    assert any("was not measured" in line for line in summary(report(white_box=False)))
+    assert "holds the model's weights leaves 70.0%" in unescape(shown())
+    assert "was not measured" not in shown()
+    assert "with the weights could do was not measured" in shown(**table(white_box=False))
+    assert "every pixel by up to 10% of the pixel range" in " ".join(shown().split())
+    l2 = shown(threat_model={"norm": "L2", "eps": [0.1]})
+    assert "the image by up to 0.1 in L2 length" in l2
+
+
+def test_a_figure_that_the_page_expects_and_is_not_there_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="threshold"):
+        shown(disagreement={"alarm": []})
+
+
+def test_an_attack_that_skips_broken_images_is_counted_among_those_it_ran_on() -> None:
+    lines = [
+        {"attack": "noise", "eps": 0.1, "version": version, "images": images}
+        for version, images in (("float", "11-0"), ("delivered", "10-1"))
+    ]
+    assert '<td class="n">1 of 3</td>' in shown(outcomes={"model": {"survived": lines}})
+    whole = [line | {"images": "1101"} for line in lines]
+    assert '<td class="n">90.0</td>' in shown(outcomes={"model": {"survived": whole}})
 
 
 def test_the_live_service_is_told_in_words() -> None:
@@ -177,7 +208,7 @@ def test_the_live_service_is_told_in_words() -> None:
         "transfer": rate(0.5),
         "square": {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17},
     }
-    text = page(report() | {"live": live}, {}).decode()
+    text = shown(live=live)
     for said in (
         "ANOTHER model file",
         "label: index, label",
@@ -185,14 +216,14 @@ def test_the_live_service_is_told_in_words() -> None:
         "broke 1 of 5 images in 17 queries, 9 an image at most",
     ):
         assert said in text
-    assert "{&#x27;" not in text
-    gone = page(report() | {"live": {"error": "no answer from <host>"}}, {}).decode()
+    assert "{&#39;" not in text
+    gone = shown(live={"error": "no answer from <host>"})
     assert "It stopped answering: no answer from &lt;host&gt;" in gone
 
 
 def test_a_table_scrolls_by_keyboard_and_names_its_rows() -> None:
     tags = Tags()
-    tags.feed(page(report(), {}).decode())
+    tags.feed(shown())
     boxes = [found for tag, found in tags.seen if found.get("class") == "wide"]
     assert boxes
     assert all(found["tabindex"] == "0" and found["aria-label"] for found in boxes)
@@ -207,10 +238,10 @@ def test_what_says_nothing_is_not_drawn() -> None:
 
 
 def test_plots_are_pictures() -> None:
-    told = report()
+    told = Report.from_json(table())
     assert plots.curves(told).startswith(PNG)
     assert plots.curves(told) == plots.curves(told)
-    maps = plots.heat_maps(told["members"])
+    maps = plots.heat_maps(table()["members"])
     assert maps is not None
     assert maps.startswith(PNG)
     answers = np.zeros((2, 3, 5, 5), np.int64)

@@ -1,0 +1,196 @@
+"""The context of a verification: model, gradients, data, surrogates and attack suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dverge_serve.engine.card import Card
+from dverge_serve.engine.report_reader import report_path
+from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
+from dverge_serve.files import check_writable
+from dverge_serve.progress import say
+from export.published_checkpoint import read_labels
+from training.config import DOWNLOADED, EMBEDDED, Config, Data
+from training.data.splits import Split, TrainingData, load_rest, load_test, load_training
+from training.device import pick_device
+from training.recipe import data_overrides
+from verification.attacks import autoattack as reference
+from verification.attacks import presets
+from verification.attacks.attack import Attack
+from verification.attacks.presets import Variant
+from verification.attacks.skip_gradient import residual_ends
+from verification.config import VerificationConfig
+from verification.foreign_model import ForeignEngine
+from verification.gradients import Gradients, find_gradients
+from verification.live import Service
+from verification.surrogates import KINDS, Surrogate, given_surrogates, surrogate_config, surrogates
+
+CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Everything a verification works with, found and loaded."""
+
+    config: VerificationConfig
+    device: torch.device
+    engine: Engine | ForeignEngine
+    gradients: Gradients | None
+    training: Config  # of the model, pointed at the data to use now; surrogates follow it
+    data: TrainingData
+    split: Split  # test images
+    holdout: Split  # calibrates the alarm; no training saw it
+    training_known: bool  # whether `data` is what the model was trained on
+    eps: tuple[float, ...]
+    surrogates: Sequence[Surrogate]
+    suite: Sequence[Attack]
+    left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
+    against: Engine | None
+    service: Service | None
+
+
+def find_context(config: VerificationConfig) -> Context:
+    """Find gradients, data, surrogates and attack suite; train the surrogates that are missing.
+
+    Whatever can be refused is refused before anything is trained.
+
+    Raises:
+        UserError: no such model, no data for it, data with other classes, a folder that cannot be
+            written, a service that does not answer.
+    """
+    device = config.device
+    if not isinstance(device, torch.device):
+        device = pick_device(device)
+    engine: Engine | ForeignEngine
+    gradients = None
+    if config.labels is not None:
+        if config.data is None:
+            raise UserError("a foreign classifier without `data`", "the images it is made for")
+        engine = ForeignEngine(config.model, read_labels(config.labels, None), config.data)
+    else:
+        engine = Engine(config.model, device="cpu")
+        gradients = find_gradients(
+            engine.card, config.model, run=config.run, checkpoint=config.checkpoint, device=device
+        )
+        if gradients is None:
+            say("no weights of this model were found: no white-box attacks. Give --run DIR")
+    check_writable(report_path(config.model))
+    training = training_config(engine.card, gradients, config.data)
+    eps = tuple(sorted(set(config.eps or training.verification.eps)))
+    if config.at_eps is not None and config.at_eps not in eps:
+        raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
+    against = _opponent(config.against, engine.card)
+    data = load_training(training.data)
+    attacked = training.data
+    if config.images is not None:
+        attacked = replace(attacked, test_limit=config.images)
+    split = _test_split(attacked, engine.card).to(device)
+    known = engine.card.training.get("train_sha256") == data.train.sha256
+    holdout = data.holdout if known else load_rest(attacked)
+    service = _service(config, engine.card, split)
+    if config.surrogates is not None:
+        made = given_surrogates(config.surrogates, engine.card, device)
+    else:
+        made = surrogates(training, data, device, KINDS[config.preset])
+    variant = Variant(
+        preset=config.preset,
+        norm=config.norm,
+        classes=len(engine.card.labels),
+        skips=all(residual_ends(surrogate.members) for surrogate in made),
+        reference=reference.available(),
+    )
+    suite = [
+        *presets.suite(variant, [surrogate.name for surrogate in made], eps),
+        *config.attacks,
+    ]
+    if len({attack.name for attack in suite}) < len(suite):
+        raise UserError("two attacks of one name", "names that the preset does not use")
+    return Context(
+        config=config,
+        device=device,
+        engine=engine,
+        gradients=gradients,
+        training=training,
+        data=data,
+        split=split,
+        holdout=holdout.take(slice(0, CALIBRATION_IMAGES)),
+        training_known=known,
+        eps=eps,
+        surrogates=made,
+        suite=suite,
+        left_out=_left_out(config, variant, training, gradients),
+        against=against,
+        service=service,
+    )
+
+
+def _opponent(path: Path | None, card: Card) -> Engine | None:
+    if path is None:
+        return None
+    engine = Engine(path, device="cpu")
+    if engine.card.labels != card.labels or engine.card.input_shape != card.input_shape:
+        raise UserError(
+            f"{path} has other classes or another input",
+            "a model of the same images and labels",
+        )
+    return engine
+
+
+def _service(config: VerificationConfig, card: Card, split: Split) -> Service | None:
+    """Return the live service to attack, after a first answer from it."""
+    if config.url is None:
+        return None
+    service = Service(config.url, len(card.labels), config.requests, config.requests_a_second)
+    service.scores(split.images[:1].cpu().numpy())
+    return service
+
+
+def _left_out(
+    config: VerificationConfig, variant: Variant, training: Config, gradients: Gradients | None
+) -> list[dict[str, str]]:
+    """Return the parts of the preset that are not run, each with the reason."""
+    missing = presets.left_out(variant)
+    if config.surrogates is None:
+        missing |= {
+            f"surrogate {kind}": f"none of its kind for {training.architecture}"
+            for kind in KINDS[config.preset]
+            if surrogate_config(training, kind) is None
+        }
+    if gradients is None:
+        missing["white-box attacks"] = "no weights to take gradients from"
+    return [{"what": what, "why": why} for what, why in missing.items()]
+
+
+def training_config(card: Card, gradients: Gradients | None, data: str | None) -> Config:
+    """Return the settings a model was trained with, pointed at the data to use now.
+
+    Raises:
+        UserError: the data set is neither named nor one we can load by its name.
+    """
+    if gradients is not None and gradients.run is not None:
+        config = gradients.run.config
+    else:
+        table = {key: value for key, value in card.training.items() if key != "train_sha256"}
+        config = Config.from_json(table, "the model's metadata")
+    if data is not None:
+        config = config.overridden(data_overrides(data))
+    if config.data.name not in (*EMBEDDED, *DOWNLOADED) and not config.data.path:
+        raise UserError(
+            "no images to attack with", "the model's data", "give `data` FOLDER or `run` DIR"
+        )
+    return config
+
+
+def _test_split(data: Data, card: Card) -> Split:
+    labels, split = load_test(data)
+    if labels != card.labels:
+        raise UserError(
+            f"the data has {len(labels)} classes ({', '.join(labels[:3])}, ...)",
+            f"the model's {len(card.labels)} ({', '.join(card.labels[:3])}, ...)",
+        )
+    return split
