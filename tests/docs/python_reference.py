@@ -1,4 +1,4 @@
-"""The page of the Python interface: signatures, docstrings and fields of what the packages export."""
+"""The page of the Python interface: signatures, docstrings, fields of what packages export."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PACKAGES = ("training", "export", "verification", "dverge_serve")
 WIDTH = 88
 HEAD = """# Python
 
-The commands are thin: each calls one of these functions. Importing a package does not import torch; the
-first use of a name does. Functions print nothing and never exit the process: a mistake of the caller is
-a `dverge_serve.errors.UserError`, whose text is one line.
+The commands are thin: each calls one of these functions. Importing a package does not import
+torch; the first use of a name does. Functions print nothing and never exit the process: a mistake
+of the caller is a `dverge_serve.errors.UserError`, whose text is one line.
 
 ```python
 from dverge_serve import Engine
@@ -35,14 +35,14 @@ print(report.robust_accuracy[0.1].transfer.value)
 print(Engine("model.onnx").predict(["3.png"])[0].label)
 ```
 
-`run.ensemble()` is a `torch.nn.Module` from images in `[0,1]` to logits, so attack libraries take it as it
-is. What is on this page is public in the sense of [Versions](../versioning.md).
+`run.ensemble()` is a `torch.nn.Module` from images in `[0,1]` to logits, so attack libraries take
+it as it is. What is on this page is public in the sense of [Versions](../versioning.md).
 """
 
 
 def page() -> str:
     """Return the page, read from the packages' `__all__`."""
-    parts, shown = [HEAD], set()
+    parts, shown = [HEAD], set[int]()
     for package in PACKAGES:
         module = importlib.import_module(package)
         found = {name: getattr(module, name) for name in sorted(module.__all__)}
@@ -130,7 +130,7 @@ def _parameter(node: ast.arg, default: ast.expr | None) -> str:
     if default is None:
         return node.arg + kind
     equals = " = " if kind else "="
-    return f"{node.arg}{kind}{equals}{ast.unparse(default)}"
+    return node.arg + kind + equals + ast.unparse(default).replace("'", '"')
 
 
 def docstring(each: Any) -> str:
@@ -213,5 +213,3 @@ def comments_of(cls: Any) -> dict[str, str]:
             if words:
                 found[line.target.id] = words
     return found
-
-

@@ -69,9 +69,9 @@ def _help(command: Any, name: str) -> str:
 def recipes() -> str:
     """Return every key of a recipe with its default and its comment, and the recipes shipped."""
     parts = [
-        "# Recipes\n\nA recipe is a TOML file: `dverge train --recipe mine.toml`. `--set` changes any "
-        "key for one run:\n`--set dverge.epochs=10`. `dverge train --dry-run` prints the values "
-        "that a run would use.\n"
+        "# Recipes\n\nA recipe is a TOML file: `dverge train --recipe mine.toml`. `--set` changes "
+        "any key for one run:\n`--set dverge.epochs=10`. `dverge train --dry-run` prints the "
+        "values that a run would use.\n"
     ]
     for prefix, cls in _tables(training.config.Config, ""):
         text = (inspect.getdoc(cls) or "").strip()
@@ -80,7 +80,7 @@ def recipes() -> str:
         comments = comments_of(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]):
+            if dataclasses.is_dataclass(hints[field.name]) or field.name.startswith("_"):
                 continue
             key = f"{prefix}.{field.name}" if prefix else field.name
             default = "-" if field.default is dataclasses.MISSING else _toml(field.default)
@@ -143,10 +143,9 @@ def settings() -> str:
             words = escape(" ".join(str(text.value.value).split()))
             rows.append(f"| `DVERGE_{line.target.id.upper()}` | {shown} | {words} |")
     return (
-        "# Settings of the service\n\nThe service reads these environment variables when it starts. "
-        "It refuses to start with a value that it cannot\nuse, and names the variable.\n\n| variable | default | |\n|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n"
+        "# Settings of the service\n\nThe service reads these environment variables when it "
+        "starts. It refuses to start with a value that it\ncannot use, and names the variable."
+        "\n\n| variable | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 
@@ -156,7 +155,7 @@ def http() -> str:
     parts = [
         "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs, with the "
         "schemas, limits and examples of\nits configuration. If a token is set, every route needs "
-        "it, except those marked \"no token\".\n\n## Routes\n",
+        'it, except those marked "no token".\n\n## Routes\n',
         "| route | does | answers |\n|---|---|---|",
     ]
     for path, operations in document["paths"].items():
@@ -166,7 +165,10 @@ def http() -> str:
             parts.append(
                 f"| `{method.upper()} {path}` | {operation['summary']}{lock} | {statuses} |"
             )
-    parts.append("\n## One prediction\n\n`POST /predict` answers with one of these for each image, in order.\n")
+    parts.append(
+        "\n## One prediction\n\n`POST /predict` answers with one of these for each image, in "
+        "the order of the images.\n"
+    )
     parts.append("| field | shown under `DVERGE_EXPOSE` | kind |\n|---|---|---|")
     shown = {level: _prediction(level) for level in ("label", "scores", "full")}
     for name, schema in shown["full"].items():
@@ -175,8 +177,8 @@ def http() -> str:
         kind = schema["type"] + (f": {words}" if words else "")
         parts.append(f"| `{name}` | {levels} | {kind} |")
     parts.append(
-        "\n`suspicious` is present only if a report for exactly this model file, with a threshold, is "
-        "next to the file.\n"
+        "\n`suspicious` is present only if a report for exactly this model file, with a threshold, "
+        "is next to the file.\n"
         '\n## Errors\n\n`{"error": {"code": "...", "message": "..."}}`; under `/v2` the '
         "protocol's "
         'own `{"error": "..."}` with\nthe code in `X-Error-Code`.\n\n| status | codes |\n|---|---|'
