@@ -17,14 +17,13 @@ from typing import Any
 
 import typer
 
+import tests.docs.python_reference as python
 import training.config
 import training.recipe
 from dverge_serve.cli import app, run
 from dverge_serve.serving.openapi import openapi
 from dverge_serve.serving.responses import CODES
 from dverge_serve.serving.settings import Settings
-from tests.docs import python_reference
-from tests.docs.python_reference import comments_of, escape
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 WIDTH = 100
@@ -34,7 +33,7 @@ NOTE = "<!-- Made by `make reference` from the code; change it there. -->\n\n"
 def pages() -> dict[str, str]:
     """Return every reference page by its file's name."""
     made = {"cli.md": cli(), "recipes.md": recipes(), "http.md": http(), "settings.md": settings()}
-    made["python.md"] = python_reference.page()
+    made["python.md"] = python.page()
     return {name: NOTE + text for name, text in made.items()}
 
 
@@ -77,7 +76,7 @@ def recipes() -> str:
         text = (inspect.getdoc(cls) or "").strip()
         parts.append(f"## {f'`[{prefix}]`' if prefix else 'Top level'}\n\n{text}\n")
         parts.append("| key | kind | default | |\n|---|---|---|---|")
-        comments = comments_of(cls)
+        comments = python.comments_of(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]) or field.name.startswith("_"):
@@ -86,7 +85,7 @@ def recipes() -> str:
             default = "-" if field.default is dataclasses.MISSING else _toml(field.default)
             words = comments.get(field.name, "")
             kind = _kind(hints[field.name])
-            parts.append(f"| `{key}` | {kind} | {default} | {escape(words)} |")
+            parts.append(f"| `{key}` | {kind} | {default} | {python.escape(words)} |")
         parts.append("")
     parts.append("## The recipes that ship\n")
     for name in training.recipe.recipe_names():
@@ -140,7 +139,7 @@ def settings() -> str:
             assert isinstance(text.value, ast.Constant)
             default = getattr(Settings(), line.target.id)
             shown = f"`{default}`" if default not in ("", None) else "none"
-            words = escape(" ".join(str(text.value.value).split()))
+            words = python.escape(" ".join(str(text.value.value).split()))
             rows.append(f"| `DVERGE_{line.target.id.upper()}` | {shown} | {words} |")
     return (
         "# Settings of the service\n\nThe service reads these environment variables when it "
