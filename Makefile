@@ -31,10 +31,11 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
+# Ends with the 25 slowest tests, and the lines of the four packages that no test ran.
 test: install
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' --durations=25 --cov --cov-report=term
 
-# The help of every command, the keys of recipes, the routes: made from the code.
+# The help of every command, the keys of recipes, the routes, the Python API: from the code.
 reference: install
 	$(BIN)/python -m tests.docs.reference
 

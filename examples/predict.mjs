@@ -1,6 +1,6 @@
 // Classify image files with a DVERGE service, all in one request: node predict.mjs IMAGE...
-// DVERGE_URL names the service (http://localhost:3000), DVERGE_TOKEN its token.
-// Needs nothing but Node 18 or newer; predict() works in browsers as it is.
+// DVERGE_URL is the service's address (http://localhost:3000), DVERGE_TOKEN its token.
+// Needs only Node 18 or newer; predict() also works in browsers, unchanged.
 import { readFile } from "node:fs/promises";
 
 const ATTEMPTS = 5;
@@ -15,8 +15,8 @@ export async function predict(url, images, token) {
     const response = await fetch(`${url}/predict`, { method: "POST", headers, body, signal });
     if (response.ok) return (await response.json()).predictions;
     if (response.status !== 503 || attempt === ATTEMPTS) {
-      const ours = response.headers.get("content-type")?.startsWith("application/json");
-      if (!ours) throw new Error(`${response.status} ${response.statusText}`); // a proxy's own page
+      const isJson = response.headers.get("content-type")?.startsWith("application/json");
+      if (!isJson) throw new Error(`${response.status} ${response.statusText}`); // a proxy's own page
       const { error } = await response.json();
       throw new Error(`${error.code}: ${error.message}`);
     }

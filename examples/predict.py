@@ -1,6 +1,6 @@
 """Classify image files with a DVERGE service: python predict.py IMAGE...
 
-DVERGE_URL names the service (http://localhost:3000), DVERGE_TOKEN its token. Needs Python alone.
+DVERGE_URL is the address (http://localhost:3000), DVERGE_TOKEN the token. Needs only Python.
 """
 
 import http.client
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 ATTEMPTS = 5
 URL = urlsplit(os.environ.get("DVERGE_URL", "http://localhost:3000"))
-# The content decides what an image is; nobody need know its type.
+# The service finds the type of an image from its content.
 HEADERS = {"Content-Type": "application/octet-stream"}
 if token := os.environ.get("DVERGE_TOKEN"):
     HEADERS["Authorization"] = f"Bearer {token}"
@@ -37,7 +37,7 @@ def predict(connection: http.client.HTTPConnection, image: bytes) -> dict:
 
 
 def main(paths: list[str]) -> int:
-    """Print one line for each image; 1 if any was refused or nobody answered."""
+    """Print one line for each image; return 1 if one was refused or had no answer."""
     secure = URL.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(URL.hostname, URL.port, timeout=60)  # kept open for all of them

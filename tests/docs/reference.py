@@ -1,7 +1,7 @@
 """The reference pages of the documentation, made from the code: `python -m tests.docs.reference`.
 
 Each page is what the program itself says: the help of every command, the fields and comments of the
-configuration, the OpenAPI document.
+configuration, the OpenAPI document, the signatures and docstrings of the Python interface.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import io
-import tokenize
 import typing
 from collections.abc import Iterator
 from importlib import resources
@@ -19,6 +17,7 @@ from typing import Any
 
 import typer
 
+import tests.docs.python_reference as python
 import training.config
 import training.recipe
 from dverge_serve.cli import app, run
@@ -34,6 +33,7 @@ NOTE = "<!-- Made by `make reference` from the code; change it there. -->\n\n"
 def pages() -> dict[str, str]:
     """Return every reference page by its file's name."""
     made = {"cli.md": cli(), "recipes.md": recipes(), "http.md": http(), "settings.md": settings()}
+    made["python.md"] = python.page()
     return {name: NOTE + text for name, text in made.items()}
 
 
@@ -46,12 +46,16 @@ def cli() -> str:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         parts.append(f"## dverge {name}\n\n```\n{_help(command, f'dverge {name}')}\n```\n")
     parts.append(
-        "## Exit codes\n\n0 done (verification: VALID); 1 a demand not met (`--min-accuracy`, a "
-        "replay that differs, an export\nunlike its network); 2 a mistake of the user or the "
-        "environment, told in one line; 3 verification\nINCONCLUSIVE or INVALID, whatever was "
-        "demanded; 70 a bug of ours; 130 interrupted.\n\n"
-        "## Shell completion\n\n`dverge --install-completion` installs it for the shell it is "
-        "called from;\n`dverge --show-completion` prints it.\n"
+        "## Exit codes\n\n| code | means |\n|---|---|\n"
+        "| 0 | done; for a verification: VALID |\n"
+        "| 1 | a requirement is not met: `--min-accuracy`, a replay with other figures, an export "
+        "that differs from its network |\n"
+        "| 2 | a mistake of the user or a problem of the environment; one line says which |\n"
+        "| 3 | the verification is INCONCLUSIVE or INVALID, even if `--min-accuracy` is met |\n"
+        "| 70 | a bug in this project |\n"
+        "| 130 | interrupted |\n\n"
+        "## Shell completion\n\n`dverge --install-completion` installs completion for the current "
+        "shell;\n`dverge --show-completion` prints it.\n"
     )
     return "\n".join(parts)
 
@@ -64,15 +68,15 @@ def _help(command: Any, name: str) -> str:
 def recipes() -> str:
     """Return every key of a recipe with its default and its comment, and the recipes shipped."""
     parts = [
-        "# Recipes\n\nA recipe is a TOML file: `dverge train --recipe mine.toml`. Any key can be "
-        "changed for one run:\n`--set dverge.epochs=10`. `dverge train --dry-run` prints the "
-        "values a run would have.\n"
+        "# Recipes\n\nA recipe is a TOML file: `dverge train --recipe mine.toml`. `--set` changes "
+        "any key for one run:\n`--set dverge.epochs=10`. `dverge train --dry-run` prints the "
+        "values that a run would use.\n"
     ]
     for prefix, cls in _tables(training.config.Config, ""):
         text = (inspect.getdoc(cls) or "").strip()
         parts.append(f"## {f'`[{prefix}]`' if prefix else 'Top level'}\n\n{text}\n")
         parts.append("| key | kind | default | |\n|---|---|---|---|")
-        comments = _comments(cls)
+        comments = python.comments_of(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]) or field.name.startswith("_"):
@@ -81,7 +85,7 @@ def recipes() -> str:
             default = "-" if field.default is dataclasses.MISSING else _toml(field.default)
             words = comments.get(field.name, "")
             kind = _kind(hints[field.name])
-            parts.append(f"| `{key}` | {kind} | {default} | {_text(words)} |")
+            parts.append(f"| `{key}` | {kind} | {default} | {python.escape(words)} |")
         parts.append("")
     parts.append("## The recipes that ship\n")
     for name in training.recipe.recipe_names():
@@ -97,31 +101,6 @@ def _tables(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _tables(hint, f"{prefix}.{name}" if prefix else name)
 
 
-def _comments(cls: Any) -> dict[str, str]:
-    """Return the comment of each field: the lines above it, then the rest of its own line."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        source = inspect.getsource(base)
-        notes = {
-            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
-        (node,) = ast.parse(source).body
-        assert isinstance(node, ast.ClassDef)
-        for line in node.body:
-            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
-                continue
-            above = line.lineno - 1
-            while notes.get(above, ("", False))[1]:
-                above -= 1
-            own = range(above + 1, (line.end_lineno or line.lineno) + 1)
-            words = " ".join(notes[number][0] for number in own if number in notes)
-            if words:
-                found[line.target.id] = words
-    return found
-
-
 def _kind(hint: Any) -> str:
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
@@ -133,10 +112,6 @@ def _kind(hint: Any) -> str:
     if options:
         return " or ".join(_kind(option) for option in options if option is not type(None))
     return {int: "whole number", float: "number", bool: "true, false", str: "text"}[hint]
-
-
-def _text(words: str) -> str:
-    return words.replace("<", "&lt;").replace("|", "&#124;")
 
 
 def _toml(value: Any) -> str:
@@ -164,13 +139,12 @@ def settings() -> str:
             assert isinstance(text.value, ast.Constant)
             default = getattr(Settings(), line.target.id)
             shown = f"`{default}`" if default not in ("", None) else "none"
-            words = _text(" ".join(str(text.value.value).split()))
+            words = python.escape(" ".join(str(text.value.value).split()))
             rows.append(f"| `DVERGE_{line.target.id.upper()}` | {shown} | {words} |")
     return (
-        "# Settings of the service\n\nRead from the environment as the service starts; a value "
-        "that cannot be used is refused by name.\n\n| variable | default | |\n|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n"
+        "# Settings of the service\n\nThe service reads these environment variables when it "
+        "starts. It refuses to start with a value that it\ncannot use, and names the variable."
+        "\n\n| variable | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 
@@ -178,9 +152,9 @@ def http() -> str:
     """Return the routes, the answer of `/predict` and the error codes."""
     document = openapi(Settings(token="-"), "full")
     parts = [
-        "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs: schemas, "
-        "limits and examples as\nit is configured. Where a token is set, all but the probes, the "
-        "pages and the description ask for it.\n\n## Routes\n",
+        "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs, with the "
+        "schemas, limits and examples of\nits configuration. If a token is set, every route needs "
+        'it, except those marked "no token".\n\n## Routes\n',
         "| route | does | answers |\n|---|---|---|",
     ]
     for path, operations in document["paths"].items():
@@ -190,7 +164,10 @@ def http() -> str:
             parts.append(
                 f"| `{method.upper()} {path}` | {operation['summary']}{lock} | {statuses} |"
             )
-    parts.append("\n## One prediction\n\nOf `POST /predict`, in the order of the images.\n")
+    parts.append(
+        "\n## One prediction\n\n`POST /predict` answers with one of these for each image, in "
+        "the order of the images.\n"
+    )
     parts.append("| field | shown under `DVERGE_EXPOSE` | kind |\n|---|---|---|")
     shown = {level: _prediction(level) for level in ("label", "scores", "full")}
     for name, schema in shown["full"].items():
@@ -199,8 +176,8 @@ def http() -> str:
         kind = schema["type"] + (f": {words}" if words else "")
         parts.append(f"| `{name}` | {levels} | {kind} |")
     parts.append(
-        "\n`suspicious` is there only where a report about this very file, with a threshold, lies "
-        "beside it.\n"
+        "\n`suspicious` is present only if a report for exactly this model file, with a threshold, "
+        "is next to the file.\n"
         '\n## Errors\n\n`{"error": {"code": "...", "message": "..."}}`; under `/v2` the '
         "protocol's "
         'own `{"error": "..."}` with\nthe code in `X-Error-Code`.\n\n| status | codes |\n|---|---|'

@@ -1,7 +1,8 @@
-"""The documentation: references that match the code, a strict build, a walk-through that works."""
+"""The documentation: references that match the code, a strict build, examples that work."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -10,14 +11,27 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
+import yaml
+from nbclient import NotebookClient
 from PIL import Image
 
+from dverge_serve import __version__
 from dverge_serve.cli import run
 from tests.docs.reference import FOLDER, pages
 
 ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+FOLDERS = "benchmarks|deploy|docs|dverge_serve|examples|export|tests|training|verification"
+SMALL = {
+    "width": 8,
+    "standard.epochs": 2,
+    "dverge.epochs": 2,
+    "data.train_limit": 640,
+    "data.test_limit": 64,
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.iterdir()))
@@ -71,6 +85,97 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {
         path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    missing = [
+        path
+        for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", text)
+        if not (ROOT / path).exists()
+    ]
+    assert not missing
+
+
+def test_every_link_of_a_page_in_the_root_leads_somewhere() -> None:
+    for page in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
+            assert (ROOT / link).exists(), (page.name, link)
+
+
+def test_every_test_that_the_serving_page_names_is_there() -> None:
+    rows = re.findall(
+        r"^\|.*`test_\w+\.py.*$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 20
+    for row in rows:
+        file = ""
+        for name in re.findall(r"`([\w.:]+)`", row.rpartition(" | ")[2]):
+            known, _, test = name.partition("::")
+            file = known if known.endswith(".py") else file
+            code = (ROOT / "tests" / "serving" / file).read_text()
+            assert f"def {test or name.replace('..._', 'test_')}(" in code or file == name, name
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    paper = citation["references"][0]
+    for text in (ROOT / "README.md", ROOT / "docs" / "concepts.md"):
+        assert paper["url"] in text.read_text()
+
+
+def python_of(text: str) -> str:
+    """Return the Python blocks of a text, in order."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+def with_root() -> str:
+    """Return a PYTHONPATH with this checkout first, for another process."""
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def run_python(code: str, folder: Path) -> None:
+    """Run code as a user does, in a process and a folder of its own; warnings are errors."""
+    (folder / "example.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": with_root()}
+    command = [sys.executable, "-W", "error", "example.py"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("title", ["An architecture", "A method", "An attack", "A gate"])
+def test_the_examples_of_the_extension_guide(title: str, tmp_path: Path) -> None:
+    sections = (ROOT / "docs" / "extending.md").read_text().split("\n## ")[1:]
+    (section,) = [section for section in sections if section.startswith(f"{title}\n")]
+    assert len(sections) == 4
+    code = python_of(section)
+    assert "assert " in code
+    run_python(code, tmp_path)
+
+
+def test_the_python_example_of_the_readme_and_of_the_reference(tmp_path: Path) -> None:
+    code = python_of((ROOT / "README.md").read_text())
+    assert code in (FOLDER / "python.md").read_text()
+    smaller = code.replace('load_recipe("digits")', f'load_recipe("digits", {SMALL})')
+    assert smaller != code
+    shutil.copy(ROOT / "dverge_serve/serving/templates/examples/3.png", tmp_path)
+    run_python(smaller, tmp_path)
+    assert (tmp_path / "model.report.json").exists()
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", with_root())
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    assert re.search(r"transfer [01]\.\d+", printed)
 
 
 @pytest.fixture
