@@ -214,11 +214,11 @@ def check_model(settings: Settings) -> None:
 
 def _share(folder: Path, settings: Settings) -> None:
     """Copy the model for the workers: one started anew later finds what the others serve."""
-    from dverge_serve.serving.reload import Generations
+    from dverge_serve.serving.reload import ModelVersions
 
     folder.chmod(0o700)
     (folder / SUPERVISOR).write_text(str(os.getpid()))
-    Generations(folder).begin(settings.model)
+    ModelVersions(folder).begin(settings.model)
 
 
 def _clean_up(folder: Path) -> None:

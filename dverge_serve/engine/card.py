@@ -16,12 +16,12 @@ INPUT = "images"
 LOGITS = "logits"
 MEMBER_LOGITS = "member_logits"
 
-Form = Literal["branches", "grouped"]  # members side by side, or networks with groups
+FusionMode = Literal["branches", "grouped"]  # members side by side, or networks with groups
 Precision = Literal["fp32", "fp16", "int8"]
 LARGEST_GROUP = 4  # members in one network; the features of more leave the cache between layers
 
 
-def together(members: int) -> int:
+def members_per_group(members: int) -> int:
     """Return how many of so many members make one grouped network; the last may have fewer."""
     networks = -(-members // LARGEST_GROUP)
     return -(-members // networks)
@@ -45,7 +45,7 @@ class Card:
     combination: str = "mean-logits"
     channel_order: str = "RGB"  # "L" for grayscale
     source: str = "run"  # or "published-checkpoint", "member-list": where `training` is assumed
-    form: Form = "branches"
+    form: FusionMode = "branches"
     target: str = "cpu"  # the device the form was chosen for
     probe: str = "held-out"  # which images parity was checked on: "held-out" or "synthetic"
     precision: Precision = "fp32"
@@ -122,7 +122,7 @@ class Card:
             members=int(value["members"]),
             combination=str(value["combination"]),
             source=str(value.get("source", "run")),
-            form=_one_of(Form, value.get("fusion", {}).get("form", "branches")),
+            form=_one_of(FusionMode, value.get("fusion", {}).get("form", "branches")),
             target=str(value.get("fusion", {}).get("target", "cpu")),
             probe=str(value.get("parity", {}).get("images", "held-out")),
             dataset=str(value["dataset"]),

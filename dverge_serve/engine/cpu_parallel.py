@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dverge_serve.cores import cores
-from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card, together
+from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card, members_per_group
 from dverge_serve.engine.outputs import Scores
 
 # A layer's features stay in the cache while about so many pixels, counted for each member that runs
@@ -58,6 +58,6 @@ class Lanes:
 def part(card: Card) -> int:
     """Return how many images go through the network at once: a power of two."""
     _, height, width = card.input_shape
-    members = together(card.members) if card.form == "grouped" else 1
+    members = members_per_group(card.members) if card.form == "grouped" else 1
     fits = PIXELS // (members * height * width)
     return 1 << max(0, fits.bit_length() - 1)

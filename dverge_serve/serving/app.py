@@ -25,16 +25,23 @@ from dverge_serve.serving.oip import BASE, InferenceProtocol
 from dverge_serve.serving.openapi import openapi
 from dverge_serve.serving.pages import demo_page, start_page
 from dverge_serve.serving.predict import Predict, model_card
-from dverge_serve.serving.requests import CallerGone, Intake, Receive, Request, Scope, Send
-from dverge_serve.serving.responses import TEXT, Answer, Refusal, json_answer
+from dverge_serve.serving.requests import (
+    BodyBudget,
+    ClientDisconnect,
+    Receive,
+    Request,
+    Scope,
+    Send,
+)
+from dverge_serve.serving.responses import TEXT, Response, ServiceError, json_response
 from dverge_serve.serving.settings import Exposure
 from dverge_serve.serving.worker import Worker
 
-Handler = Callable[[Request], Awaitable[Answer]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 # Bodies held at one moment, in units of the largest one.
-INTAKE_BODIES = 16
+BUDGET_BODIES = 16
 LINGER_BYTES, LINGER_S = 64 * 1024 * 1024, 5.0
 METHOD = re.compile("[A-Z]{1,16}")
 
@@ -66,9 +73,9 @@ class App:
         self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
-        self._openapi = json_answer(openapi(settings, expose))
-        intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
-        classifier = Classifier(settings, expose, self.decoder, intake, worker.model)
+        self._openapi = json_response(openapi(settings, expose))
+        budget = BodyBudget(BUDGET_BODIES * settings.max_body_bytes)
+        classifier = Classifier(settings, expose, self.decoder, budget, worker.model)
         v2 = InferenceProtocol(classifier, worker.check_ready)
         routes = [
             Route("/predict", {"POST": Predict(classifier)}),
@@ -116,10 +123,10 @@ class App:
         name = route.path if route else "other"
         served = self.worker.served  # the one that answers, should a reload come in between
         try:
-            answer = await self._answer(request, route)
-            status = str(answer.status)
-            await self._send(request, answer, served, send)
-        except CallerGone:
+            response = await self._respond(request, route)
+            status = str(response.status)
+            await self._send(request, response, served, send)
+        except ClientDisconnect:
             status = "gone"
         seconds = time.perf_counter() - begun
         self.metrics.request(name, request.method, status, seconds)
@@ -127,46 +134,46 @@ class App:
             method = request.method if METHOD.fullmatch(request.method) else "other"
             self._log.note(request.id, method, name, status, seconds)
 
-    async def _answer(self, request: Request, route: Route | None) -> Answer:
+    async def _respond(self, request: Request, route: Route | None) -> Response:
         try:
             # The token comes first: without it nobody learns which paths and methods exist.
             if self._token and not (route and route.public):
                 self._authorize(request)
             if route is None:
-                raise Refusal("not_found", "no such path; /openapi.json lists them all")
+                raise ServiceError("not_found", "no such path; /openapi.json lists them all")
             method = "GET" if request.method == "HEAD" else request.method
             handler = route.handlers.get(method)
             if handler is None:
                 raise _not_allowed(route)
             return await handler(request)
-        except Refusal as refusal:
-            self.metrics.refusal(refusal.code)
-            return refusal.answer(v2=_is_v2(request.path))
-        except CallerGone:
+        except ServiceError as error:
+            self.metrics.refusal(error.code)
+            return error.response(v2=_is_v2(request.path))
+        except ClientDisconnect:
             raise
         except Exception:
             LOGGER.exception("request %s failed", request.id)
             self.metrics.refusal("internal_error")
-            bug = Refusal("internal_error", f"a bug of ours; request {request.id} is in the log")
-            return bug.answer(v2=_is_v2(request.path))
+            told = f"a bug of ours; request {request.id} is in the log"
+            return ServiceError("internal_error", told).response(v2=_is_v2(request.path))
 
     async def _send(
-        self, request: Request, answer: Answer, served: ServedModel | None, send: Send
+        self, request: Request, response: Response, served: ServedModel | None, send: Send
     ) -> None:
         headers = [
-            (b"content-type", answer.content_type),
-            (b"content-length", b"%d" % len(answer.body)),
+            (b"content-type", response.content_type),
+            (b"content-length", b"%d" % len(response.body)),
             (b"x-request-id", request.id.encode()),
             (b"x-content-type-options", b"nosniff"),
-            *answer.headers,
+            *response.headers,
         ]
         if served is not None:
             headers.append((b"x-model-sha256", served.sha256.encode()))
         linger = request.has_large_unread_body
         if linger:
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        body = b"" if request.method == "HEAD" else answer.body
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        body = b"" if request.method == "HEAD" else response.body
         if not linger:
             await send({"type": "http.response.body", "body": body})
             return
@@ -184,7 +191,7 @@ class App:
         scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
         # Both sides are bytes of any length; the comparison's time tells nothing of the content.
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            raise Refusal(
+            raise ServiceError(
                 "unauthorized",
                 "a valid bearer token is needed",
                 ((b"www-authenticate", b"Bearer"),),
@@ -192,42 +199,42 @@ class App:
 
     # -- handlers -----------------------------------------------------------------------------
 
-    async def _livez(self, _: Request) -> Answer:
-        return Answer(200, b"alive\n", TEXT)
+    async def _livez(self, _: Request) -> Response:
+        return Response(200, b"alive\n", TEXT)
 
-    async def _readyz(self, _: Request) -> Answer:
+    async def _readyz(self, _: Request) -> Response:
         self.worker.check_ready()
-        return Answer(200, b"ready\n", TEXT)
+        return Response(200, b"ready\n", TEXT)
 
-    async def _metrics(self, _: Request) -> Answer:
+    async def _metrics(self, _: Request) -> Response:
         body = await asyncio.get_running_loop().run_in_executor(None, self.metrics.render)
-        return Answer(200, body, CONTENT_TYPE)
+        return Response(200, body, CONTENT_TYPE)
 
-    async def _describe(self, _: Request) -> Answer:
+    async def _describe(self, _: Request) -> Response:
         return self._openapi
 
-    async def _model(self, _: Request) -> Answer:
-        return json_answer(model_card(self.worker.model(), self.expose))
+    async def _model(self, _: Request) -> Response:
+        return json_response(model_card(self.worker.model(), self.expose))
 
-    async def _report(self, _: Request) -> Answer:
+    async def _report(self, _: Request) -> Response:
         served = self.worker.model()
         if self.expose == "label":
-            raise Refusal("not_exposed", "this service shows labels alone")
+            raise ServiceError("not_exposed", "this service shows labels alone")
         if served.report is None:
-            raise Refusal("no_report", "no robustness report lies beside this model")
+            raise ServiceError("no_report", "no robustness report lies beside this model")
         if self.expose == "full":
-            return json_answer(served.report)
-        return json_answer({"model": {"sha256": served.sha256}, **(served.headline or {})})
+            return json_response(served.report)
+        return json_response({"model": {"sha256": served.sha256}, **(served.headline or {})})
 
-    async def _reload(self, _: Request) -> Answer:
-        return json_answer(await self.worker.reload())
+    async def _reload(self, _: Request) -> Response:
+        return json_response(await self.worker.reload())
 
-    async def _start(self, request: Request) -> Answer:
+    async def _start(self, request: Request) -> Response:
         # Whoever has no token sees the page, but nothing of the model on it.
         served = None if self._token else self.worker.served
         return start_page(served, self.expose, request.headers.get(b"host", b"").decode("latin-1"))
 
-    async def _demo(self, _: Request) -> Answer:
+    async def _demo(self, _: Request) -> Response:
         return demo_page()
 
 
@@ -235,10 +242,10 @@ def _is_v2(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def _not_allowed(route: Route) -> Refusal:
+def _not_allowed(route: Route) -> ServiceError:
     methods = [*route.handlers, *(["HEAD"] if "GET" in route.handlers else [])]
     allow = ", ".join(methods)
-    return Refusal(
+    return ServiceError(
         "method_not_allowed",
         f"{route.path} takes {allow}",
         ((b"allow", allow.encode()),),

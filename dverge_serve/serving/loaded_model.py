@@ -140,7 +140,7 @@ class ServedModel:
                 input shape; the caller has checked them.
 
         Raises:
-            Refusal: the queue is full.
+            ServiceError: the queue is full.
         """
         assert self._batcher, "start() comes first"
         return self._batcher.submit(images)

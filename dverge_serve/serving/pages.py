@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from dverge_serve.serving.loaded_model import ServedModel
-from dverge_serve.serving.responses import HTML, Answer
+from dverge_serve.serving.responses import HTML, Response
 from dverge_serve.serving.settings import Exposure
 
 TEMPLATES = files("dverge_serve.serving").joinpath("templates")
@@ -26,7 +26,7 @@ EXAMPLES = {
 }
 
 
-def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Answer:
+def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Response:
     """Return the start page; of the model it shows nothing where `served` is None.
 
     Args:
@@ -43,11 +43,11 @@ def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Answe
         host=html.escape(host if PLAIN_HOST.fullmatch(host) else "localhost:3000"),
     )
     policy = _policy(f"style-src {_source(style)}")
-    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
+    return Response(200, page.encode(), HTML, ((b"content-security-policy", policy),))
 
 
 @cache
-def demo_page() -> Answer:
+def demo_page() -> Response:
     """Return the page to try images on; it asks for all it shows of the model, token in hand."""
     style, script = _template("demo.css"), _template("demo.js")
     page = Template(_template("demo.html")).substitute(
@@ -61,7 +61,7 @@ def demo_page() -> Answer:
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
-    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
+    return Response(200, page.encode(), HTML, ((b"content-security-policy", policy),))
 
 
 def _example(name: str) -> str:

@@ -9,7 +9,7 @@ from dverge_serve.serving.classify import Classifier
 from dverge_serve.serving.loaded_model import Rows, ServedModel
 from dverge_serve.serving.multipart import image_files
 from dverge_serve.serving.requests import Request
-from dverge_serve.serving.responses import Answer, Refusal, json_answer
+from dverge_serve.serving.responses import Response, ServiceError, json_response
 from dverge_serve.serving.settings import Exposure
 
 MULTIPART = "multipart/form-data"
@@ -28,7 +28,7 @@ class Predict:
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
 
-    async def __call__(self, request: Request) -> Answer:
+    async def __call__(self, request: Request) -> Response:
         """Classify the images of one request, in order."""
         _check_type(request)
 
@@ -37,7 +37,7 @@ class Predict:
             return await self._classifier.decoder.decode(files, served.card.preprocess), None
 
         served, _, part = await self._classifier.classify(request, read)
-        return json_answer(
+        return json_response(
             {
                 "model": {"name": served.card.name, "sha256": served.sha256},
                 "predictions": predictions(part, served, self._classifier.expose),
@@ -97,11 +97,13 @@ def _check_type(request: Request) -> None:
     kind = request.content_type
     if kind != MULTIPART and kind not in RAW_TYPES:
         shown = kind[:60] if kind.isprintable() else "not readable"
-        raise Refusal(
+        raise ServiceError(
             "unsupported_content_type",
             f"content-type is '{shown}'; expected {', '.join(IMAGE_TYPES)}, "
             f"application/octet-stream or {MULTIPART}",
         )
     coding = request.headers.get(b"content-encoding", b"identity").strip().lower()
     if coding != b"identity":
-        raise Refusal("unsupported_content_type", "the body is content-encoded; expected plain")
+        raise ServiceError(
+            "unsupported_content_type", "the body is content-encoded; expected plain"
+        )
