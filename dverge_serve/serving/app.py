@@ -1,4 +1,4 @@
-"""The HTTP application: every route, and what all of them share.
+"""The HTTP application: what all routes share.
 
 Plain ASGI: all paths are fixed, so that a dictionary is the whole router, and a request meets
 nothing on its way that it does not need.
@@ -6,13 +6,10 @@ nothing on its way that it does not need.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from itertools import count
 
 from dverge_serve.cores import cores
@@ -20,11 +17,6 @@ from dverge_serve.serving.classify import Classifier
 from dverge_serve.serving.decoding import Decoder
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import LOGGER, RequestLog
-from dverge_serve.serving.metrics import CONTENT_TYPE
-from dverge_serve.serving.oip import BASE, InferenceProtocol
-from dverge_serve.serving.openapi import openapi
-from dverge_serve.serving.pages import demo_page, start_page
-from dverge_serve.serving.predict import Predict, model_card
 from dverge_serve.serving.requests import (
     BodyBudget,
     ClientDisconnect,
@@ -33,27 +25,16 @@ from dverge_serve.serving.requests import (
     Scope,
     Send,
 )
-from dverge_serve.serving.responses import TEXT, Response, ServiceError, json_response
+from dverge_serve.serving.responses import Response, ServiceError
+from dverge_serve.serving.routes import Route, RouteTable
 from dverge_serve.serving.settings import Exposure
 from dverge_serve.serving.worker import Worker
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 # Bodies held at one moment, in units of the largest one.
 BUDGET_BODIES = 16
 LINGER_BYTES, LINGER_S = 64 * 1024 * 1024, 5.0
 METHOD = re.compile("[A-Z]{1,16}")
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One path: its handlers by method, who may call it, and whether calls are logged."""
-
-    path: str
-    handlers: Mapping[str, Handler]
-    public: bool = False  # no token asked for
-    quiet: bool = False  # polled by machines: not worth a log line each
 
 
 class App:
@@ -73,31 +54,9 @@ class App:
         self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
-        self._openapi = json_response(openapi(settings, expose))
         budget = BodyBudget(BUDGET_BODIES * settings.max_body_bytes)
         classifier = Classifier(settings, expose, self.decoder, budget, worker.model)
-        v2 = InferenceProtocol(classifier, worker.check_ready)
-        routes = [
-            Route("/predict", {"POST": Predict(classifier)}),
-            Route("/model", {"GET": self._model}),
-            Route("/report", {"GET": self._report}),
-            Route("/v2", {"GET": v2.server}),
-            Route("/v2/health/live", {"GET": v2.live}, public=True, quiet=True),
-            Route("/v2/health/ready", {"GET": v2.ready}, public=True, quiet=True),
-            Route(BASE, {"GET": v2.metadata}),
-            Route(f"{BASE}/ready", {"GET": v2.ready}, quiet=True),
-            Route(f"{BASE}/infer", {"POST": v2.infer}),
-            Route("/livez", {"GET": self._livez}, public=True, quiet=True),
-            Route("/readyz", {"GET": self._readyz}, public=True, quiet=True),
-            Route("/metrics", {"GET": self._metrics}, quiet=True),
-            Route("/openapi.json", {"GET": self._describe}, public=True),
-            Route("/docs.json", {"GET": self._describe}, public=True),
-            Route("/", {"GET": self._start}, public=True),
-            Route("/demo", {"GET": self._demo}, public=True),
-        ]
-        if settings.token:
-            routes.append(Route("/admin/reload", {"POST": self._reload}))
-        self.routes = {route.path: route for route in routes}
+        self.routes = RouteTable(worker, classifier)
 
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
@@ -108,8 +67,6 @@ class App:
         await self.worker.stop()
         self.decoder.close()
         self._log.flush()
-
-    # -- one request --------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request; other protocols are turned away."""
@@ -141,11 +98,9 @@ class App:
                 self._authorize(request)
             if route is None:
                 raise ServiceError("not_found", "no such path; /openapi.json lists them all")
-            method = "GET" if request.method == "HEAD" else request.method
-            handler = route.handlers.get(method)
-            if handler is None:
+            if request.method not in route.methods:
                 raise _not_allowed(route)
-            return await handler(request)
+            return await route.handler(request)
         except ServiceError as error:
             self.metrics.refusal(error.code)
             return error.response(v2=_is_v2(request.path))
@@ -197,54 +152,13 @@ class App:
                 ((b"www-authenticate", b"Bearer"),),
             )
 
-    # -- handlers -----------------------------------------------------------------------------
-
-    async def _livez(self, _: Request) -> Response:
-        return Response(200, b"alive\n", TEXT)
-
-    async def _readyz(self, _: Request) -> Response:
-        self.worker.check_ready()
-        return Response(200, b"ready\n", TEXT)
-
-    async def _metrics(self, _: Request) -> Response:
-        body = await asyncio.get_running_loop().run_in_executor(None, self.metrics.render)
-        return Response(200, body, CONTENT_TYPE)
-
-    async def _describe(self, _: Request) -> Response:
-        return self._openapi
-
-    async def _model(self, _: Request) -> Response:
-        return json_response(model_card(self.worker.model(), self.expose))
-
-    async def _report(self, _: Request) -> Response:
-        served = self.worker.model()
-        if self.expose == "label":
-            raise ServiceError("not_exposed", "this service shows labels alone")
-        if served.report is None:
-            raise ServiceError("no_report", "no robustness report lies beside this model")
-        if self.expose == "full":
-            return json_response(served.report)
-        return json_response({"model": {"sha256": served.sha256}, **(served.headline or {})})
-
-    async def _reload(self, _: Request) -> Response:
-        return json_response(await self.worker.reload())
-
-    async def _start(self, request: Request) -> Response:
-        # Whoever has no token sees the page, but nothing of the model on it.
-        served = None if self._token else self.worker.served
-        return start_page(served, self.expose, request.headers.get(b"host", b"").decode("latin-1"))
-
-    async def _demo(self, _: Request) -> Response:
-        return demo_page()
-
 
 def _is_v2(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
 def _not_allowed(route: Route) -> ServiceError:
-    methods = [*route.handlers, *(["HEAD"] if "GET" in route.handlers else [])]
-    allow = ", ".join(methods)
+    allow = ", ".join(route.methods)
     return ServiceError(
         "method_not_allowed",
         f"{route.path} takes {allow}",

@@ -22,9 +22,10 @@ import typer
 import training.config
 import training.recipe
 from dverge_serve.cli import app, run
-from dverge_serve.serving.openapi import openapi
+from dverge_serve.serving.app import App
 from dverge_serve.serving.responses import CODES
 from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.worker import Worker
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 WIDTH = 100
@@ -176,7 +177,7 @@ def settings() -> str:
 
 def http() -> str:
     """Return the routes, the answer of `/predict` and the error codes."""
-    document = openapi(Settings(token="-"), "full")
+    document = App(Worker(Settings(token="-")), expose="full").routes.document
     parts = [
         "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs: schemas, "
         "limits and examples as\nit is configured. Where a token is set, all but the probes, the "
@@ -212,7 +213,7 @@ def http() -> str:
 
 
 def _prediction(expose: Any) -> dict[str, Any]:
-    schemas = openapi(Settings(), expose)["components"]["schemas"]
+    schemas = App(Worker(Settings()), expose=expose).routes.document["components"]["schemas"]
     items = schemas["Predictions"]["properties"]["predictions"]["items"]
     found: dict[str, Any] = items["properties"]
     return found
