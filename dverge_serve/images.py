@@ -1,4 +1,4 @@
-"""The only decoder and the only preprocessing: training, `predict` and the service all see this."""
+"""The only decoder and the only preprocessing, of training, the engine and the service alike."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 CHANNELS = {"L": 1, "RGB": 3}
+
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 # Our own bound is checked before any pixel is decoded; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
@@ -136,6 +138,37 @@ def load(
         raise ImageError(
             "broken_image", "the image is truncated or corrupt; expected a complete file"
         ) from error
+
+
+def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """Preprocess one image, whatever form it has.
+
+    Args:
+        image: a file's path or bytes, a Pillow image, or uint8 `[height, width]` (grayscale) or
+            `[height, width, channels]` with 1, 3 (RGB) or 4 (RGBA) channels.
+        preprocess: the model's.
+
+    Returns:
+        uint8 array `[channels, height, width]`.
+
+    Raises:
+        ImageError: as `load` raises it, or an array of another kind.
+        OSError: the file cannot be read.
+    """
+    if isinstance(image, bytes):
+        return load(image, preprocess)
+    if isinstance(image, (str, Path)):
+        return load(Path(image).read_bytes(), preprocess)
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2:]
+        if image.dtype != np.uint8 or not image.size or channels not in ((), (1,), (3,), (4,)):
+            raise ImageError(
+                "not_an_image",
+                f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width] "
+                "or [height, width, channels] with 1, 3 or 4 channels",
+            )
+        image = Image.fromarray(image[..., 0] if channels == (1,) else image)
+    return _array(_upright(image), preprocess)
 
 
 def image_paths(folder: Path) -> list[Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from dverge_serve.engine.buckets import Buckets
 from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card
 from dverge_serve.engine.cpu_parallel import Lanes
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.predictions import Prediction, Predictions
 from dverge_serve.engine.providers import (
     CPU,
     CUDA,
@@ -25,11 +27,16 @@ from dverge_serve.engine.providers import (
 )
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
+from dverge_serve.images import ImageError, ImageLike, to_float, to_pixels
+
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly
 
 __all__ = ["Device", "Engine", "check_device"]
 
 MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
+PREDICT_BATCH = 64  # images decoded at a time
 
 # Made once: after each call's millisecond in the model the caches hold nothing of the checks, and
 # what they make anew costs tens of microseconds instead of one.
@@ -37,10 +44,18 @@ _FLOAT = np.dtype(np.float32)
 _OUTPUTS = [LOGITS, MEMBER_LOGITS]
 
 
+class ModelMetadata(TypedDict):
+    """What MAITE asks a model to say about itself; type checkers compare it with MAITE's own."""
+
+    id: ReadOnly[str]
+    index2label: NotRequired[ReadOnly[dict[int, str]]]
+
+
 class Engine:
     """An ensemble loaded from one `model.onnx`, ready to run. Safe to call from many threads.
 
-    The file is read once; those bytes are hashed and loaded, so `sha256` is what runs.
+    The file is read once; those bytes are hashed and loaded, so `sha256` is what runs. It is a
+    `Model` for image classification as MAITE's protocols define it: see `__call__`, `metadata`.
 
     Args:
         path: the model file.
@@ -57,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         device: Device = "auto",
         threads: int = 0,
@@ -84,6 +99,10 @@ class Engine:
         check_provider(device, self.provider)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.card = Card.from_metadata(metadata, str(path))
+        self.metadata: ModelMetadata = {
+            "id": f"{self.card.name}-{self.sha256[:12]}",
+            "index2label": dict(enumerate(self.card.labels)),
+        }
         self._check_signature(self._session)
         self._shape = list(self.card.input_shape)
         self._buckets: Buckets | None = None
@@ -130,6 +149,58 @@ class Engine:
         return Scores.concatenate(
             [self.run(images[at : at + batch]) for at in range(0, len(images), batch)]
         )
+
+    def predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
+        """Classify images, decoded and preprocessed as the service does it.
+
+        Args:
+            images: paths, bytes of files, Pillow images, or uint8 arrays
+                `[height, width, channels]`, mixed at will.
+
+        Raises:
+            ImageError: one of them is no image that we accept; it says which.
+            OSError: a file cannot be read.
+            RuntimeError: the engine is closed.
+        """
+        if isinstance(images, (str, bytes)):
+            raise TypeError(f"images is one {type(images).__name__}; expected a list of images")
+        found: list[Prediction] = []
+        for start in range(0, len(images), PREDICT_BATCH):
+            pixels = [
+                self._pixels(image, position)
+                for position, image in enumerate(images[start : start + PREDICT_BATCH], start)
+            ]
+            found += Predictions(self.run(to_float(np.stack(pixels))), self.card.labels)
+        return found
+
+    def _pixels(self, image: ImageLike, position: int) -> npt.NDArray[np.uint8]:
+        try:
+            return to_pixels(image, self.card.preprocess)
+        except ImageError as error:
+            name = image if isinstance(image, (str, Path)) else f"image {position}"
+            raise ImageError(error.code, f"{name}: {error}") from error
+
+    def __call__(self, batch: Sequence[npt.ArrayLike], /) -> list[npt.NDArray[np.float64]]:
+        """Return each image's class probabilities, as MAITE asks of a `Model`.
+
+        Args:
+            batch: images `[channels, height, width]` of the model's input shape: floats in `[0,1]`,
+                or uint8.
+
+        Returns:
+            arrays `[classes]`, each of them the softmax of the members' mean logits.
+
+        Raises:
+            ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
+            RuntimeError: the engine is closed.
+        """
+        if not len(batch):
+            return []
+        arrays = [np.asarray(image) for image in batch]
+        images = np.stack([to_float(each) if each.dtype == np.uint8 else each for each in arrays])
+        if images.dtype.kind == "f":
+            images = images.astype(np.float32, copy=False)
+        return list(self.run_all(images).probabilities)
 
     def warm_up(self, batches: tuple[int, ...] = (1,)) -> None:
         """Run once at each batch size, so that the first caller does not pay for it.

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
 from dverge_serve.serving.decoding import Decoder
-from dverge_serve.serving.loaded_model import Rows, ServedModel
+from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.requests import BodyBudget, Request
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Exposure, Settings
@@ -39,7 +40,7 @@ class Classifier:
         self,
         request: Request,
         read: Callable[[bytes, ServedModel], Awaitable[tuple[Images, T]]],
-    ) -> tuple[ServedModel, T, Part[Rows]]:
+    ) -> tuple[ServedModel, T, Part[Predictions]]:
         """Read a request's body and run its images; return the model that did, and their part.
 
         Args:

@@ -10,9 +10,10 @@ import numpy as np
 
 from dverge_serve import __version__
 from dverge_serve.engine.card import INPUT
+from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
 from dverge_serve.serving.classify import Classifier
-from dverge_serve.serving.loaded_model import Rows, ServedModel
+from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.oip_tensors import Array, Inference, read_inference, write_tensors
 from dverge_serve.serving.requests import Request
 from dverge_serve.serving.responses import JSON, Response, ServiceError, dump, json_response
@@ -149,20 +150,19 @@ def _values(served: ServedModel, name: str) -> int:
     return int(np.prod(shape[1:], dtype=np.int64))
 
 
-def _tensor(name: str, part: Part[Rows], served: ServedModel) -> Array:
+def _tensor(name: str, part: Part[Predictions], served: ServedModel) -> Array:
     rows = slice(part.start, part.stop)
     scores = part.result.scores
     if name == "label":
-        labels = served.card.labels
-        return np.array([labels[top[0]] for top in part.result.top[rows]], dtype=object)
+        return np.array(part.result.labels()[rows], dtype=object)
     if name == "index":
-        return np.array([top[0] for top in part.result.top[rows]], dtype=np.int64)
+        return scores.predictions[rows].astype(np.int64)
     if name == "suspicious":
         return np.array([served.is_suspicious(x) for x in part.result.disagreement[rows]])
     return np.asarray(getattr(scores, name)[rows], dtype=np.float32)
 
 
-def _written(inference: Inference, part: Part[Rows], served: ServedModel) -> Response:
+def _written(inference: Inference, part: Part[Predictions], served: ServedModel) -> Response:
     tensors = {name: _tensor(name, part, served) for name in inference.outputs}
     forms, blob = write_tensors(tensors, inference.outputs)
     answer: dict[str, Any] = {"model_name": MODEL, "model_version": version(served)}
