@@ -6,6 +6,7 @@ Nothing heavy is imported here; each command reaches for its room when it runs.
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -58,11 +59,14 @@ def run(arguments: list[str]) -> int:
     # Each registers its commands, in the order help shows them.
     from dverge_serve.cli import train, export, verify, use, bench, bento  # noqa: F401, I001, RUF100
 
+    from dverge_serve.progress import show
+
+    show()
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="dverge", standalone_mode=False)
     except UserError as error:
-        return _say(str(error), error.exit_code)
+        return _say(as_flags(str(error)), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", Exit.INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -86,6 +90,23 @@ def run(arguments: list[str]) -> int:
     if code == Exit.INTERRUPTED:  # some versions of Typer turn Ctrl-C into this code, silently
         return _say("interrupted", Exit.INTERRUPTED)
     return int(code or 0)
+
+
+def as_flags(text: str) -> str:
+    """Return a library's message in a command's words: parameters in backticks become options.
+
+    Libraries write `at_eps` of a parameter, which a command calls --at-eps; other words in
+    backticks stay.
+    """
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    options = {
+        option.strip("-").replace("-", "_"): option
+        for command in commands
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    return re.sub("`([a-z0-9_]+)`", lambda found: options.get(found[1], found[0]), text)
 
 
 def main() -> NoReturn:

@@ -46,7 +46,7 @@ def serve(
     """
     from dverge_serve.serving.launch import serve as launch
 
-    launch(host, port, model=model, workers=workers, token=token, device=device)
+    raise typer.Exit(launch(host, port, model=model, workers=workers, token=token, device=device))
 
 
 @app.command(epilog="Example: dverge predict model.onnx photos/ --csv answers.csv")

@@ -39,7 +39,7 @@ def check_device(device: Device) -> None:
         )
     if not has_gpu():
         raise UserError(
-            f"{name} was asked for but no NVIDIA GPU is here", "a GPU", "use --device cpu"
+            f"{name} was asked for but no NVIDIA GPU is here", "a GPU", "use `device` cpu"
         )
 
 
@@ -81,7 +81,7 @@ def check_provider(device: Device, found: str) -> None:
         raise UserError(
             f"{device} was asked for but ONNX Runtime fell back to {found}",
             "a GPU with matching CUDA and cuDNN libraries",
-            "install `dverge-serve[gpu]` or use --device cpu",
+            "install `dverge-serve[gpu]` or use `device` cpu",
         )
 
 

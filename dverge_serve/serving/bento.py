@@ -142,5 +142,5 @@ def _check_folder(out: Path) -> None:
     written = file.is_file() and json.dumps(SERVICE) in file.read_text()
     if (out.exists() and not out.is_dir()) or not found <= (packed if written else models):
         raise UserError(
-            f"{out} holds something else", "a new or empty folder", "give another --out"
+            f"{out} holds something else", "a new or empty folder", "give another `out`"
         )

@@ -45,7 +45,7 @@ def join(config: Config, device: torch.device) -> Iterator[tuple[Team, torch.dev
     blocks = min(world, config.members)
     place = Team(rank, blocks, world // blocks)
     _refuse_misfits(place, world, config)
-    Progress.shown = place.first
+    Progress.shown = Progress.shown and place.first
     backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
