@@ -6,7 +6,6 @@ Nothing heavy is imported here; each command reaches for its room when it runs.
 from __future__ import annotations
 
 import errno
-import re
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -14,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dverge_serve import __version__
-from dverge_serve.errors import Exit, UserError
+from dverge_serve.errors import Exit, UserError, rename_parameters
 
 TRAIN = (
     *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
@@ -93,11 +92,7 @@ def run(arguments: list[str]) -> int:
 
 
 def as_flags(text: str) -> str:
-    """Return a library's message in a command's words: parameters in backticks become options.
-
-    Libraries write `at_eps` of a parameter, which a command calls --at-eps; other words in
-    backticks stay.
-    """
+    """Return a library's message with options in place of the parameters that it names."""
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     options = {
         option.strip("-").replace("-", "_"): option
@@ -106,7 +101,7 @@ def as_flags(text: str) -> str:
         for option in parameter.opts
         if option.startswith("--")
     }
-    return re.sub("`([a-z0-9_]+)`", lambda found: options.get(found[1], found[0]), text)
+    return rename_parameters(text, options)
 
 
 def main() -> NoReturn:
