@@ -1,4 +1,4 @@
-"""The only decoder and the only preprocessing, of training, the engine and the service alike."""
+"""Image decoding and preprocessing, the same for training, the engine and the service."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):
-    """Bytes that are not an image we accept. `code` is a stable word, the text is for people."""
+    """An input that is not an accepted image. `code` is stable; the text is for people."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How any image becomes the model's input.
+    """The preprocessing that turns an image into the model's input.
 
     The image is converted to `mode`, scaled (aspect ratio kept) until it just covers `resize`,
     then its centre of size `crop` is taken. An image that already has that size is left untouched.
@@ -71,7 +71,7 @@ class Preprocess:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of what comes out."""
+        """Channels, height and width of the result."""
         return (CHANNELS[self.mode], *self.crop)
 
     def to_json(self) -> dict[str, Any]:
@@ -172,9 +172,9 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """Return the image files under `folder`, sorted; nothing hidden is looked at.
+    """Return the image files under `folder`, sorted, without hidden files and folders.
 
-    File managers and notebooks keep copies and previews in hidden files and folders.
+    File managers and notebooks keep copies and previews there.
     """
     return sorted(
         file
@@ -201,7 +201,7 @@ def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing of the orientation; the pixels are whole
+    except Exception:  # damaged EXIF gives no orientation; the pixels are intact
         return image
 
 

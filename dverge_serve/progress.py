@@ -96,13 +96,13 @@ def fitting(note: str, room: int) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line about the work on standard error, where its progress is shown."""
+    """Print a line on standard error, if progress is shown."""
     if Progress.shown:
         print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def duration(seconds: float) -> str:
-    """Return `seconds` in words a person reads at a glance, e.g. "2m 05s"."""
+    """Return `seconds` in a short form for people, e.g. "2m 05s"."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:

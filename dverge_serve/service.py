@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before BentoML looks: nobody's serving host reports to others. The word, not a digit.
+# Before BentoML reads it: no usage reports are sent. It wants the word, not a digit.
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 import bentoml
@@ -102,9 +102,9 @@ def application() -> App:
 
 
 def _give_up(error: UserError) -> None:
-    """End the server if none of its workers ever served: each would only be started again.
+    """End the server if none of its workers ever served, as restarted workers would fail again.
 
-    Later on, a worker that cannot load goes alone, and the others stay.
+    After that, only the worker that cannot load ends.
     """
     folder = _run_folder()
     if folder is None or application().worker.has_served:
@@ -116,7 +116,7 @@ def _give_up(error: UserError) -> None:
 
 
 async def _end_with_supervisor(supervisor: int, folder: Path) -> None:
-    """End this worker when its supervisor was killed: nobody else would, and it holds the port."""
+    """End this worker once its supervisor was killed, so that the port is free again."""
     while os.getppid() == supervisor:
         await asyncio.sleep(ORPHAN_CHECK_S)
     shutil.rmtree(folder, ignore_errors=True)
@@ -201,7 +201,7 @@ def _address() -> tuple[str, int]:
 
 
 def check_model(settings: Settings) -> None:
-    """Load the model once, to say what is wrong with it before any worker starts.
+    """Load the model once, so that an error is reported before any worker starts.
 
     Raises:
         UserError: it cannot be served.
@@ -215,7 +215,7 @@ def check_model(settings: Settings) -> None:
 
 
 def _share(folder: Path, settings: Settings) -> None:
-    """Copy the model for the workers: one started anew later finds what the others serve."""
+    """Copy the model for the workers: a worker restarted later loads what the others serve."""
     from dverge_serve.serving.reload import ModelVersions
 
     folder.chmod(0o700)

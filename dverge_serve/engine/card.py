@@ -1,4 +1,4 @@
-"""The model file's contract: what `model.onnx` says about itself, and who may read it."""
+"""The model card: the metadata in `model.onnx`, its schema and its versions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ LOGITS = "logits"
 MEMBER_LOGITS = "member_logits"
 KEY = "key"
 
-FusionMode = Literal["branches", "grouped"]  # members side by side, or networks with groups
+FusionMode = Literal["branches", "grouped"]  # a branch a member, or grouped convolutions
 Precision = Literal["fp32", "fp16", "int8"]
 LARGEST_GROUP = 4  # members in one network; the features of more leave the cache between layers
 
 
 def members_per_group(members: int) -> int:
-    """Return how many of so many members make one grouped network; the last may have fewer."""
+    """Return the number of members in one grouped network; the last network may have fewer."""
     networks = -(-members // LARGEST_GROUP)
     return -(-members // networks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a model file carries in its metadata under the key `dverge`.
+    """The metadata of a model file, under the key `dverge`.
 
     A reader accepts its own schema version and older ones, and refuses newer ones by name. A field
     is a key of `model.schema.json`: of its own name, or where the first files of this version lack
@@ -135,13 +135,13 @@ def model_schema() -> dict[str, Any]:
 
 
 def _place(of: Field[Any]) -> tuple[str, str]:
-    """Return the key of the object that holds the field, "" for the card itself, and its key."""
+    """Return where a field is in the JSON: the enclosing object ("" for the card), and the key."""
     outer, _, key = of.metadata.get(KEY, of.name).rpartition(".")
     return outer, key
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """Return a JSON value as a field's type has it."""
+    """Convert a JSON value to the type of its field."""
     if kind is Preprocess:
         return Preprocess.from_json(value)
     if get_origin(kind) is tuple:

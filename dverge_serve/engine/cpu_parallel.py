@@ -1,7 +1,7 @@
-"""Large batches on a CPU: every core runs a part of the batch by itself.
+"""Large batches on a CPU: every core runs its own part of the batch.
 
-One call that all cores share makes them wait for each other after every layer. With images enough
-for all of them, a session of one thread serves each core its own part, and nobody waits.
+One call that all cores share makes them wait for each other after every layer. With enough images,
+a session of one thread runs a part on each core without waiting.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="dverge-lane")
 
     def worth(self, images: int) -> bool:
-        """Whether a batch of so many images is faster in lanes."""
+        """Whether a batch of this many images is faster in lanes."""
         return images >= EACH * self.count
 
     def run(self, images: npt.NDArray[np.float32]) -> Scores:

@@ -1,4 +1,4 @@
-"""Predictions: what the scores of a batch say about each of its images."""
+"""Predictions: labels, probabilities and votes for each image of a batch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class ClassProbability:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The ensemble's answer for one image.
+    """The ensemble's prediction for one image.
 
     Args:
         label: the likeliest class.
         index: its index among the model's labels.
         probability: of it, from the softmax of the members' mean logits, 0 to 1.
         top: the likeliest classes, at most five, best first.
-        agreement: share of members whose own answer is the ensemble's, 0 to 1.
+        agreement: share of members whose own prediction is the ensemble's, 0 to 1.
         disagreement: Jensen-Shannon divergence of the members' probabilities, nats.
-        votes: each member's own answer, and how likely that member thinks it.
+        votes: each member's own prediction with its own probability, in the members' order.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Prediction:
 
 
 class Predictions:
-    """A batch's predictions, made one by one: numpy has done its part beforehand.
+    """The predictions of a batch, each made when it is asked for, without numpy.
 
     Args:
         scores: of the batch.

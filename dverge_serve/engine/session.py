@@ -1,4 +1,4 @@
-"""The one place that runs a model file: ONNX Runtime behind our contract."""
+"""The engine: one model file, run by ONNX Runtime, with checked inputs and outputs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
 PREDICT_BATCH = 64  # images decoded at a time
 
-# Made once: after each call's millisecond in the model the caches hold nothing of the checks, and
-# what they make anew costs tens of microseconds instead of one.
+# Made once: after a call of the model the caches hold none of the checks' data, and making these
+# again costs tens of microseconds instead of one.
 _FLOAT = np.dtype(np.float32)
 _OUTPUTS = [LOGITS, MEMBER_LOGITS]
 
 
 class ModelMetadata(TypedDict):
-    """What MAITE asks a model to say about itself; type checkers compare it with MAITE's own."""
+    """Metadata of a model, as MAITE's protocols define it; type checkers compare the two."""
 
     id: ReadOnly[str]
     index2label: NotRequired[ReadOnly[dict[int, str]]]
@@ -133,8 +133,8 @@ class Engine:
             )
         if not count:
             raise ValueError("an empty batch; expected at least one image")
-        # Of all numpy's ways this costs least after a call's millisecond in the model, when the
-        # caches hold nothing of it. Both are NaN if any pixel is.
+        # The fastest way in numpy after a call of the model, when the caches are cold. Both are NaN
+        # if any pixel is.
         low, high = images.item(images.argmin()), images.item(images.argmax())
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
@@ -151,14 +151,14 @@ class Engine:
         )
 
     def predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
-        """Classify images, decoded and preprocessed as the service does it.
+        """Classify images, decoded and preprocessed as in the service.
 
         Args:
             images: paths, bytes of files, Pillow images, or uint8 arrays
                 `[height, width, channels]`, mixed at will.
 
         Raises:
-            ImageError: one of them is no image that we accept; it says which.
+            ImageError: one of them is not an accepted image; it says which one.
             OSError: a file cannot be read.
             RuntimeError: the engine is closed.
         """
@@ -181,7 +181,7 @@ class Engine:
             raise ImageError(error.code, f"{name}: {error}") from error
 
     def __call__(self, batch: Sequence[npt.ArrayLike], /) -> list[npt.NDArray[np.float64]]:
-        """Return each image's class probabilities, as MAITE asks of a `Model`.
+        """Return class probabilities for each image: MAITE's `Model` protocol.
 
         Args:
             batch: images `[channels, height, width]` of the model's input shape: floats in `[0,1]`,
@@ -203,7 +203,7 @@ class Engine:
         return list(self.run_all(images).probabilities)
 
     def warm_up(self, batches: tuple[int, ...] = (1,)) -> None:
-        """Run once at each batch size, so that the first caller does not pay for it.
+        """Run once at each batch size, so that the first request is not slower.
 
         On a GPU that is every size a batch is padded to, whatever `batches` says.
         """
@@ -212,7 +212,7 @@ class Engine:
 
     @property
     def session(self) -> ort.InferenceSession:
-        """The session behind it, for measurements; it checks nothing.
+        """The ONNX Runtime session, for measurements, without our checks.
 
         Raises:
             RuntimeError: the engine is closed.
@@ -223,7 +223,7 @@ class Engine:
         return session
 
     def close(self) -> None:
-        """Let go of the model; calls that are running end well, later ones are refused."""
+        """Release the model; running calls finish, later ones are refused."""
         self._session = self._buckets = self._lanes = None
 
     def __enter__(self) -> Engine:
@@ -271,8 +271,8 @@ def _load(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Bytes have no folder that weights in other files could be found in; this names one that is
-    # not there, so that none is picked up from wherever the process happens to run.
+    # Bytes have no folder for weights in other files. This one does not exist, so that no weights
+    # are read from the folder that the process runs in.
     folder = str(path.parent / "no-external-data")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if not spinning:

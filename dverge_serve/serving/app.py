@@ -63,7 +63,7 @@ class App:
         await self.worker.start()
 
     async def stop(self) -> None:
-        """Finish what is queued and let go of everything."""
+        """Finish queued work and release everything."""
         await self.worker.stop()
         self.decoder.close()
         self._log.flush()
@@ -93,7 +93,7 @@ class App:
 
     async def _respond(self, request: Request, route: Route | None) -> Response:
         try:
-            # The token comes first: without it nobody learns which paths and methods exist.
+            # The token comes first: without it paths and methods are not revealed.
             if self._token and not (route and route.public):
                 self._authorize(request)
             if route is None:
@@ -144,7 +144,7 @@ class App:
 
     def _authorize(self, request: Request) -> None:
         scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
-        # Both sides are bytes of any length; the comparison's time tells nothing of the content.
+        # Takes equally long for any content, so that the time reveals nothing of the token.
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
             raise ServiceError(
                 "unauthorized",

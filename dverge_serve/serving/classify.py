@@ -1,4 +1,4 @@
-"""The way of a body of images to their scores, the same for every route that takes images."""
+"""From a request's body to predictions, for every route that takes images."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Decoder:
             return await self.off_loop(
                 partial(decode, files, preprocess, self._max_pixels, given_up)
             )
-        finally:  # whoever asked may be gone: the thread stops after the image it is at
+        finally:  # the caller may be gone: the thread stops after its present image
             given_up.set()
 
     async def off_loop(self, work: Callable[[], T]) -> T:
@@ -80,7 +80,7 @@ def decode(
         files: PNG, JPEG or WebP bytes.
         preprocess: the model's.
         max_pixels: largest image, width x height.
-        given_up: once set, nobody waits for the answer and no further image is decoded.
+        given_up: once set, no further image is decoded, as the caller is gone.
     """
     arrays = []
     for position, data in enumerate(files, start=1):

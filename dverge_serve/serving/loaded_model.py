@@ -82,7 +82,7 @@ class ServedModel:
     def headline(self) -> dict[str, Any] | None:
         """The report's figures for anybody but callers who see the label alone.
 
-        Verdict and accuracies, which arm nobody; None without a report.
+        Verdict and accuracies, which do not help an attacker; None without a report.
         """
         if self.report is None:
             return None

@@ -189,7 +189,7 @@ def _bytes(array: Array) -> bytes:
 
 
 def _encodes(text: str) -> bool:
-    """Return whether there is UTF-8 for `text`: JSON's escapes can spell half a character."""
+    """Return whether `text` can be UTF-8: JSON's escapes can spell half a character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

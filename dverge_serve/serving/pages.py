@@ -1,4 +1,4 @@
-"""The pages a browser sees: no outside link, nothing that was not shipped, every value escaped."""
+"""Pages for browsers, from Jinja2 templates: every value escaped, no outside resource."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Respo
 
 @cache
 def demo_page() -> Response:
-    """Return the page to try images on; it asks for all it shows of the model, token in hand."""
+    """Return the page to try images on; its script asks the service for all it shows."""
     style, script = _text("demo.css"), _text("demo.js")
     policy = _policy(
         f"style-src {_source(style)}",
@@ -122,7 +122,7 @@ def _policy(*sources: str) -> bytes:
 
 
 def _source(text: str) -> str:
-    """Return the policy's name for an inline style or script: these bytes and no others."""
+    """Return the policy's source for an inline style or script, by its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -1,4 +1,4 @@
-"""`POST /predict` and the model's card: how much of them callers see."""
+"""`POST /predict`, and the JSON forms of predictions and of the model's card."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:
     """Return the JSON form of the model's card: what the file is, and its report's headline."""
     card = served.card.to_json()
     if expose != "full":
-        # Seeds and settings are all it takes to train the same members at home.
+        # With seeds and settings anyone could train the same members.
         del card["training"]
     card["sha256"] = served.sha256
     card["provider"] = served.engine.provider

@@ -6,11 +6,11 @@ version), and `state.json`, which says which one is current and which one is to 
 1. The worker that gets `POST /admin/reload` copies the model and its report, and names the copy
    as next. Every worker loads and warms it beside the old one, and leaves a note: ready, or failed.
 2. If all are ready it names the copy as current, and every worker swaps; otherwise it withdraws
-   it, and nobody has noticed anything.
+   the copy, and the old model stays in service.
 
-No number is given twice, withdrawn ones included: a note is about one file for ever, however late a
-worker leaves it. A worker that is started anew loads the current copy, whatever lies at the model's
-path by then; one that finds it serves another than the current one loads that.
+No number is given twice, withdrawn ones included, so that a late note cannot be about another file.
+A restarted worker loads the current copy, whatever is at the model's path by then; a worker that
+serves another version than the current one loads the current one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ READY, FAILED, SERVING = "ready", "failed", "serving"
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What the workers of one server agree on.
+    """The shared state of the workers of one server.
 
     Args:
         current: the version in service; -1 before the first.
@@ -72,14 +71,14 @@ class ModelVersions:
 
     @property
     def state(self) -> State:
-        """What all workers go by."""
+        """The shared state, as last written."""
         try:
             return State(**json.loads((self.folder / "state.json").read_bytes()))
         except FileNotFoundError:
             return State()
 
     def write_state(self, state: State) -> None:
-        """Tell the others."""
+        """Write the shared state."""
         write_atomic(self.folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())
 
     def begin(self, model: Path) -> None:
@@ -93,7 +92,7 @@ class ModelVersions:
             self.write_state(State(current=0, last=0))
 
     def path(self, version: int) -> Path:
-        """Return where a version's model file lies; its report lies beside it."""
+        """Return the path of a version's model file; its report is in the same folder."""
         return self.folder / f"{version}.onnx"
 
     def add(self, version: int, model: Path) -> None:
@@ -120,11 +119,11 @@ class ModelVersions:
                 note.unlink()
 
     def register(self) -> None:
-        """Say that this process is one of the workers."""
+        """Record that this process is one of the workers."""
         (self.folder / "workers" / str(os.getpid())).touch()
 
     def workers(self) -> list[int]:
-        """Return the process ids of the workers that live."""
+        """Return the process ids of the running workers."""
         found = [int(file.name) for file in (self.folder / "workers").iterdir()]
         return [pid for pid in found if _lives(pid)]
 
@@ -141,13 +140,13 @@ class ModelVersions:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the right to reload, which one worker at a time has.
+        """Hold the lock that lets one worker at a time reload.
 
         Raises:
             ServiceError: another one has it.
         """
         try:
-            # The system lets go of it when its holder dies.
+            # The system releases it when its holder dies.
             lock = FileLock(self.folder / "lock").acquire(blocking=False)
         except Timeout as error:
             raise ServiceError("reload_refused", "another reload is under way") from error
@@ -200,7 +199,7 @@ class Reloader:
 
     @property
     def all_served(self) -> bool:
-        """Whether every living worker has left such a note."""
+        """Whether every running worker has left such a note."""
         notes = self._versions.folder / "notes"
         return all(any(notes.glob(f"*-{SERVING}-{pid}")) for pid in self._versions.workers())
 
@@ -209,12 +208,12 @@ class Reloader:
         while True:
             try:
                 await self._follow()
-            except Exception:  # the watch must outlive whatever befalls the folder
+            except Exception:  # the watch must survive any failure of the folder
                 LOGGER.exception("following a reload failed")
             await asyncio.sleep(POLL_S)
 
     async def reload(self) -> dict[str, Any]:
-        """Put the file that now lies at the model's path in service, in every worker.
+        """Put the file now at the model's path in service, in every worker.
 
         Returns:
             version, number of workers.
@@ -223,13 +222,11 @@ class Reloader:
             ServiceError: the file cannot be served, or not by every worker; the old one goes on.
         """
         versions = self._versions
-        loop = asyncio.get_running_loop()
         with versions.exclusive():
             state = versions.state
             following = state.last + 1
             try:
-                copy = partial(versions.add, following, self._settings.model)
-                await loop.run_in_executor(None, copy)
+                await asyncio.to_thread(versions.add, following, self._settings.model)
             except UserError as error:
                 raise ServiceError("reload_refused", str(error)) from error
             versions.write_state(State(state.current, following, following))
@@ -243,7 +240,7 @@ class Reloader:
         return {"generation": following, "workers": workers}
 
     async def _all(self, version: int, kind: str) -> int:
-        """Wait until every living worker has left this note; returns how many they are."""
+        """Wait until every running worker has left this note; return their number."""
         try:
             async with asyncio.timeout(LOAD_S):
                 while True:
@@ -276,9 +273,8 @@ class Reloader:
             await self._prepare(state.next)
 
     async def _prepare(self, version: int) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            served = await loop.run_in_executor(None, self._load, version)
+            served = await asyncio.to_thread(self._load, version)
         except Exception as error:  # whatever it is, it must reach the caller of the reload
             self._given_up = version
             reason = str(error).replace(

@@ -1,4 +1,4 @@
-"""One HTTP request: its headers, its body within the limits, and whether its caller still waits."""
+"""HTTP requests: headers, bodies within the limits, and disconnects of callers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SMALL_BODY = 65_536
 
 
 class ClientDisconnect(Exception):  # noqa: N818 - as Starlette's ClientDisconnect
-    """The caller hung up: nobody is left to answer."""
+    """The caller closed the connection before the response."""
 
 
 class BodyBudget:
-    """The bytes of request bodies held at this moment, bounded over all connections together.
+    """A bound on the bytes of request bodies held at one moment, over all connections.
 
     Args:
         limit: most bytes held at once.
@@ -46,7 +46,7 @@ class BodyBudget:
         self.held += count
 
     def release(self, count: int) -> None:
-        """Count `count` bytes as let go."""
+        """Count `count` bytes as released."""
         self.held -= count
 
 
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def has_large_unread_body(self) -> bool:
-        """Whether more body is on its way than is worth discarding quietly."""
+        """Whether a large part of the body is still unread."""
         if self.body_read:
             return False
         if b"transfer-encoding" in self.headers:
@@ -82,7 +82,7 @@ class Request:
 
     @contextlib.contextmanager
     def holding(self, budget: BodyBudget) -> Iterator[None]:
-        """Give back to `budget` whatever of it this request's body took."""
+        """Release the bytes of this request's body at the end."""
         try:
             yield
         finally:
@@ -158,7 +158,7 @@ class Request:
                 watcher.cancel()
 
     async def discard(self, limit: int, timeout_s: float) -> None:
-        """Read and drop what still comes of the body, for a while.
+        """Read and drop the rest of the body, within limits.
 
         Closing a connection with unread bytes in it resets it, and the caller would lose the
         answer that was just sent.

@@ -122,7 +122,7 @@ class RouteTable(dict[str, Route]):
 
 
 class _Handlers:
-    """The handlers that classify nothing."""
+    """The handlers of the routes that do not classify."""
 
     document: Response
 
@@ -160,7 +160,7 @@ class _Handlers:
         return json_response(await self._worker.reload())
 
     async def start(self, request: Request) -> Response:
-        # Without a token the page says nothing of the model.
+        # The page takes no token: of a protected service it must not show the model.
         served = None if self._worker.settings.token else self._worker.served
         host = request.headers.get(b"host", b"").decode("latin-1")
         return start_page(served, self._expose, host)

@@ -1,4 +1,4 @@
-"""Tracing by OpenTelemetry's own settings: on where `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
+"""OpenTelemetry tracing, on if `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wanted() -> bool:
 
 
 def check() -> None:
-    """Check that tracing can be had if it is wanted.
+    """Check that the exporter is installed if tracing is wanted.
 
     Raises:
         UserError: the exporter is not installed.

@@ -1,4 +1,4 @@
-"""One worker's life: from loading a model to letting go of the last one."""
+"""A worker process: the model in service, from loading to shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dverge_serve.serving.settings import Settings
 
 
 class Worker:
-    """What this process has in service, and since when.
+    """The model that this process serves, its loading and its reloads.
 
     Args:
         settings: how it runs.
@@ -60,7 +60,7 @@ class Worker:
             await self.loading
 
     async def stop(self) -> None:
-        """Finish what is queued and let go of the model."""
+        """Finish queued work and release the model."""
         if self.loading:
             await self.loading
         if self._watch:
@@ -82,7 +82,7 @@ class Worker:
 
     @property
     def has_served(self) -> bool:
-        """Whether any worker of this server has ever had a model in service."""
+        """Whether any worker of this server has ever served a model."""
         return self._reloader is not None and self._reloader.any_served
 
     def check_ready(self) -> None:
@@ -99,7 +99,7 @@ class Worker:
             raise ServiceError("starting", "other workers are still loading the model; retry later")
 
     async def reload(self) -> dict[str, Any]:
-        """Put the file now at the model's path in service, in every worker; say what came of it.
+        """Put the file now at the model's path in service, in every worker; return the outcome.
 
         Raises:
             ServiceError: it cannot be; the old one stays.
