@@ -47,7 +47,7 @@ class App:
 
     def __init__(self, worker: Worker, *, expose: Exposure) -> None:
         settings = worker.settings
-        self.worker, self.expose = worker, expose
+        self.worker = worker
         self.metrics = worker.metrics
         self.decoder = Decoder(settings.max_pixels, max(1, cores() // settings.workers))
         self._log = RequestLog(settings.log)
