@@ -27,6 +27,7 @@ from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
+from dverge_serve.progress import show
 from export.exporter import export, export_source
 from export.published_checkpoint import from_checkpoint
 from export.source import Source
@@ -153,6 +154,7 @@ class Findings:
 
 def main() -> None:
     """Run the benchmark from the command line."""
+    show()
     arguments = parser(__doc__, "64 images, a second a line, no attacks but on a --run given")
     arguments.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
     arguments.add_argument("--images", type=int, default=2000, help="test images")

@@ -1,4 +1,4 @@
-"""How many cores there are to work with."""
+"""The number of CPU cores this process may use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def cores() -> int:
-    """Return how many cores this process may use: its affinity, and its cgroup's quota."""
+    """Return the number of cores: the smaller of the CPU affinity and the cgroup's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = count or 1
     try:

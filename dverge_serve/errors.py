@@ -1,10 +1,11 @@
-"""Errors that are not ours to fix: the user's or the environment's, told in one line."""
+"""Errors of the user or the environment, each told in one line."""
 
 from __future__ import annotations
 
 import difflib
 import enum
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 
 class Exit(enum.IntEnum):
@@ -19,7 +20,7 @@ class Exit(enum.IntEnum):
 
 
 class UserError(Exception):
-    """Something the user or the environment can mend. Prints as one line, exits with 2.
+    """A mistake that the user can correct. The command prints it as one line and exits with 2.
 
     Args:
         found: what was found, naming the file, key or value.
@@ -43,9 +44,19 @@ class PeerError(UserError):
 
 
 class NotMetError(UserError):
-    """A check that ran and was not met: parity at export, `--min-accuracy` at verification."""
+    """A check that ran and failed: parity at export, `--min-accuracy` at verification."""
 
     exit_code = Exit.NOT_MET
+
+
+def rename_parameters(text: str, names: Mapping[str, str]) -> str:
+    """Return an error's text with parameters as the user knows them.
+
+    Args:
+        text: in which a library writes a parameter's name in backticks, e.g. `device`.
+        names: by parameter; other words in backticks stay.
+    """
+    return re.sub("`([a-z0-9_]+)`", lambda found: names.get(found[1], found[0]), text)
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

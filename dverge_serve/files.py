@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes and content hashes."""
+"""Atomic file writes, content hashes and JSON files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sha256(data: bytes) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return `value` as JSON with one spelling, so that equal values have equal hashes."""
+    """Return `value` as canonical JSON: equal values have equal bytes, and so equal hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -35,7 +35,7 @@ def pretty_json(value: Any) -> bytes:
 def atomic_path(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
 
-    A reader sees the old file or the new one, never a part; so does whoever looks after a kill.
+    A reader sees the old file or the new one, never a part, also after the process was killed.
 
     Args:
         path: of the file.
@@ -74,7 +74,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that could not be written later, when much was spent on what goes there.
+    """Refuse a path that cannot be written, before time is spent on its content.
 
     Raises:
         UserError: its folder is not there and cannot be made, or cannot be written.
@@ -100,7 +100,7 @@ def write_error(path: Path, error: OSError, size: int = 0) -> UserError:
 
 
 def _missing(path: Path, size: int) -> str:
-    """Return what of `size` bytes finds no room beside `path`, as far as that is known."""
+    """Return how many of `size` bytes do not fit on the disk of `path`, if that is known."""
     if not size:
         return ""
     free = size

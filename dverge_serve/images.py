@@ -1,4 +1,4 @@
-"""The only decoder and the only preprocessing: training, `predict` and the service all see this."""
+"""Image decoding and preprocessing, the same for training, the engine and the service."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ INTERPOLATIONS = {
 }
 CHANNELS = {"L": 1, "RGB": 3}
 
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+
 # Our own bound is checked before any pixel is decoded; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
 # Pillow warns about metadata it cannot read. Once, here: changing the filters around each image
@@ -35,7 +37,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):
-    """Bytes that are not an image we accept. `code` is a stable word, the text is for people."""
+    """An input that is not an accepted image. `code` is stable; the text is for people."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -44,7 +46,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How any image becomes the model's input.
+    """The preprocessing that turns an image into the model's input.
 
     The image is converted to `mode`, scaled (aspect ratio kept) until it just covers `resize`,
     then its centre of size `crop` is taken. An image that already has that size is left untouched.
@@ -69,7 +71,7 @@ class Preprocess:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of what comes out."""
+        """Channels, height and width of the result."""
         return (CHANNELS[self.mode], *self.crop)
 
     def to_json(self) -> dict[str, Any]:
@@ -138,10 +140,41 @@ def load(
         ) from error
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """Return the image files under `folder`, sorted; nothing hidden is looked at.
+def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """Preprocess one image, whatever form it has.
 
-    File managers and notebooks keep copies and previews in hidden files and folders.
+    Args:
+        image: a file's path or bytes, a Pillow image, or uint8 `[height, width]` (grayscale) or
+            `[height, width, channels]` with 1, 3 (RGB) or 4 (RGBA) channels.
+        preprocess: the model's.
+
+    Returns:
+        uint8 array `[channels, height, width]`.
+
+    Raises:
+        ImageError: as `load` raises it, or an array of another kind.
+        OSError: the file cannot be read.
+    """
+    if isinstance(image, bytes):
+        return load(image, preprocess)
+    if isinstance(image, (str, Path)):
+        return load(Path(image).read_bytes(), preprocess)
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2:]
+        if image.dtype != np.uint8 or not image.size or channels not in ((), (1,), (3,), (4,)):
+            raise ImageError(
+                "not_an_image",
+                f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width] "
+                "or [height, width, channels] with 1, 3 or 4 channels",
+            )
+        image = Image.fromarray(image[..., 0] if channels == (1,) else image)
+    return _array(_upright(image), preprocess)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Return the image files under `folder`, sorted, without hidden files and folders.
+
+    File managers and notebooks keep copies and previews there.
     """
     return sorted(
         file
@@ -168,7 +201,7 @@ def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing of the orientation; the pixels are whole
+    except Exception:  # damaged EXIF gives no orientation; the pixels are intact
         return image
 
 

@@ -1,4 +1,7 @@
-"""Progress with time left: a bar on a terminal, plain lines anywhere else."""
+"""Progress with time left: a bar on a terminal, plain lines anywhere else.
+
+Nothing is shown before `show()`: the commands call it; in a notebook you do.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ BESIDE = 28  # columns that percent, time left, gaps and a bar that still is one
 
 
 class Progress:
-    """One running task, shown on standard error.
+    """One running task, shown on standard error after `show()`.
 
     Args:
         label: what is being done, e.g. "DVERGE training".
@@ -23,7 +26,7 @@ class Progress:
         start: units already done (a resumed run).
     """
 
-    shown = True  # False in all processes but one, where several do one task
+    shown = False
 
     def __init__(self, label: str, total: int, *, start: int = 0) -> None:
         self._label, self._total, self._done = label, max(total, 1), start
@@ -80,6 +83,11 @@ class Progress:
             print(f"{self._label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def show() -> None:
+    """Show the progress of all work of this process from now on, on standard error."""
+    Progress.shown = True
+
+
 def fitting(note: str, room: int) -> str:
     """Return as many of the figures of `note`, from the first, as `room` columns hold."""
     while len(note) > room:
@@ -88,13 +96,13 @@ def fitting(note: str, room: int) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line about the work on standard error, where its progress is shown."""
+    """Print a line on standard error, if progress is shown."""
     if Progress.shown:
         print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def duration(seconds: float) -> str:
-    """Return `seconds` in words a person reads at a glance, e.g. "2m 05s"."""
+    """Return `seconds` in a short form for people, e.g. "2m 05s"."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:

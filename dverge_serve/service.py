@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before BentoML looks: nobody's serving host reports to others. The word, not a digit.
+# Before BentoML reads it: no usage reports are sent. It wants the word, not a digit.
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 import bentoml
@@ -29,10 +29,10 @@ import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
-from dverge_serve.errors import Exit, UserError
+from dverge_serve.errors import Exit, UserError, rename_parameters
 from dverge_serve.serving import tracing
 from dverge_serve.serving.requests import Receive, Scope, Send
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.settings import Settings, variable
 from dverge_serve.serving.sockets import beyond_loopback, require_free
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def application() -> App:
 
 
 def _give_up(error: UserError) -> None:
-    """End the server if none of its workers ever served: each would only be started again.
+    """End the server if none of its workers ever served, as restarted workers would fail again.
 
-    Later on, a worker that cannot load goes alone, and the others stay.
+    After that, only the worker that cannot load ends.
     """
     folder = _run_folder()
     if folder is None or application().worker.has_served:
@@ -116,7 +116,7 @@ def _give_up(error: UserError) -> None:
 
 
 async def _end_with_supervisor(supervisor: int, folder: Path) -> None:
-    """End this worker when its supervisor was killed: nobody else would, and it holds the port."""
+    """End this worker once its supervisor was killed, so that the port is free again."""
     while os.getppid() == supervisor:
         await asyncio.sleep(ORPHAN_CHECK_S)
     shutil.rmtree(folder, ignore_errors=True)
@@ -161,7 +161,9 @@ class Dverge:
             require_free(*_address())
             _share(folder, settings)
         except UserError as error:
-            print(f"dverge: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            names = {field.name: variable(field.name) for field in dataclasses.fields(Settings)}
+            told = rename_parameters(str(error), names)
+            print(f"dverge: {told}", file=sys.stderr, flush=True)  # noqa: T201
             raise SystemExit(Exit.USER) from error
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -199,7 +201,7 @@ def _address() -> tuple[str, int]:
 
 
 def check_model(settings: Settings) -> None:
-    """Load the model once, to say what is wrong with it before any worker starts.
+    """Load the model once, so that an error is reported before any worker starts.
 
     Raises:
         UserError: it cannot be served.
@@ -213,12 +215,12 @@ def check_model(settings: Settings) -> None:
 
 
 def _share(folder: Path, settings: Settings) -> None:
-    """Copy the model for the workers: one started anew later finds what the others serve."""
-    from dverge_serve.serving.reload import Generations
+    """Copy the model for the workers: a worker restarted later loads what the others serve."""
+    from dverge_serve.serving.reload import ModelVersions
 
     folder.chmod(0o700)
     (folder / SUPERVISOR).write_text(str(os.getpid()))
-    Generations(folder).begin(settings.model)
+    ModelVersions(folder).begin(settings.model)
 
 
 def _clean_up(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dverge_serve.engine.card import Form, together
+from dverge_serve.engine.card import FusionMode, members_per_group
 from training.models.bn_folding import folded
 from training.models.member import Member
 from training.models.resnet import Head
@@ -143,11 +143,11 @@ def can_group(members: Sequence[nn.Module]) -> bool:
     )
 
 
-def fuse(members: Sequence[nn.Module], form: Form) -> nn.Module:
+def fuse(members: Sequence[nn.Module], form: FusionMode) -> nn.Module:
     """Return the ensemble in one of its forms; both compute the same two outputs."""
     if form == "grouped":
         alike = [member for member in members if isinstance(member, Member)]
-        starts = range(0, len(alike), together(len(alike)))
+        starts = range(0, len(alike), members_per_group(len(alike)))
         networks = [Grouped(alike[at : at + starts.step], len(alike)) for at in starts]
         return (Networks(networks) if len(networks) > 1 else networks[0]).eval()
     return Branches(members).eval()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from dverge_serve.engine.card import Card, Form
+from dverge_serve.engine.card import Card, FusionMode
 from dverge_serve.engine.providers import CPU, providers
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
@@ -48,7 +48,7 @@ class Choice:
             nothing was measured.
     """
 
-    form: Form
+    form: FusionMode
     target: str
     speedups: dict[int, float] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ def build_best(
             "use --form branches",
         )
     if ask != "auto" or not groupable:
-        form: Form = "branches" if ask == "auto" else ask
+        form: FusionMode = "branches" if ask == "auto" else ask
         # A form that was named needs no device here to be measured on.
         choice = Choice(form, where_of(providers("auto")) if target == "auto" else target)
         return choice, build_graph(members, replace(card, form=form, target=choice.target))
@@ -94,12 +94,12 @@ def build_best(
     where = where_of(on)
     forms = {
         form: build_graph(members, replace(card, form=form, target=where))
-        for form in get_args(Form)
+        for form in get_args(FusionMode)
     }
     # By its name, so that a GPU that is there and does not work is told, not replaced by the CPU.
     found = speedups(forms["branches"], forms["grouped"], where)
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
-    chosen: Form = "branches" if mean < 1 / MARGIN else "grouped"
+    chosen: FusionMode = "branches" if mean < 1 / MARGIN else "grouped"
     return Choice(chosen, where, found), forms[chosen]
 
 

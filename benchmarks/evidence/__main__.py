@@ -12,7 +12,7 @@ from benchmarks.evidence.cells import Cell
 from benchmarks.evidence.page import write_page
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
-from dverge_serve.progress import duration
+from dverge_serve.progress import duration, show
 
 GUESS_S = 120.0  # a cell's seconds before the first one was timed
 
@@ -53,6 +53,7 @@ def run_cells(wanted: list[Cell], folder: Path) -> dict[str, str]:
 
 def main() -> None:
     """Run from the command line."""
+    show()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cells with this in their name")
     parser.add_argument("--list", action="store_true", help="say which cells are there, and stop")

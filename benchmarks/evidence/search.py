@@ -20,6 +20,7 @@ from benchmarks.evidence.cells import EXACT
 from benchmarks.evidence.images import evidence_cache
 from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
+from dverge_serve.progress import show
 from training.data.splits import TrainingData
 from training.estimate import gradient_evaluations
 from training.recipe import load_recipe
@@ -97,6 +98,7 @@ def measure(
 
 def main() -> None:
     """Run the search and print a table, the candidates' means over the seeds."""
+    show()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path, help="write the rows here; those there stay")
     parser.add_argument("--only", default="", help="candidates with this in their name")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from benchmarks import gpu
 from dverge_serve.errors import UserError
+from dverge_serve.progress import show
 
 FOLDER = "dverge-gpu"  # under --work: its runs are replaced by those of --state
 
 
 def main() -> None:
     """Run a verb; a user's mistake is one line and exit code 2."""
+    show()
     options = _parser().parse_args()
     try:
         options.run(options)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dverge_serve import __version__
-from dverge_serve.errors import Exit, PeerError, UserError
+from dverge_serve.errors import Exit, PeerError, UserError, rename_parameters
 
 TRAIN = (
     *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
@@ -58,13 +58,16 @@ def run(arguments: list[str]) -> int:
     # Each registers its commands, in the order help shows them.
     from dverge_serve.cli import train, export, verify, use, bench, bento  # noqa: F401, I001, RUF100
 
+    from dverge_serve.progress import show
+
+    show()
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="dverge", standalone_mode=False)
     except PeerError as error:  # the process that failed says why
         return int(error.exit_code)
     except UserError as error:
-        return _say(str(error), error.exit_code)
+        return _say(as_flags(str(error)), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", Exit.INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -88,6 +91,19 @@ def run(arguments: list[str]) -> int:
     if code == Exit.INTERRUPTED:  # some versions of Typer turn Ctrl-C into this code, silently
         return _say("interrupted", Exit.INTERRUPTED)
     return int(code or 0)
+
+
+def as_flags(text: str) -> str:
+    """Return a library's message with options in place of the parameters that it names."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    options = {
+        option.strip("-").replace("-", "_"): option
+        for command in commands
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    return rename_parameters(text, options)
 
 
 def main() -> NoReturn:

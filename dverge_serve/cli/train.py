@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dverge_serve.cli import app
+from dverge_serve.cli import app, as_flags
 from dverge_serve.cli.options import Data, Device
 from dverge_serve.errors import Exit, UserError
 
@@ -161,7 +161,9 @@ def _say_cost(config: Config, device: str) -> None:
     except UserError as error:
         if config.data.path:
             raise
-        typer.echo(f"no estimate: {error}", err=True)  # the recipe's settings were asked for
+        typer.echo(
+            f"no estimate: {as_flags(str(error))}", err=True
+        )  # the recipe's settings were asked for
         return
     for line in cost["notes"]:
         typer.echo(line, err=True)

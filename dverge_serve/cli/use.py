@@ -16,7 +16,7 @@ from dverge_serve.errors import UserError
 if TYPE_CHECKING:
     from dverge_serve.engine.session import Engine
 
-PREDICT_BATCH = 64
+PREDICTED = ("label", "index", "probability", "agreement", "disagreement")  # of a `Prediction`
 
 
 @app.command(epilog="Example: dverge serve model.onnx --port 8080")
@@ -46,7 +46,7 @@ def serve(
     """
     from dverge_serve.serving.launch import serve as launch
 
-    launch(host, port, model=model, workers=workers, token=token, device=device)
+    raise typer.Exit(launch(host, port, model=model, workers=workers, token=token, device=device))
 
 
 @app.command(epilog="Example: dverge predict model.onnx photos/ --csv answers.csv")
@@ -65,7 +65,7 @@ def predict(
     files = _image_files(paths)
     rows = _predict(Engine(model, device="cpu"), files)
     if csv_file is not None:
-        names = ["image", "label", "index", "probability", "agreement", "disagreement", "error"]
+        names = ["image", *PREDICTED, "error"]
         with (
             atomic_path(csv_file) as part,
             part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -153,32 +153,27 @@ def _image_files(paths: list[Path]) -> list[Path]:
 def _predict(engine: Engine, files: list[Path]) -> list[dict[str, Any]]:
     import numpy as np
 
-    from dverge_serve.images import ImageError, load, to_float
+    from dverge_serve.engine.predictions import Predictions
+    from dverge_serve.engine.session import PREDICT_BATCH
+    from dverge_serve.images import ImageError, to_float, to_pixels
     from dverge_serve.progress import Progress
 
     rows: list[dict[str, Any]] = []
     with Progress("classifying", len(files)) as progress:
         for start in range(0, len(files), PREDICT_BATCH):
-            answers: list[dict[str, Any]] = []
+            batch: list[dict[str, Any]] = []
             pixels = []
             for file in files[start : start + PREDICT_BATCH]:
-                answers.append({"image": str(file)})
+                batch.append({"image": str(file)})
                 try:
-                    pixels.append(load(file.read_bytes(), engine.card.preprocess))
+                    pixels.append(to_pixels(file, engine.card.preprocess))
                 except (ImageError, OSError) as error:
-                    answers[-1]["error"] = str(error)
-            read = [answer for answer in answers if "error" not in answer]
-            if read:
-                scores = engine.run(to_float(np.stack(pixels)))
-                for at, answer in enumerate(read):
-                    index = int(scores.predictions[at])
-                    answer |= {
-                        "label": engine.card.labels[index],
-                        "index": index,
-                        "probability": float(scores.probabilities[at, index]),
-                        "agreement": float(scores.agreement[at]),
-                        "disagreement": float(scores.disagreement[at]),
-                    }
-            rows += answers
-            progress.advance(len(answers))
+                    batch[-1]["error"] = str(error)
+            if pixels:
+                found = Predictions(engine.run(to_float(np.stack(pixels))), engine.card.labels)
+                read = [row for row in batch if "error" not in row]
+                for row, prediction in zip(read, found, strict=True):
+                    row |= {key: getattr(prediction, key) for key in PREDICTED}
+            rows += batch
+            progress.advance(len(batch))
     return rows

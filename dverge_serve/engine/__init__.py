@@ -1,4 +1,4 @@
-"""The engine: one ONNX file behind the project's contract. No torch, no web framework."""
+"""The engine: runs one exported ONNX file, without torch or a web framework."""
 
 from __future__ import annotations
 

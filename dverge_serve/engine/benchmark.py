@@ -1,4 +1,4 @@
-"""How fast a model file is here: latency and throughput, and what of it is the engine's own."""
+"""Latency and throughput of a model file, and the engine's overhead over ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def measure(engine: Engine, batch: int, seconds: float = SECONDS) -> Row:
 
 
 def _calls(call: Callable[[], object]) -> list[float]:
-    """Return the seconds of some calls, after one while threads of the other session still spin."""
+    """Return the seconds of each call, after one warm-up call.
+
+    During that one the threads of the other session still spin.
+    """
     times = []
     for _ in range(1 + CALLS):
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Batches in a few fixed sizes, on buffers that stay on the device."""
+"""Fixed batch sizes with input and output buffers that stay on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Buckets:
     """Runs every batch at the next power of two, padded with black images.
 
     cuDNN chooses its algorithms, and the arena its blocks, for each new shape; with seven shapes
-    that is over after the warm-up. Input and outputs stay bound to the same device memory. One
+    that is done after the warm-up. Input and outputs stay bound to the same device memory. One
     call at a time: the device would not run two at once either.
 
     Args:
@@ -39,7 +39,7 @@ class Buckets:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The batch sizes that are ever run: 1, 2, 4, ... up to `LARGEST`."""
+        """The batch sizes in use: 1, 2, 4, ... up to `LARGEST`."""
         return tuple(2**power for power in range(LARGEST.bit_length()))
 
     def run(self, images: npt.NDArray[np.float32]) -> Scores:

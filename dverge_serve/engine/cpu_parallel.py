@@ -1,7 +1,7 @@
-"""Large batches on a CPU: every core runs a part of the batch by itself.
+"""Large batches on a CPU: every core runs its own part of the batch.
 
-One call that all cores share makes them wait for each other after every layer. With images enough
-for all of them, a session of one thread serves each core its own part, and nobody waits.
+One call that all cores share makes them wait for each other after every layer. With enough images,
+a session of one thread runs a part on each core without waiting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dverge_serve.cores import cores
-from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card, together
+from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card, members_per_group
 from dverge_serve.engine.outputs import Scores
 
 # A layer's features stay in the cache while about so many pixels, counted for each member that runs
@@ -42,7 +42,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="dverge-lane")
 
     def worth(self, images: int) -> bool:
-        """Whether a batch of so many images is faster in lanes."""
+        """Whether a batch of this many images is faster in lanes."""
         return images >= EACH * self.count
 
     def run(self, images: npt.NDArray[np.float32]) -> Scores:
@@ -58,6 +58,6 @@ class Lanes:
 def part(card: Card) -> int:
     """Return how many images go through the network at once: a power of two."""
     _, height, width = card.input_shape
-    members = together(card.members) if card.form == "grouped" else 1
+    members = members_per_group(card.members) if card.form == "grouped" else 1
     fits = PIXELS // (members * height * width)
     return 1 << max(0, fits.bit_length() - 1)

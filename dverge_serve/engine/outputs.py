@@ -1,4 +1,4 @@
-"""What an ensemble's logits say: probabilities, and how much the members disagree."""
+"""An ensemble's outputs: logits, probabilities, votes and disagreement of the members."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Scores:
 
     @cached_property
     def predictions(self) -> npt.NDArray[np.int64]:
-        """The ensemble's answers, class indices `[batch]`."""
+        """The ensemble's predictions, class indices `[batch]`."""
         return np.asarray(self.logits.argmax(axis=-1))
 
     @cached_property
     def agreement(self) -> npt.NDArray[np.float64]:
-        """Share of members whose own answer is the ensemble's, `[batch]` in 0..1."""
+        """Share of members whose own prediction is the ensemble's, `[batch]` in 0..1."""
         return np.asarray((self.votes == self.predictions[:, None]).mean(axis=1))
 
     @cached_property
     def votes(self) -> npt.NDArray[np.int64]:
-        """What each member answers on its own, class indices `[batch, members]`."""
+        """Each member's own predictions, class indices `[batch, members]`."""
         return np.asarray(self.member_logits.argmax(axis=-1))
 
     @cached_property

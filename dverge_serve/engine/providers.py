@@ -1,4 +1,4 @@
-"""Where a model runs: ONNX Runtime's providers, chosen loudly."""
+"""Devices: the choice of ONNX Runtime's providers, without silent fallbacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROVIDER = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
 
 def check_device(device: Device) -> None:
-    """Check that `device` can be here, without touching it.
+    """Check that `device` is available, without using it.
 
     Raises:
         UserError: no such device, or a GPU asked for where there is no provider or no GPU.
@@ -39,12 +39,12 @@ def check_device(device: Device) -> None:
         )
     if not has_gpu():
         raise UserError(
-            f"{name} was asked for but no NVIDIA GPU is here", "a GPU", "use --device cpu"
+            f"{name} was asked for but no NVIDIA GPU is here", "a GPU", "use `device` cpu"
         )
 
 
 def providers(device: Device, device_id: int = 0) -> list[Any]:
-    """Return ONNX Runtime's providers for `device`, the wanted one first.
+    """Return ONNX Runtime's providers for `device`, the preferred one first.
 
     Args:
         device: `auto` takes CUDA where there is a GPU and a provider, else the CPU.
@@ -81,17 +81,17 @@ def check_provider(device: Device, found: str) -> None:
         raise UserError(
             f"{device} was asked for but ONNX Runtime fell back to {found}",
             "a GPU with matching CUDA and cuDNN libraries",
-            "install `dverge-serve[gpu]` or use --device cpu",
+            "install `dverge-serve[gpu]` or use `device` cpu",
         )
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is here; on Windows only a session can tell."""
+    """Whether an NVIDIA driver is installed; on Windows only a session shows it."""
     return Path("/dev/nvidiactl").exists() or os.name == "nt"
 
 
 def warn_of_two_runtimes() -> None:
-    """Warn where two builds of ONNX Runtime share one folder: the last installed wins."""
+    """Warn if two builds of ONNX Runtime are installed: they share a folder, the last one wins."""
     names = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(names) > 1:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Reading the robustness report that stands beside a model file."""
+"""The robustness report of a model file, read from the same folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ SCHEMA_VERSION = 1
 
 
 def report_path(model: Path) -> Path:
-    """Return where the report of `model` lies: `model.onnx` has `model.report.json`."""
+    """Return the path of the report of `model`: `model.report.json` for `model.onnx`."""
     return model.with_name(f"{model.stem}.report.json")
 
 
 def page_path(model: Path) -> Path:
-    """Return where the report of `model` lies as a page: `model.report.html`."""
+    """Return the path of the report of `model` as a page: `model.report.html`."""
     return model.with_name(f"{model.stem}.report.html")
 
 
 def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
-    """Return the report beside `model`, or None where there is none about these very bytes.
+    """Return the report of `model`, or None if there is none about exactly these bytes.
 
     A report counts only if it names `model_sha256` and has a schema this reader knows.
     """

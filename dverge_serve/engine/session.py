@@ -1,9 +1,10 @@
-"""The one place that runs a model file: ONNX Runtime behind our contract."""
+"""The engine: one model file, run by ONNX Runtime, with checked inputs and outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from dverge_serve.engine.buckets import Buckets
 from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card
 from dverge_serve.engine.cpu_parallel import Lanes
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.predictions import Prediction, Predictions
 from dverge_serve.engine.providers import (
     CPU,
     CUDA,
@@ -25,22 +27,35 @@ from dverge_serve.engine.providers import (
 )
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
+from dverge_serve.images import ImageError, ImageLike, to_float, to_pixels
+
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly
 
 __all__ = ["Device", "Engine", "check_device"]
 
 MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
+PREDICT_BATCH = 64  # images decoded at a time
 
-# Made once: after each call's millisecond in the model the caches hold nothing of the checks, and
-# what they make anew costs tens of microseconds instead of one.
+# Made once: after a call of the model the caches hold none of the checks' data, and making these
+# again costs tens of microseconds instead of one.
 _FLOAT = np.dtype(np.float32)
 _OUTPUTS = [LOGITS, MEMBER_LOGITS]
+
+
+class ModelMetadata(TypedDict):
+    """Metadata of a model, as MAITE's protocols define it; type checkers compare the two."""
+
+    id: ReadOnly[str]
+    index2label: NotRequired[ReadOnly[dict[int, str]]]
 
 
 class Engine:
     """An ensemble loaded from one `model.onnx`, ready to run. Safe to call from many threads.
 
-    The file is read once; those bytes are hashed and loaded, so `sha256` is what runs.
+    The file is read once; those bytes are hashed and loaded, so `sha256` is what runs. It is a
+    `Model` for image classification as MAITE's protocols define it: see `__call__`, `metadata`.
 
     Args:
         path: the model file.
@@ -57,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         device: Device = "auto",
         threads: int = 0,
@@ -84,6 +99,10 @@ class Engine:
         check_provider(device, self.provider)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.card = Card.from_metadata(metadata, str(path))
+        self.metadata: ModelMetadata = {
+            "id": f"{self.card.name}-{self.sha256[:12]}",
+            "index2label": dict(enumerate(self.card.labels)),
+        }
         self._check_signature(self._session)
         self._shape = list(self.card.input_shape)
         self._buckets: Buckets | None = None
@@ -114,8 +133,8 @@ class Engine:
             )
         if not count:
             raise ValueError("an empty batch; expected at least one image")
-        # Of all numpy's ways this costs least after a call's millisecond in the model, when the
-        # caches hold nothing of it. Both are NaN if any pixel is.
+        # The fastest way in numpy after a call of the model, when the caches are cold. Both are NaN
+        # if any pixel is.
         low, high = images.item(images.argmin()), images.item(images.argmax())
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
@@ -131,8 +150,60 @@ class Engine:
             [self.run(images[at : at + batch]) for at in range(0, len(images), batch)]
         )
 
+    def predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
+        """Classify images, decoded and preprocessed as in the service.
+
+        Args:
+            images: paths, bytes of files, Pillow images, or uint8 arrays
+                `[height, width, channels]`, mixed at will.
+
+        Raises:
+            ImageError: one of them is not an accepted image; it says which one.
+            OSError: a file cannot be read.
+            RuntimeError: the engine is closed.
+        """
+        if isinstance(images, (str, bytes)):
+            raise TypeError(f"images is one {type(images).__name__}; expected a list of images")
+        found: list[Prediction] = []
+        for start in range(0, len(images), PREDICT_BATCH):
+            pixels = [
+                self._pixels(image, position)
+                for position, image in enumerate(images[start : start + PREDICT_BATCH], start)
+            ]
+            found += Predictions(self.run(to_float(np.stack(pixels))), self.card.labels)
+        return found
+
+    def _pixels(self, image: ImageLike, position: int) -> npt.NDArray[np.uint8]:
+        try:
+            return to_pixels(image, self.card.preprocess)
+        except ImageError as error:
+            name = image if isinstance(image, (str, Path)) else f"image {position}"
+            raise ImageError(error.code, f"{name}: {error}") from error
+
+    def __call__(self, batch: Sequence[npt.ArrayLike], /) -> list[npt.NDArray[np.float64]]:
+        """Return class probabilities for each image: MAITE's `Model` protocol.
+
+        Args:
+            batch: images `[channels, height, width]` of the model's input shape: floats in `[0,1]`,
+                or uint8.
+
+        Returns:
+            arrays `[classes]`, each of them the softmax of the members' mean logits.
+
+        Raises:
+            ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
+            RuntimeError: the engine is closed.
+        """
+        if not len(batch):
+            return []
+        arrays = [np.asarray(image) for image in batch]
+        images = np.stack([to_float(each) if each.dtype == np.uint8 else each for each in arrays])
+        if images.dtype.kind == "f":
+            images = images.astype(np.float32, copy=False)
+        return list(self.run_all(images).probabilities)
+
     def warm_up(self, batches: tuple[int, ...] = (1,)) -> None:
-        """Run once at each batch size, so that the first caller does not pay for it.
+        """Run once at each batch size, so that the first request is not slower.
 
         On a GPU that is every size a batch is padded to, whatever `batches` says.
         """
@@ -141,7 +212,7 @@ class Engine:
 
     @property
     def session(self) -> ort.InferenceSession:
-        """The session behind it, for measurements; it checks nothing.
+        """The ONNX Runtime session, for measurements, without our checks.
 
         Raises:
             RuntimeError: the engine is closed.
@@ -152,7 +223,7 @@ class Engine:
         return session
 
     def close(self) -> None:
-        """Let go of the model; calls that are running end well, later ones are refused."""
+        """Release the model; running calls finish, later ones are refused."""
         self._session = self._buckets = self._lanes = None
 
     def __enter__(self) -> Engine:
@@ -200,8 +271,8 @@ def _load(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Bytes have no folder that weights in other files could be found in; this names one that is
-    # not there, so that none is picked up from wherever the process happens to run.
+    # Bytes have no folder for weights in other files. This one does not exist, so that no weights
+    # are read from the folder that the process runs in.
     folder = str(path.parent / "no-external-data")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if not spinning:

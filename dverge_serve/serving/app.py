@@ -1,4 +1,4 @@
-"""The HTTP application: every route, and what all of them share.
+"""The HTTP application: what all routes share.
 
 Plain ASGI: all paths are fixed, so that a dictionary is the whole router, and a request meets
 nothing on its way that it does not need.
@@ -6,13 +6,10 @@ nothing on its way that it does not need.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from itertools import count
 
 from dverge_serve.cores import cores
@@ -20,33 +17,24 @@ from dverge_serve.serving.classify import Classifier
 from dverge_serve.serving.decoding import Decoder
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import LOGGER, RequestLog
-from dverge_serve.serving.metrics import CONTENT_TYPE
-from dverge_serve.serving.oip import BASE, InferenceProtocol
-from dverge_serve.serving.openapi import openapi
-from dverge_serve.serving.pages import demo_page, start_page
-from dverge_serve.serving.predict import Predict, model_card
-from dverge_serve.serving.requests import CallerGone, Intake, Receive, Request, Scope, Send
-from dverge_serve.serving.responses import TEXT, Answer, Refusal, json_answer
+from dverge_serve.serving.requests import (
+    BodyBudget,
+    ClientDisconnect,
+    Receive,
+    Request,
+    Scope,
+    Send,
+)
+from dverge_serve.serving.responses import Response, ServiceError
+from dverge_serve.serving.routes import Route, RouteTable
 from dverge_serve.serving.settings import Exposure
 from dverge_serve.serving.worker import Worker
 
-Handler = Callable[[Request], Awaitable[Answer]]
-
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 # Bodies held at one moment, in units of the largest one.
-INTAKE_BODIES = 16
+BUDGET_BODIES = 16
 LINGER_BYTES, LINGER_S = 64 * 1024 * 1024, 5.0
 METHOD = re.compile("[A-Z]{1,16}")
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One path: its handlers by method, who may call it, and whether calls are logged."""
-
-    path: str
-    handlers: Mapping[str, Handler]
-    public: bool = False  # no token asked for
-    quiet: bool = False  # polled by machines: not worth a log line each
 
 
 class App:
@@ -59,50 +47,26 @@ class App:
 
     def __init__(self, worker: Worker, *, expose: Exposure) -> None:
         settings = worker.settings
-        self.worker, self.expose = worker, expose
+        self.worker = worker
         self.metrics = worker.metrics
         self.decoder = Decoder(settings.max_pixels, max(1, cores() // settings.workers))
         self._log = RequestLog(settings.log)
         self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
-        self._openapi = json_answer(openapi(settings, expose))
-        intake = Intake(INTAKE_BODIES * settings.max_body_bytes)
-        classifier = Classifier(settings, expose, self.decoder, intake, worker.model)
-        v2 = InferenceProtocol(classifier, worker.check_ready)
-        routes = [
-            Route("/predict", {"POST": Predict(classifier)}),
-            Route("/model", {"GET": self._model}),
-            Route("/report", {"GET": self._report}),
-            Route("/v2", {"GET": v2.server}),
-            Route("/v2/health/live", {"GET": v2.live}, public=True, quiet=True),
-            Route("/v2/health/ready", {"GET": v2.ready}, public=True, quiet=True),
-            Route(BASE, {"GET": v2.metadata}),
-            Route(f"{BASE}/ready", {"GET": v2.ready}, quiet=True),
-            Route(f"{BASE}/infer", {"POST": v2.infer}),
-            Route("/livez", {"GET": self._livez}, public=True, quiet=True),
-            Route("/readyz", {"GET": self._readyz}, public=True, quiet=True),
-            Route("/metrics", {"GET": self._metrics}, quiet=True),
-            Route("/openapi.json", {"GET": self._describe}, public=True),
-            Route("/docs.json", {"GET": self._describe}, public=True),
-            Route("/", {"GET": self._start}, public=True),
-            Route("/demo", {"GET": self._demo}, public=True),
-        ]
-        if settings.token:
-            routes.append(Route("/admin/reload", {"POST": self._reload}))
-        self.routes = {route.path: route for route in routes}
+        budget = BodyBudget(BUDGET_BODIES * settings.max_body_bytes)
+        classifier = Classifier(settings, expose, self.decoder, budget, worker.model)
+        self.routes = RouteTable(worker, classifier)
 
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
         await self.worker.start()
 
     async def stop(self) -> None:
-        """Finish what is queued and let go of everything."""
+        """Finish queued work and release everything."""
         await self.worker.stop()
         self.decoder.close()
         self._log.flush()
-
-    # -- one request --------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request; other protocols are turned away."""
@@ -116,10 +80,10 @@ class App:
         name = route.path if route else "other"
         served = self.worker.served  # the one that answers, should a reload come in between
         try:
-            answer = await self._answer(request, route)
-            status = str(answer.status)
-            await self._send(request, answer, served, send)
-        except CallerGone:
+            response = await self._respond(request, route)
+            status = str(response.status)
+            await self._send(request, response, served, send)
+        except ClientDisconnect:
             status = "gone"
         seconds = time.perf_counter() - begun
         self.metrics.request(name, request.method, status, seconds)
@@ -127,46 +91,44 @@ class App:
             method = request.method if METHOD.fullmatch(request.method) else "other"
             self._log.note(request.id, method, name, status, seconds)
 
-    async def _answer(self, request: Request, route: Route | None) -> Answer:
+    async def _respond(self, request: Request, route: Route | None) -> Response:
         try:
-            # The token comes first: without it nobody learns which paths and methods exist.
+            # The token comes first: without it paths and methods are not revealed.
             if self._token and not (route and route.public):
                 self._authorize(request)
             if route is None:
-                raise Refusal("not_found", "no such path; /openapi.json lists them all")
-            method = "GET" if request.method == "HEAD" else request.method
-            handler = route.handlers.get(method)
-            if handler is None:
+                raise ServiceError("not_found", "no such path; /openapi.json lists them all")
+            if request.method not in route.methods:
                 raise _not_allowed(route)
-            return await handler(request)
-        except Refusal as refusal:
-            self.metrics.refusal(refusal.code)
-            return refusal.answer(v2=_is_v2(request.path))
-        except CallerGone:
+            return await route.handler(request)
+        except ServiceError as error:
+            self.metrics.refusal(error.code)
+            return error.response(v2=_is_v2(request.path))
+        except ClientDisconnect:
             raise
         except Exception:
             LOGGER.exception("request %s failed", request.id)
             self.metrics.refusal("internal_error")
-            bug = Refusal("internal_error", f"a bug of ours; request {request.id} is in the log")
-            return bug.answer(v2=_is_v2(request.path))
+            told = f"a bug of ours; request {request.id} is in the log"
+            return ServiceError("internal_error", told).response(v2=_is_v2(request.path))
 
     async def _send(
-        self, request: Request, answer: Answer, served: ServedModel | None, send: Send
+        self, request: Request, response: Response, served: ServedModel | None, send: Send
     ) -> None:
         headers = [
-            (b"content-type", answer.content_type),
-            (b"content-length", b"%d" % len(answer.body)),
+            (b"content-type", response.content_type),
+            (b"content-length", b"%d" % len(response.body)),
             (b"x-request-id", request.id.encode()),
             (b"x-content-type-options", b"nosniff"),
-            *answer.headers,
+            *response.headers,
         ]
         if served is not None:
             headers.append((b"x-model-sha256", served.sha256.encode()))
         linger = request.has_large_unread_body
         if linger:
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        body = b"" if request.method == "HEAD" else answer.body
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        body = b"" if request.method == "HEAD" else response.body
         if not linger:
             await send({"type": "http.response.body", "body": body})
             return
@@ -182,63 +144,22 @@ class App:
 
     def _authorize(self, request: Request) -> None:
         scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
-        # Both sides are bytes of any length; the comparison's time tells nothing of the content.
+        # Takes equally long for any content, so that the time reveals nothing of the token.
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            raise Refusal(
+            raise ServiceError(
                 "unauthorized",
                 "a valid bearer token is needed",
                 ((b"www-authenticate", b"Bearer"),),
             )
-
-    # -- handlers -----------------------------------------------------------------------------
-
-    async def _livez(self, _: Request) -> Answer:
-        return Answer(200, b"alive\n", TEXT)
-
-    async def _readyz(self, _: Request) -> Answer:
-        self.worker.check_ready()
-        return Answer(200, b"ready\n", TEXT)
-
-    async def _metrics(self, _: Request) -> Answer:
-        body = await asyncio.get_running_loop().run_in_executor(None, self.metrics.render)
-        return Answer(200, body, CONTENT_TYPE)
-
-    async def _describe(self, _: Request) -> Answer:
-        return self._openapi
-
-    async def _model(self, _: Request) -> Answer:
-        return json_answer(model_card(self.worker.model(), self.expose))
-
-    async def _report(self, _: Request) -> Answer:
-        served = self.worker.model()
-        if self.expose == "label":
-            raise Refusal("not_exposed", "this service shows labels alone")
-        if served.report is None:
-            raise Refusal("no_report", "no robustness report lies beside this model")
-        if self.expose == "full":
-            return json_answer(served.report)
-        return json_answer({"model": {"sha256": served.sha256}, **(served.headline or {})})
-
-    async def _reload(self, _: Request) -> Answer:
-        return json_answer(await self.worker.reload())
-
-    async def _start(self, request: Request) -> Answer:
-        # Whoever has no token sees the page, but nothing of the model on it.
-        served = None if self._token else self.worker.served
-        return start_page(served, self.expose, request.headers.get(b"host", b"").decode("latin-1"))
-
-    async def _demo(self, _: Request) -> Answer:
-        return demo_page()
 
 
 def _is_v2(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def _not_allowed(route: Route) -> Refusal:
-    methods = [*route.handlers, *(["HEAD"] if "GET" in route.handlers else [])]
-    allow = ", ".join(methods)
-    return Refusal(
+def _not_allowed(route: Route) -> ServiceError:
+    allow = ", ".join(route.methods)
+    return ServiceError(
         "method_not_allowed",
         f"{route.path} takes {allow}",
         ((b"allow", allow.encode()),),

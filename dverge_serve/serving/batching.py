@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
 
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 Images = npt.NDArray[Any]
 R = TypeVar("R")
@@ -73,13 +73,13 @@ class Batcher(Generic[R]):
         """Queue `images` and return the future of their results; cancelling it leaves the batch.
 
         Raises:
-            Refusal: the queue is full.
+            ServiceError: the queue is full.
         """
         count = len(images)
         waiting = self.waiting
         # A job larger than the whole queue may still run when nothing else waits.
         if waiting and waiting + count > self._max_queue:
-            raise Refusal("queue_full", "too many images are waiting; retry later")
+            raise ServiceError("queue_full", "too many images are waiting; retry later")
         future: asyncio.Future[Part[R]] = self._loop.create_future()
         self._submitted += count
         self._inbox.put(_Job(images, future))

@@ -100,7 +100,7 @@ def build(folder: Path) -> str:
     """Build the Bento in BentoML's store and return its tag. Needs no network.
 
     Raises:
-        UserError: BentoML refuses; its last line is told.
+        UserError: BentoML refuses; the error has its last line.
     """
     command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", str(folder)]
     environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(folder)}
@@ -134,7 +134,7 @@ def requirements() -> list[str]:
 
 
 def _check_folder(out: Path) -> None:
-    """Refuse a folder with anything that this would overwrite or pack and has not written."""
+    """Refuse a folder with files of others, which would be overwritten or packed."""
     models = {MODEL, *REPORTS}
     packed = models | {"bentofile.yaml", REQUIREMENTS, CONTAINER, PACKAGE.name}
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -142,5 +142,5 @@ def _check_folder(out: Path) -> None:
     written = file.is_file() and json.dumps(SERVICE) in file.read_text()
     if (out.exists() and not out.is_dir()) or not found <= (packed if written else models):
         raise UserError(
-            f"{out} holds something else", "a new or empty folder", "give another --out"
+            f"{out} holds something else", "a new or empty folder", "give another `out`"
         )

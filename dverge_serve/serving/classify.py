@@ -1,4 +1,4 @@
-"""The way of a body of images to their scores, the same for every route that takes images."""
+"""From a request's body to predictions, for every route that takes images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
 from dverge_serve.serving.decoding import Decoder
-from dverge_serve.serving.loaded_model import Rows, ServedModel
-from dverge_serve.serving.requests import Intake, Request
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.loaded_model import ServedModel
+from dverge_serve.serving.requests import BodyBudget, Request
+from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Exposure, Settings
 
 T = TypeVar("T")
@@ -25,21 +26,21 @@ class Classifier:
         settings: the limits.
         expose: how much of each answer callers see.
         decoder: turns files into pixels, and long JSON into tensors, off the event loop.
-        intake: bounds the bodies held at one moment.
+        budget: bounds the bodies held at one moment.
         model: returns the model in service, or refuses.
     """
 
     settings: Settings
     expose: Exposure
     decoder: Decoder
-    intake: Intake
+    budget: BodyBudget
     model: Callable[[], ServedModel]
 
     async def classify(
         self,
         request: Request,
         read: Callable[[bytes, ServedModel], Awaitable[tuple[Images, T]]],
-    ) -> tuple[ServedModel, T, Part[Rows]]:
+    ) -> tuple[ServedModel, T, Part[Predictions]]:
         """Read a request's body and run its images; return the model that did, and their part.
 
         Args:
@@ -47,15 +48,17 @@ class Classifier:
             read: makes images of the body for the model, and whatever else the caller wants of it.
 
         Raises:
-            Refusal: what `read` refuses, a limit, or no answer in time.
+            ServiceError: what `read` refuses, a limit, or no answer in time.
         """
         settings = self.settings
-        with self.model() as served, request.holding(self.intake):
-            body = await request.body(settings.max_body_bytes, settings.timeout_s, self.intake)
+        with self.model() as served, request.holding(self.budget):
+            body = await request.body(settings.max_body_bytes, settings.timeout_s, self.budget)
             try:
                 async with asyncio.timeout(settings.timeout_s):
                     images, rest = await read(body, served)
                     part = await request.wait_for(served.submit(images))
             except TimeoutError as error:
-                raise Refusal("timeout", f"no answer within {settings.timeout_s:g} s") from error
+                raise ServiceError(
+                    "timeout", f"no answer within {settings.timeout_s:g} s"
+                ) from error
         return served, rest, part

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dverge_serve.images import ImageError, Preprocess, load
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 # Below these bounds decoding takes less time than handing the bytes to a thread and back.
 INLINE_BYTES = 16_384
@@ -43,20 +43,20 @@ class Decoder:
             uint8 `[len(files), channels, height, width]`.
 
         Raises:
-            Refusal: one of them cannot be taken; of several, the message names its position.
+            ServiceError: one of them cannot be taken; of several, the message names its position.
         """
         if len(files) <= INLINE_FILES and sum(map(len, files)) <= INLINE_BYTES:
             try:
                 return decode(files, preprocess, min(self._max_pixels, INLINE_PIXELS))
-            except Refusal as refusal:
-                if refusal.code != "image_too_large" or self._max_pixels <= INLINE_PIXELS:
+            except ServiceError as error:
+                if error.code != "image_too_large" or self._max_pixels <= INLINE_PIXELS:
                     raise
         given_up = threading.Event()
         try:
             return await self.off_loop(
                 partial(decode, files, preprocess, self._max_pixels, given_up)
             )
-        finally:  # whoever asked may be gone: the thread stops after the image it is at
+        finally:  # the caller may be gone: the thread stops after its present image
             given_up.set()
 
     async def off_loop(self, work: Callable[[], T]) -> T:
@@ -80,7 +80,7 @@ def decode(
         files: PNG, JPEG or WebP bytes.
         preprocess: the model's.
         max_pixels: largest image, width x height.
-        given_up: once set, nobody waits for the answer and no further image is decoded.
+        given_up: once set, no further image is decoded, as the caller is gone.
     """
     arrays = []
     for position, data in enumerate(files, start=1):
@@ -90,5 +90,5 @@ def decode(
             arrays.append(load(data, preprocess, max_pixels=max_pixels))
         except ImageError as error:
             where = f"image {position} of {len(files)}: " if len(files) > 1 else ""
-            raise Refusal(error.code, f"{where}{error}") from error
+            raise ServiceError(error.code, f"{where}{error}") from error
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

@@ -17,8 +17,8 @@ from dverge_serve.serving.sockets import require_free
 SERVICE = "dverge_serve.service:Dverge"
 
 
-def serve(host: str, port: int, **flags: Any) -> None:
-    """Serve a model over HTTP until interrupted.
+def serve(host: str, port: int, **flags: Any) -> int:
+    """Serve a model over HTTP until interrupted, and return the server's exit code.
 
     On POSIX this does not return: the process becomes the server.
 
@@ -50,7 +50,7 @@ def serve(host: str, port: int, **flags: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(command[0], command, environment)  # noqa: S606
-    raise SystemExit(subprocess.call(command, env=environment))
+    return subprocess.call(command, env=environment)
 
 
 def _address(host: str) -> str:

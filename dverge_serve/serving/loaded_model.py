@@ -7,7 +7,6 @@ import io
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from PIL import Image
 
 from dverge_serve.cores import cores
 from dverge_serve.engine.card import Card
-from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.predictions import Predictions
 from dverge_serve.engine.providers import CPU
 from dverge_serve.engine.report_reader import read_report
 from dverge_serve.engine.session import Engine
@@ -27,22 +26,8 @@ from dverge_serve.serving.batching import Batcher, Images, Part
 from dverge_serve.serving.metrics import Metrics
 from dverge_serve.serving.settings import Settings
 
-TOP = 5
 # Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
 MAX_BATCH, MAX_BATCH_GPU = 32, 64
-
-
-@dataclass(slots=True, frozen=True)
-class Rows:
-    """What one batch came to, ready to be read row by row without touching numpy again."""
-
-    scores: Scores
-    top: list[list[int]]  # the likeliest classes, best first
-    top_probabilities: list[list[float]]
-    agreement: list[float]
-    disagreement: list[float]
-    votes: list[list[int]]  # each member's own answer
-    vote_probabilities: list[list[float]]  # and how likely that member thinks it
 
 
 class ServedModel:
@@ -68,7 +53,7 @@ class ServedModel:
             device_id=(worker - 1) % max(1, gpus()),
         )
         self.report = read_report(settings.model, self.engine.sha256)
-        self._batcher: Batcher[Rows] | None = None
+        self._batcher: Batcher[Predictions] | None = None
         self._metrics: Metrics | None = None
         self._users, self._retired = 0, False
         self._max_batch = MAX_BATCH if self.engine.provider == CPU else MAX_BATCH_GPU
@@ -97,7 +82,7 @@ class ServedModel:
     def headline(self) -> dict[str, Any] | None:
         """The report's figures for anybody but callers who see the label alone.
 
-        Verdict and accuracies, which arm nobody; None without a report.
+        Verdict and accuracies, which do not help an attacker; None without a report.
         """
         if self.report is None:
             return None
@@ -132,7 +117,7 @@ class ServedModel:
             self._batcher.close()
             self._batcher = None
 
-    def submit(self, images: Images) -> asyncio.Future[Part[Rows]]:
+    def submit(self, images: Images) -> asyncio.Future[Part[Predictions]]:
         """Queue images for the engine.
 
         Args:
@@ -140,40 +125,30 @@ class ServedModel:
                 input shape; the caller has checked them.
 
         Raises:
-            Refusal: the queue is full.
+            ServiceError: the queue is full.
         """
         assert self._batcher, "start() comes first"
         return self._batcher.submit(images)
 
-    def _run(self, parts: Sequence[Images]) -> Rows:
+    def _run(self, parts: Sequence[Images]) -> Predictions:
         images = _joined(parts)
         begun = time.perf_counter()
         scores = self.engine.run_all(images)
         seconds = time.perf_counter() - begun
-        order = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP]
-        rows = Rows(
-            scores,
-            order.tolist(),
-            np.take_along_axis(scores.probabilities, order, axis=1).tolist(),
-            scores.agreement.tolist(),
-            scores.disagreement.tolist(),
-            scores.votes.tolist(),
-            scores.member_probabilities.max(axis=-1).tolist(),
-        )
-        self._count(rows, seconds)
-        return rows
+        found = Predictions(scores, self.card.labels)
+        self._count(found, seconds)
+        return found
 
-    def _count(self, rows: Rows, seconds: float) -> None:
+    def _count(self, found: Predictions, seconds: float) -> None:
         metrics, batcher = self._metrics, self._batcher
         if metrics is None or batcher is None:  # a batch can be quicker than the constructor
             return
-        labels = self.card.labels
-        metrics.batch(len(rows.top), seconds, batcher.waiting)
+        metrics.batch(len(found), seconds, batcher.waiting)
         metrics.images(
-            [labels[top[0]] for top in rows.top],
-            rows.disagreement,
-            sum(share < 1 for share in rows.agreement),
-            sum(map(self.is_suspicious, rows.disagreement)),
+            found.labels(),
+            found.disagreement,
+            sum(share < 1 for share in found.agreement),
+            sum(map(self.is_suspicious, found.disagreement)),
         )
 
     def is_suspicious(self, disagreement: float) -> bool:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 FIELD = "images"
 
@@ -25,23 +25,23 @@ def image_files(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         max_images: most parts.
 
     Raises:
-        Refusal: not valid multipart, a part of another name, no part, or too many.
+        ServiceError: not valid multipart, a part of another name, no part, or too many.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
-        raise Refusal("bad_multipart", "the content-type names no boundary")
+        raise ServiceError("bad_multipart", "the content-type names no boundary")
     reader = _Reader(max_images)
     try:
         parser = MultipartParser(boundary, reader.callbacks())
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise Refusal("bad_multipart", "the body is not valid multipart/form-data") from error
+        raise ServiceError("bad_multipart", "the body is not valid multipart/form-data") from error
     if not reader.ended:
-        raise Refusal("bad_multipart", "the multipart body stops before its end")
+        raise ServiceError("bad_multipart", "the multipart body stops before its end")
     if not reader.files:
-        raise Refusal("no_images", f"no part is named '{FIELD}'; expected at least one")
+        raise ServiceError("no_images", f"no part is named '{FIELD}'; expected at least one")
     return reader.files
 
 
@@ -71,7 +71,7 @@ class _Reader:
 
     def _on_part_begin(self) -> None:
         if len(self.files) == self._max_images:
-            raise Refusal(
+            raise ServiceError(
                 "too_many_images", f"too many images; expected at most {self._max_images}"
             )
         self._slices, self._name = [], None
@@ -91,7 +91,7 @@ class _Reader:
     def _on_headers_finished(self) -> None:
         if self._name != FIELD.encode():
             name = (self._name or b"").decode("utf-8", "replace")[:40]
-            raise Refusal("bad_multipart", f"a part is named '{name}'; expected '{FIELD}'")
+            raise ServiceError("bad_multipart", f"a part is named '{name}'; expected '{FIELD}'")
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._slices.append(data[start:end])

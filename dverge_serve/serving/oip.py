@@ -10,12 +10,13 @@ import numpy as np
 
 from dverge_serve import __version__
 from dverge_serve.engine.card import INPUT
+from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
 from dverge_serve.serving.classify import Classifier
-from dverge_serve.serving.loaded_model import Rows, ServedModel
+from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.oip_tensors import Array, Inference, read_inference, write_tensors
 from dverge_serve.serving.requests import Request
-from dverge_serve.serving.responses import JSON, Answer, Refusal, dump, json_answer
+from dverge_serve.serving.responses import JSON, Response, ServiceError, dump, json_response
 from dverge_serve.serving.settings import Exposure
 
 MODEL = "dverge"
@@ -49,25 +50,25 @@ class InferenceProtocol:
     def __init__(self, classifier: Classifier, check_ready: Callable[[], None]) -> None:
         self._classifier, self._check_ready = classifier, check_ready
 
-    async def server(self, _: Request) -> Answer:
+    async def server(self, _: Request) -> Response:
         """Answer `GET /v2`."""
         extensions = ["binary_tensor_data"]
-        return json_answer({"name": MODEL, "version": __version__, "extensions": extensions})
+        return json_response({"name": MODEL, "version": __version__, "extensions": extensions})
 
-    async def live(self, _: Request) -> Answer:
+    async def live(self, _: Request) -> Response:
         """Answer `GET /v2/health/live`."""
-        return json_answer({"live": True})
+        return json_response({"live": True})
 
-    async def ready(self, _: Request) -> Answer:
+    async def ready(self, _: Request) -> Response:
         """Answer `GET /v2/health/ready` and the model's own `ready`."""
         self._check_ready()
-        return json_answer({"ready": True})
+        return json_response({"ready": True})
 
-    async def metadata(self, _: Request) -> Answer:
+    async def metadata(self, _: Request) -> Response:
         """Answer `GET /v2/models/dverge`."""
         served = self._classifier.model()
         shape = [-1, *served.card.input_shape]
-        return json_answer(
+        return json_response(
             {
                 "name": MODEL,
                 "versions": [version(served)],
@@ -80,10 +81,10 @@ class InferenceProtocol:
             }
         )
 
-    async def infer(self, request: Request) -> Answer:
+    async def infer(self, request: Request) -> Response:
         """Answer `POST /v2/models/dverge/infer`."""
         if request.content_type not in TYPES:
-            raise Refusal(
+            raise ServiceError(
                 "unsupported_content_type",
                 "expected content-type application/json or application/octet-stream",
             )
@@ -103,7 +104,7 @@ class InferenceProtocol:
     async def _read(self, request: Request, body: bytes, served: ServedModel) -> Inference:
         text = request.headers.get(HEADER_LENGTH)
         if text is not None and not (text.isdigit() and len(text) < 18):
-            raise Refusal("bad_tensor", "inference-header-content-length is not a number")
+            raise ServiceError("bad_tensor", "inference-header-content-length is not a number")
         length = None if text is None else int(text)
         read = partial(
             read_inference,
@@ -149,20 +150,19 @@ def _values(served: ServedModel, name: str) -> int:
     return int(np.prod(shape[1:], dtype=np.int64))
 
 
-def _tensor(name: str, part: Part[Rows], served: ServedModel) -> Array:
+def _tensor(name: str, part: Part[Predictions], served: ServedModel) -> Array:
     rows = slice(part.start, part.stop)
     scores = part.result.scores
     if name == "label":
-        labels = served.card.labels
-        return np.array([labels[top[0]] for top in part.result.top[rows]], dtype=object)
+        return np.array(part.result.labels()[rows], dtype=object)
     if name == "index":
-        return np.array([top[0] for top in part.result.top[rows]], dtype=np.int64)
+        return scores.predictions[rows].astype(np.int64)
     if name == "suspicious":
         return np.array([served.is_suspicious(x) for x in part.result.disagreement[rows]])
     return np.asarray(getattr(scores, name)[rows], dtype=np.float32)
 
 
-def _written(inference: Inference, part: Part[Rows], served: ServedModel) -> Answer:
+def _written(inference: Inference, part: Part[Predictions], served: ServedModel) -> Response:
     tensors = {name: _tensor(name, part, served) for name in inference.outputs}
     forms, blob = write_tensors(tensors, inference.outputs)
     answer: dict[str, Any] = {"model_name": MODEL, "model_version": version(served)}
@@ -170,6 +170,6 @@ def _written(inference: Inference, part: Part[Rows], served: ServedModel) -> Ans
         answer["id"] = inference.id
     header = dump({**answer, "outputs": forms})
     if not any(inference.outputs.values()):
-        return Answer(200, header, JSON)
+        return Response(200, header, JSON)
     length = ((HEADER_LENGTH, b"%d" % len(header)),)
-    return Answer(200, header + blob, BINARY, length)
+    return Response(200, header + blob, BINARY, length)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -52,7 +52,7 @@ def read_inference(
         outputs: what may be asked for; all of it where the request names none.
 
     Raises:
-        Refusal: anything else than what was expected, in words.
+        ServiceError: anything else than what was expected, in words.
     """
     if header_length is not None and not 0 <= header_length <= len(body):
         raise _bad(f"the JSON is said to take {header_length} of {len(body)} bytes")
@@ -119,7 +119,7 @@ def _shape(
     if not whole or len(value) != 4 or tuple(value[1:]) != shape or value[0] < 1:
         raise _bad(f"'{name}' has shape {_shown(value)}; expected {wanted}")
     if value[0] > max_images:
-        raise Refusal(
+        raise ServiceError(
             "too_many_images", f"{value[0]} images in one request; expected at most {max_images}"
         )
     return (value[0], *shape)
@@ -189,7 +189,7 @@ def _bytes(array: Array) -> bytes:
 
 
 def _encodes(text: str) -> bool:
-    """Return whether there is UTF-8 for `text`: JSON's escapes can spell half a character."""
+    """Return whether `text` can be UTF-8: JSON's escapes can spell half a character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -198,5 +198,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _bad(message: str) -> Refusal:
-    return Refusal("bad_tensor", message)
+def _bad(message: str) -> ServiceError:
+    return ServiceError("bad_tensor", message)

@@ -1,13 +1,17 @@
-"""The OpenAPI description: every route, error and example, as this service is configured."""
+"""The OpenAPI description of the routes, as this service is configured."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from dverge_serve import __version__
-from dverge_serve.serving.oip import BASE
+from dverge_serve.engine.card import model_schema
 from dverge_serve.serving.responses import CODES
 from dverge_serve.serving.settings import Exposure, Settings
+
+if TYPE_CHECKING:
+    from dverge_serve.serving.routes import Route
 
 Schema = dict[str, Any]
 
@@ -21,44 +25,17 @@ _IMAGE: Schema = {"type": "string", "format": "binary"}
 _EXAMPLE_SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 
-def openapi(settings: Settings, expose: Exposure) -> Schema:
-    """Return the OpenAPI 3.1 document of a service with these settings."""
+# Media types and schemas of bodies, as a response's or a request's `content`.
+OBJECT: Schema = {"application/json": {"schema": _ANY}}
+TEXT: Schema = {"text/plain": {"schema": _STRING}}
+HTML: Schema = {"text/html": {"schema": _STRING}}
+BINARY: Schema = {"application/octet-stream": {"schema": _IMAGE}}
+
+
+def document(routes: Iterable[Route], settings: Settings, expose: Exposure) -> Schema:
+    """Return the OpenAPI 3.1 document of a service with these routes and settings."""
     locked = bool(settings.token)
-    paths: dict[str, dict[str, Schema]] = {
-        "/predict": {"post": _predict(settings, expose)},
-        "/model": {
-            "get": _operation("The model's card", _json({"$ref": "#/components/schemas/Card"}), 503)
-        },
-        "/report": {
-            "get": _operation(
-                "The robustness report of this very model file", _json({"type": "object"}), 404, 503
-            )
-        },
-        "/metrics": {"get": _operation("Prometheus metrics, over all workers", _text())},
-        "/livez": {"get": _operation("Whether the process runs", _text())},
-        "/readyz": {"get": _operation("Whether the model is loaded and warm", _text(), 503)},
-        "/openapi.json": {"get": _operation("This document", _json({"type": "object"}))},
-        "/docs.json": {"get": _operation("This document", _json({"type": "object"}))},
-        "/v2": {"get": _v2("The server, in the Open Inference Protocol V2", _json(_ANY))},
-        "/v2/health/live": {"get": _v2("Whether the process runs", _json(_ANY))},
-        "/v2/health/ready": {"get": _v2("Whether the model is loaded and warm", _json(_ANY), 503)},
-        BASE: {"get": _v2("The model's inputs and outputs", _json(_ANY), 503)},
-        f"{BASE}/ready": {"get": _v2("Whether the model is loaded and warm", _json(_ANY), 503)},
-        f"{BASE}/infer": {"post": _infer(settings)},
-        "/": {"get": _operation("The start page", {"text/html": {"schema": _STRING}})},
-        "/demo": {"get": _operation("A page to try images on", {"text/html": {"schema": _STRING}})},
-    }
-    if locked:
-        reload = _operation("Put the model file now in place in service", _json(_ANY), 409, 503)
-        paths["/admin/reload"] = {"post": reload}
-    public = {"/livez", "/readyz", "/openapi.json", "/docs.json", "/", "/demo"}
-    public |= {"/v2/health/live", "/v2/health/ready"}
-    for path, operations in paths.items():
-        for operation in operations.values():
-            if locked and path not in public:
-                operation["security"] = [{"token": []}]
-                operation["responses"]["401"] = _refusal(401, v2=path.startswith("/v2"))
-    document: Schema = {
+    found: Schema = {
         "openapi": "3.1.0",
         "info": {
             "title": "DVERGE Serve",
@@ -66,77 +43,41 @@ def openapi(settings: Settings, expose: Exposure) -> Schema:
             "description": "Image classification by an ensemble that is hard to attack. "
             "Every answer carries X-Request-Id and X-Model-Sha256.",
         },
-        "paths": paths,
+        "paths": {
+            route.path: {route.method.lower(): _operation(route, locked and not route.public)}
+            for route in routes
+        },
         "components": {"schemas": _schemas(expose)},
     }
     if locked:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    return document
+        found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return found
 
 
-def _predict(settings: Settings, expose: Exposure) -> Schema:
-    operation = _operation(
-        "Classify images",
-        _json({"$ref": "#/components/schemas/Predictions"}, _example(expose)),
-        *(400, 408, 413, 415, 500, 503, 504),
-    )
-    operation["description"] = (
-        f"A body of at most {settings.max_body_bytes} bytes; images of at most "
-        f"{settings.max_pixels} pixels, at most {settings.max_images} in multipart. "
-        "EXIF orientation is applied, alpha composited on white; animations are refused."
-    )
-    multipart = {
-        "type": "object",
-        "required": ["images"],
-        "properties": {
-            "images": {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": settings.max_images,
-                "items": _IMAGE,
-            }
-        },
-        "additionalProperties": False,
-    }
+def ref(name: str) -> Schema:
+    """Return the content of a JSON body with the named schema of `components`."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+
+def predictions(expose: Exposure) -> Schema:
+    """Return the content of an answer of `/predict`, with an example."""
+    content = ref("Predictions")
+    content["application/json"]["example"] = _example(expose)
+    return content
+
+
+def images(settings: Settings) -> Schema:
+    """Return the content of a request with images: raw bytes or multipart."""
+    files = {"type": "array", "minItems": 1, "maxItems": settings.max_images, "items": _IMAGE}
     raw = ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
-    operation["requestBody"] = {
-        "required": True,
-        "content": {
-            **{kind: {"schema": _IMAGE} for kind in raw},
-            "multipart/form-data": {"schema": multipart},
-        },
+    return {
+        **{kind: {"schema": _IMAGE} for kind in raw},
+        "multipart/form-data": {"schema": _object({"images": files})},
     }
-    return operation
 
 
-def _operation(summary: str, content: Schema, *refusals: int) -> Schema:
-    responses: Schema = {
-        "200": {"description": "OK", "headers": _headers("X-Request-Id"), "content": content}
-    }
-    for status in refusals:
-        responses[str(status)] = _refusal(status)
-    return {"summary": summary, "responses": responses}
-
-
-def _v2(summary: str, content: Schema, *refusals: int) -> Schema:
-    operation = _operation(summary, content)
-    for status in refusals:
-        operation["responses"][str(status)] = _refusal(status, v2=True)
-    return operation
-
-
-def _infer(settings: Settings) -> Schema:
-    """Describe the inference route: JSON, and the binary form in words."""
-    answer = {
-        **_json({"$ref": "#/components/schemas/Inference"}),
-        "application/octet-stream": {"schema": _IMAGE},
-    }
-    operation = _v2("Classify tensors", answer, *(400, 408, 413, 415, 500, 503, 504))
-    operation["description"] = (
-        f"One input 'images', FP32 of exactly the model's shape, numbers in [0, 1], at most "
-        f"{settings.max_images} images. With the header Inference-Header-Content-Length the JSON "
-        "takes that many bytes and binary tensors follow it."
-    )
+def tensors() -> Schema:
+    """Return the content of an inference request: JSON, or JSON with binary tensors behind it."""
     tensor = _object(
         {
             "name": {"const": "images"},
@@ -153,39 +94,42 @@ def _infer(settings: Settings) -> Schema:
             "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
         },
     }
-    operation["requestBody"] = {
-        "required": True,
-        "content": {**_json(request), "application/octet-stream": {"schema": _IMAGE}},
+    return {"application/json": {"schema": request}, **BINARY}
+
+
+def _operation(route: Route, locked: bool) -> Schema:
+    v2 = route.path.startswith("/v2")
+    success = {"description": "OK", "headers": _headers("X-Request-Id"), "content": route.content}
+    errors = [*route.errors, 401] if locked else route.errors
+    operation: Schema = {
+        "summary": route.summary,
+        "responses": {"200": success, **{str(status): _error(status, v2) for status in errors}},
     }
+    if route.description:
+        operation["description"] = route.description
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": route.body}
+    if locked:
+        operation["security"] = [{"token": []}]
     return operation
 
 
-def _refusal(status: int, *, v2: bool = False) -> Schema:
+def _error(status: int, v2: bool) -> Schema:
     codes = [code for code, found in CODES.items() if found == status]
     message = "what was found, and what was expected"
-    example: Schema = {"error": {"code": codes[0], "message": message}}
-    extra = {401: ["WWW-Authenticate"], 503: ["Retry-After"]}.get(status, [])
-    if v2:
-        example = {"error": message}
-        extra = [*extra, "X-Error-Code"]
+    names = {401: ["WWW-Authenticate"], 503: ["Retry-After"]}.get(status, [])
+    content = ref("V2Error" if v2 else "Error")
+    example = message if v2 else {"code": codes[0], "message": message}
+    content["application/json"]["example"] = {"error": example}
     return {
         "description": "One of: " + ", ".join(codes),
-        "headers": _headers("X-Request-Id", *extra),
-        "content": _json({"$ref": f"#/components/schemas/{'V2Error' if v2 else 'Error'}"}, example),
+        "headers": _headers("X-Request-Id", *names, *(["X-Error-Code"] if v2 else [])),
+        "content": content,
     }
 
 
 def _headers(*names: str) -> Schema:
     return {name: {"schema": _STRING} for name in names}
-
-
-def _json(schema: Schema, example: Any = None) -> Schema:
-    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
-    return {"application/json": media}
-
-
-def _text() -> Schema:
-    return {"text/plain": {"schema": _STRING}}
 
 
 def _schemas(expose: Exposure) -> Schema:
@@ -243,33 +187,21 @@ def _schemas(expose: Exposure) -> Schema:
 
 
 def _card() -> Schema:
+    """Return the schema of `GET /model`: the model file's metadata and what the service adds."""
     figure = _object({"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "n": _INDEX})
-    card: Schema = {
-        "schema_version": _INDEX,
-        "name": _STRING,
-        "labels": {"type": "array", "items": _STRING},
-        "input_shape": {"type": "array", "items": _INDEX},
-        "channel_order": _STRING,
-        "preprocess": {"type": "object"},
-        "members": _INDEX,
-        "combination": _STRING,
-        "dataset": _STRING,
-        "weights_sha256": _STRING,
-        "parent_sha256": {"type": ["string", "null"]},
-        "precision": _STRING,
-        "tool_version": _STRING,
+    card = model_schema()
+    properties = card["properties"] | {
         "sha256": _SHA256,
+        "provider": _STRING,
+        "training": {"type": "object", "description": "only under DVERGE_EXPOSE=full"},
+        "report": {
+            "type": ["object", "null"],
+            "properties": {"verdict": _STRING, "clean_accuracy": figure},
+            "description": "its headline; null: there is none; not there under DVERGE_EXPOSE=label",
+        },
     }
-    required = list(card)
-    card["report"] = {
-        "type": ["object", "null"],
-        "properties": {"verdict": _STRING, "clean_accuracy": figure},
-        "description": "its headline; null: there is none; not there under DVERGE_EXPOSE=label",
-    }
-    card["training"] = {"type": "object", "description": "only under DVERGE_EXPOSE=full"}
-    card["provider"] = _STRING
-    # A card says more as models do; what is named here stays.
-    return {"type": "object", "properties": card, "required": required}
+    required = [*(key for key in card["required"] if key != "training"), "sha256"]
+    return {"type": "object", "properties": properties, "required": required}
 
 
 def _object(properties: Schema, required: list[str] | None = None) -> Schema:

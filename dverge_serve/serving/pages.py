@@ -1,21 +1,28 @@
-"""The pages a browser sees: no outside link, nothing that was not shipped, every value escaped."""
+"""Pages for browsers, from Jinja2 templates: every value escaped, no outside resource."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
 from functools import cache
 from importlib.resources import files
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from dverge_serve.serving.loaded_model import ServedModel
-from dverge_serve.serving.responses import HTML, Answer
+from dverge_serve.serving.responses import HTML, Response
 from dverge_serve.serving.settings import Exposure
 
-TEMPLATES = files("dverge_serve.serving").joinpath("templates")
+TEMPLATES = files("dverge_serve.serving") / "templates"
+PAGES = Environment(
+    loader=PackageLoader("dverge_serve.serving"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 MOST_LABELS = 100
 # A name that does no harm in the shell into which the page's example is pasted.
 PLAIN_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
@@ -26,7 +33,7 @@ EXAMPLES = {
 }
 
 
-def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Answer:
+def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Response:
     """Return the start page; of the model it shows nothing where `served` is None.
 
     Args:
@@ -34,25 +41,21 @@ def start_page(served: ServedModel | None, expose: Exposure, host: str) -> Answe
         expose: how much of it callers may see.
         host: by which name the caller reached the service, as the header has it.
     """
-    style = _template("start.css")
-    title = served.card.name if served else "DVERGE Serve"
-    page = Template(_template("start.html")).substitute(
-        title=html.escape(title),
+    style = _text("start.css")
+    return _page(
+        "start.html",
+        _policy(f"style-src {_source(style)}"),
+        title=served.card.name if served else "DVERGE Serve",
         style=style,
-        model=_model(served, expose) if served else "",
-        host=html.escape(host if PLAIN_HOST.fullmatch(host) else "localhost:3000"),
+        facts=_facts(served, expose) if served else [],
+        host=host if PLAIN_HOST.fullmatch(host) else "localhost:3000",
     )
-    policy = _policy(f"style-src {_source(style)}")
-    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
 
 
 @cache
-def demo_page() -> Answer:
-    """Return the page to try images on; it asks for all it shows of the model, token in hand."""
-    style, script = _template("demo.css"), _template("demo.js")
-    page = Template(_template("demo.html")).substitute(
-        style=style, script=script, examples="\n".join(map(_example, EXAMPLES))
-    )
+def demo_page() -> Response:
+    """Return the page to try images on; its script asks the service for all it shows."""
+    style, script = _text("demo.css"), _text("demo.js")
     policy = _policy(
         f"style-src {_source(style)}",
         f"script-src {_source(script)}",
@@ -61,27 +64,25 @@ def demo_page() -> Answer:
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
-    return Answer(200, page.encode(), HTML, ((b"content-security-policy", policy),))
+    examples = [
+        (words, base64.b64encode((TEMPLATES / "examples" / f"{name}.png").read_bytes()).decode())
+        for name, words in EXAMPLES.items()
+    ]
+    return _page("demo.html", policy, style=style, script=script, examples=examples)
 
 
-def _example(name: str) -> str:
-    """Return a button with an example picture; the script shows those the model can answer."""
-    picture = TEMPLATES.joinpath("examples", f"{name}.png").read_bytes()
-    words = html.escape(EXAMPLES[name])
-    data = base64.b64encode(picture).decode()
-    return (
-        f'<li><button type="button" class="example" title="{words}">'
-        f'<img alt="{words}" src="data:image/png;base64,{data}"></button></li>'
-    )
+def _page(template: str, policy: bytes, **values: object) -> Response:
+    page = PAGES.get_template(template).render(values)
+    return Response(200, page.encode(), HTML, ((b"content-security-policy", policy),))
 
 
-def _model(served: ServedModel, expose: Exposure) -> str:
+def _facts(served: ServedModel, expose: Exposure) -> list[tuple[str, str]]:
     card = served.card
     channels, height, width = card.input_shape
     labels = ", ".join(card.labels[:MOST_LABELS])
     if len(card.labels) > MOST_LABELS:
         labels += f" and {len(card.labels) - MOST_LABELS} more"
-    rows = [
+    return [
         ("Classes", f"{len(card.labels)}: {labels}"),
         ("Input", f"{width}x{height}, {'grayscale' if channels == 1 else 'colour'}"),
         ("Members", f"{card.members}, answering by the mean of their logits"),
@@ -89,11 +90,6 @@ def _model(served: ServedModel, expose: Exposure) -> str:
         ("Model file", f"sha256 {served.sha256}"),
         *([] if expose == "label" else _report(served.headline)),
     ]
-    cells = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>\n'
-        for name, text in rows
-    )
-    return f"<table>\n{cells}</table>"
 
 
 def _report(headline: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -126,10 +122,11 @@ def _policy(*sources: str) -> bytes:
 
 
 def _source(text: str) -> str:
-    """Return the policy's name for an inline style or script: these bytes and no others."""
+    """Return the policy's source for an inline style or script, by its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @cache
-def _template(name: str) -> str:
-    return TEMPLATES.joinpath(name).read_text(encoding="utf-8")
+def _text(name: str) -> str:
+    """Return a style or script of ours, which goes into a page as it is."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")

@@ -1,16 +1,16 @@
 """Reload without downtime: every worker takes the new model file, or none does.
 
 The workers of a server share a folder. It holds a copy of each model file put in service (a
-generation), and `state.json`, which says which one is current and which one is to be next:
+version), and `state.json`, which says which one is current and which one is to be next:
 
 1. The worker that gets `POST /admin/reload` copies the model and its report, and names the copy
    as next. Every worker loads and warms it beside the old one, and leaves a note: ready, or failed.
 2. If all are ready it names the copy as current, and every worker swaps; otherwise it withdraws
-   it, and nobody has noticed anything.
+   the copy, and the old model stays in service.
 
-No number is given twice, withdrawn ones included: a note is about one file for ever, however late a
-worker leaves it. A worker that is started anew loads the current copy, whatever lies at the model's
-path by then; one that finds it serves another than the current one loads that.
+No number is given twice, withdrawn ones included, so that a late note cannot be about another file.
+A restarted worker loads the current copy, whatever is at the model's path by then; a worker that
+serves another version than the current one loads the current one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import write_atomic
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import LOGGER
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
 POLL_S = 0.1
@@ -45,10 +44,10 @@ READY, FAILED, SERVING = "ready", "failed", "serving"
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What the workers of one server agree on.
+    """The shared state of the workers of one server.
 
     Args:
-        current: the generation in service; -1 before the first.
+        current: the version in service; -1 before the first.
         next: the one that is to be, while a reload is under way.
         last: the highest number that was ever given.
     """
@@ -58,7 +57,7 @@ class State:
     last: int = -1
 
 
-class Generations:
+class ModelVersions:
     """The folder that the workers of one server share.
 
     Args:
@@ -72,18 +71,18 @@ class Generations:
 
     @property
     def state(self) -> State:
-        """What all workers go by."""
+        """The shared state, as last written."""
         try:
             return State(**json.loads((self.folder / "state.json").read_bytes()))
         except FileNotFoundError:
             return State()
 
     def write_state(self, state: State) -> None:
-        """Tell the others."""
+        """Write the shared state."""
         write_atomic(self.folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())
 
     def begin(self, model: Path) -> None:
-        """Make `model` the first generation, unless there is one.
+        """Make `model` the first version, unless there is one.
 
         Raises:
             UserError: it cannot be copied.
@@ -92,26 +91,26 @@ class Generations:
             self.add(0, model)
             self.write_state(State(current=0, last=0))
 
-    def path(self, generation: int) -> Path:
-        """Return where a generation's model file lies; its report lies beside it."""
-        return self.folder / f"{generation}.onnx"
+    def path(self, version: int) -> Path:
+        """Return the path of a version's model file; its report is in the same folder."""
+        return self.folder / f"{version}.onnx"
 
-    def add(self, generation: int, model: Path) -> None:
-        """Copy `model` and its report as a generation, and drop those but the current one.
+    def add(self, version: int, model: Path) -> None:
+        """Copy `model` and its report as a version, and drop those but the current one.
 
         Raises:
             UserError: it cannot be read or written.
         """
         try:
-            shutil.copyfile(model, self.path(generation))
-            report = report_path(self.path(generation))
+            shutil.copyfile(model, self.path(version))
+            report = report_path(self.path(version))
             report.unlink(missing_ok=True)
             if report_path(model).is_file():
                 shutil.copyfile(report_path(model), report)
         except OSError as error:
             raise UserError(f"cannot copy {model} ({error.strerror or error})") from error
         # The one before it goes with the next reload: a worker that starts may be about to read it.
-        kept = {self.path(each) for each in (generation, self.state.current)}
+        kept = {self.path(each) for each in (version, self.state.current)}
         for old in set(self.folder.glob("*.onnx")) - kept:
             old.unlink()
             report_path(old).unlink(missing_ok=True)
@@ -120,37 +119,37 @@ class Generations:
                 note.unlink()
 
     def register(self) -> None:
-        """Say that this process is one of the workers."""
+        """Record that this process is one of the workers."""
         (self.folder / "workers" / str(os.getpid())).touch()
 
     def workers(self) -> list[int]:
-        """Return the process ids of the workers that live."""
+        """Return the process ids of the running workers."""
         found = [int(file.name) for file in (self.folder / "workers").iterdir()]
         return [pid for pid in found if _lives(pid)]
 
-    def note(self, generation: int, kind: str, text: str = "") -> None:
-        """Leave a note of this worker about a generation."""
-        write_atomic(self.folder / "notes" / f"{generation}-{kind}-{os.getpid()}", text.encode())
+    def note(self, version: int, kind: str, text: str = "") -> None:
+        """Leave a note of this worker about a version."""
+        write_atomic(self.folder / "notes" / f"{version}-{kind}-{os.getpid()}", text.encode())
 
-    def read_note(self, generation: int, kind: str, pid: int) -> str | None:
+    def read_note(self, version: int, kind: str, pid: int) -> str | None:
         """Return a worker's note, None if it has left none."""
         try:
-            return (self.folder / "notes" / f"{generation}-{kind}-{pid}").read_text()
+            return (self.folder / "notes" / f"{version}-{kind}-{pid}").read_text()
         except FileNotFoundError:
             return None
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the right to reload, which one worker at a time has.
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock that lets one worker at a time reload.
 
         Raises:
-            Refusal: another one has it.
+            ServiceError: another one has it.
         """
         try:
-            # The system lets go of it when its holder dies.
+            # The system releases it when its holder dies.
             lock = FileLock(self.folder / "lock").acquire(blocking=False)
         except Timeout as error:
-            raise Refusal("reload_refused", "another reload is under way") from error
+            raise ServiceError("reload_refused", "another reload is under way") from error
         with lock:
             yield
 
@@ -159,7 +158,7 @@ class Reloader:
     """One worker's part in reloads.
 
     Args:
-        generations: the shared folder.
+        versions: the shared folder.
         settings: how the service runs; `model` is the file that a reload looks at.
         worker: this worker's number, from 1.
         swap: puts a loaded model in service.
@@ -167,107 +166,105 @@ class Reloader:
 
     def __init__(
         self,
-        generations: Generations,
+        versions: ModelVersions,
         settings: Settings,
         worker: int,
         swap: Callable[[ServedModel], None],
     ) -> None:
-        self._generations, self._settings = generations, settings
+        self._versions, self._settings = versions, settings
         self._worker, self._swap = worker, swap
         self._mine = -1
         self._prepared: tuple[int, ServedModel] | None = None
         self._given_up: int | None = None
 
     def load_current(self) -> ServedModel:
-        """Load the current generation; blocks.
+        """Load the current version; blocks.
 
         Raises:
             UserError: it cannot be served.
         """
-        self._generations.register()
-        self._generations.begin(self._settings.model)
-        self._mine = self._generations.state.current
+        self._versions.register()
+        self._versions.begin(self._settings.model)
+        self._mine = self._versions.state.current
         return self._load(self._mine)
 
     def announce(self, served: ServedModel) -> None:
-        """Leave a note that this worker serves the generation it loaded."""
-        self._generations.note(self._mine, SERVING, served.sha256)
+        """Leave a note that this worker serves the version it loaded."""
+        self._versions.note(self._mine, SERVING, served.sha256)
 
     @property
     def any_served(self) -> bool:
         """Whether any worker has ever left such a note."""
-        return any((self._generations.folder / "notes").glob(f"*-{SERVING}-*"))
+        return any((self._versions.folder / "notes").glob(f"*-{SERVING}-*"))
 
     @property
     def all_served(self) -> bool:
-        """Whether every living worker has left such a note."""
-        notes = self._generations.folder / "notes"
-        return all(any(notes.glob(f"*-{SERVING}-{pid}")) for pid in self._generations.workers())
+        """Whether every running worker has left such a note."""
+        notes = self._versions.folder / "notes"
+        return all(any(notes.glob(f"*-{SERVING}-{pid}")) for pid in self._versions.workers())
 
     async def watch(self) -> None:
         """Follow the shared state until cancelled."""
         while True:
             try:
                 await self._follow()
-            except Exception:  # the watch must outlive whatever befalls the folder
+            except Exception:  # the watch must survive any failure of the folder
                 LOGGER.exception("following a reload failed")
             await asyncio.sleep(POLL_S)
 
     async def reload(self) -> dict[str, Any]:
-        """Put the file that now lies at the model's path in service, in every worker.
+        """Put the file now at the model's path in service, in every worker.
 
         Returns:
-            generation, number of workers.
+            version, number of workers.
 
         Raises:
-            Refusal: the file cannot be served, or not by every worker; the old one goes on.
+            ServiceError: the file cannot be served, or not by every worker; the old one goes on.
         """
-        generations = self._generations
-        loop = asyncio.get_running_loop()
-        with generations.alone():
-            state = generations.state
+        versions = self._versions
+        with versions.exclusive():
+            state = versions.state
             following = state.last + 1
             try:
-                copy = partial(generations.add, following, self._settings.model)
-                await loop.run_in_executor(None, copy)
+                await asyncio.to_thread(versions.add, following, self._settings.model)
             except UserError as error:
-                raise Refusal("reload_refused", str(error)) from error
-            generations.write_state(State(state.current, following, following))
+                raise ServiceError("reload_refused", str(error)) from error
+            versions.write_state(State(state.current, following, following))
             try:
                 await self._all(following, READY)
             except BaseException:
-                generations.write_state(State(state.current, None, following))
+                versions.write_state(State(state.current, None, following))
                 raise
-            generations.write_state(State(following, None, following))
+            versions.write_state(State(following, None, following))
             workers = await self._all(following, SERVING)
         return {"generation": following, "workers": workers}
 
-    async def _all(self, generation: int, kind: str) -> int:
-        """Wait until every living worker has left this note; returns how many they are."""
+    async def _all(self, version: int, kind: str) -> int:
+        """Wait until every running worker has left this note; return their number."""
         try:
             async with asyncio.timeout(LOAD_S):
                 while True:
-                    workers = self._generations.workers()
+                    workers = self._versions.workers()
                     for pid in workers:
-                        reason = self._generations.read_note(generation, FAILED, pid)
+                        reason = self._versions.read_note(version, FAILED, pid)
                         if reason is not None:
-                            raise Refusal("reload_refused", reason)
-                    if all(self._generations.read_note(generation, kind, pid) for pid in workers):
+                            raise ServiceError("reload_refused", reason)
+                    if all(self._versions.read_note(version, kind, pid) for pid in workers):
                         return len(workers)
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
             text = f"not every worker was {kind} within {LOAD_S:g} s"
-            raise Refusal("reload_refused", text) from error
+            raise ServiceError("reload_refused", text) from error
 
     async def _follow(self) -> None:
-        state = self._generations.state
+        state = self._versions.state
         if state.current < 0:  # the folder is gone: the server ends
             return
         if self._prepared and self._prepared[0] == state.current:
             self._mine, served = self._prepared
             self._prepared = None
             self._swap(served)
-            self._generations.note(self._mine, SERVING, served.sha256)
+            self._versions.note(self._mine, SERVING, served.sha256)
         elif state.current not in (self._mine, self._given_up):  # it started in between
             await self._prepare(state.current)
         elif state.next is None:
@@ -275,22 +272,21 @@ class Reloader:
         elif state.next not in (self._given_up, self._prepared and self._prepared[0]):
             await self._prepare(state.next)
 
-    async def _prepare(self, generation: int) -> None:
-        loop = asyncio.get_running_loop()
+    async def _prepare(self, version: int) -> None:
         try:
-            served = await loop.run_in_executor(None, self._load, generation)
+            served = await asyncio.to_thread(self._load, version)
         except Exception as error:  # whatever it is, it must reach the caller of the reload
-            self._given_up = generation
+            self._given_up = version
             reason = str(error).replace(
-                str(self._generations.path(generation)), str(self._settings.model)
+                str(self._versions.path(version)), str(self._settings.model)
             )
-            self._generations.note(generation, FAILED, reason or type(error).__name__)
+            self._versions.note(version, FAILED, reason or type(error).__name__)
             return
-        self._prepared = (generation, served)
-        self._generations.note(generation, READY, served.sha256)
+        self._prepared = (version, served)
+        self._versions.note(version, READY, served.sha256)
 
-    def _load(self, generation: int) -> ServedModel:
-        path = self._generations.path(generation)
+    def _load(self, version: int) -> ServedModel:
+        path = self._versions.path(version)
         return ServedModel(dataclasses.replace(self._settings, model=path), self._worker)
 
 

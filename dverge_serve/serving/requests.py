@@ -1,4 +1,4 @@
-"""One HTTP request: its headers, its body within the limits, and whether its caller still waits."""
+"""HTTP requests: headers, bodies within the limits, and disconnects of callers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, TypeVar
 
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,12 +21,12 @@ PATIENCE_S = 0.1
 SMALL_BODY = 65_536
 
 
-class CallerGone(Exception):  # noqa: N818 - as Starlette's ClientDisconnect
-    """The caller hung up: nobody is left to answer."""
+class ClientDisconnect(Exception):  # noqa: N818 - as Starlette's ClientDisconnect
+    """The caller closed the connection before the response."""
 
 
-class Intake:
-    """The bytes of request bodies held at this moment, bounded over all connections together.
+class BodyBudget:
+    """A bound on the bytes of request bodies held at one moment, over all connections.
 
     Args:
         limit: most bytes held at once.
@@ -39,14 +39,14 @@ class Intake:
         """Count `count` bytes as held.
 
         Raises:
-            Refusal: that would be more than the limit.
+            ServiceError: that would be more than the limit.
         """
         if self.held + count > self.limit:
-            raise Refusal("queue_full", "too many request bodies are being read; retry later")
+            raise ServiceError("queue_full", "too many request bodies are being read; retry later")
         self.held += count
 
     def release(self, count: int) -> None:
-        """Count `count` bytes as let go."""
+        """Count `count` bytes as released."""
         self.held -= count
 
 
@@ -61,7 +61,7 @@ class Request:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.id = request_id
         self.body_read = False
-        self.taken = 0  # bytes of the intake this request holds
+        self.taken = 0  # bytes of the budget this request holds
         self._receive = receive
 
     @property
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def has_large_unread_body(self) -> bool:
-        """Whether more body is on its way than is worth discarding quietly."""
+        """Whether a large part of the body is still unread."""
         if self.body_read:
             return False
         if b"transfer-encoding" in self.headers:
@@ -81,25 +81,25 @@ class Request:
         return not (value.isdigit() and len(value) < 6 and int(value) <= SMALL_BODY)
 
     @contextlib.contextmanager
-    def holding(self, intake: Intake) -> Iterator[None]:
-        """Give back to `intake` whatever of it this request's body took."""
+    def holding(self, budget: BodyBudget) -> Iterator[None]:
+        """Release the bytes of this request's body at the end."""
         try:
             yield
         finally:
-            intake.release(self.taken)
+            budget.release(self.taken)
             self.taken = 0
 
-    async def body(self, limit: int, timeout_s: float, intake: Intake) -> bytes:
+    async def body(self, limit: int, timeout_s: float, budget: BodyBudget) -> bytes:
         """Read the body; call inside `holding`.
 
         Args:
             limit: most bytes; a longer body is refused before it is read whole.
             timeout_s: seconds for all of it to arrive.
-            intake: where the bytes held are counted.
+            budget: where the bytes held are counted.
 
         Raises:
-            Refusal: too long (413), too slow (408), or too many bodies at once (503).
-            CallerGone: the caller hung up.
+            ServiceError: too long (413), too slow (408), or too many bodies at once (503).
+            ClientDisconnect: the caller hung up.
         """
         if _length(self.headers.get(b"content-length", b"0")) > limit:
             raise _too_large(limit)
@@ -109,17 +109,17 @@ class Request:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        raise CallerGone
+                        raise ClientDisconnect
                     chunk = message.get("body", b"")
                     if self.taken + len(chunk) > limit:
                         raise _too_large(limit)
-                    intake.take(len(chunk))
+                    budget.take(len(chunk))
                     self.taken += len(chunk)
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         break
         except TimeoutError as error:
-            raise Refusal(
+            raise ServiceError(
                 "body_timeout",
                 f"the body did not arrive within {timeout_s:g} s",
                 ((b"connection", b"close"),),
@@ -131,7 +131,7 @@ class Request:
         """Await `future`, and cancel it if the caller hangs up meanwhile. Call after `body`.
 
         Raises:
-            CallerGone: the caller hung up.
+            ClientDisconnect: the caller hung up.
         """
         loop = asyncio.get_running_loop()
         watcher: asyncio.Task[bool] | None = None
@@ -150,7 +150,7 @@ class Request:
             return await future
         except asyncio.CancelledError:
             if watcher is not None and watcher.done():
-                raise CallerGone from None
+                raise ClientDisconnect from None
             raise
         finally:
             timer.cancel()
@@ -158,7 +158,7 @@ class Request:
                 watcher.cancel()
 
     async def discard(self, limit: int, timeout_s: float) -> None:
-        """Read and drop what still comes of the body, for a while.
+        """Read and drop the rest of the body, within limits.
 
         Closing a connection with unread bytes in it resets it, and the caller would lose the
         answer that was just sent.
@@ -176,9 +176,9 @@ class Request:
 def _length(value: bytes) -> int:
     # isdigit() because int() also takes signs, spaces and underscores.
     if not value.isdigit() or len(value) > 18:
-        raise Refusal("bad_request", "the content-length header is not a number")
+        raise ServiceError("bad_request", "the content-length header is not a number")
     return int(value)
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal("body_too_large", f"the body is too large; expected at most {limit} bytes")
+def _too_large(limit: int) -> ServiceError:
+    return ServiceError("body_too_large", f"the body is too large; expected at most {limit} bytes")

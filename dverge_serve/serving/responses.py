@@ -1,4 +1,4 @@
-"""What goes back to a caller: answers, and refusals with their closed set of codes."""
+"""Responses to callers, and the closed set of error codes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ CODES: dict[str, int] = {
 
 
 @dataclass(slots=True, frozen=True)
-class Answer:
-    """One HTTP answer, whole."""
+class Response:
+    """A whole HTTP response."""
 
     status: int
     body: bytes
@@ -52,7 +52,7 @@ class Answer:
     headers: Headers = ()
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a failure
+class ServiceError(Exception):
     """A request that is not served, and why. `code` is one of `CODES`."""
 
     def __init__(self, code: str, message: str, headers: Headers = ()) -> None:
@@ -63,15 +63,15 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a failure
         if self.status == 503:
             self.headers += ((b"retry-after", b"%d" % RETRY_AFTER_S),)
 
-    def answer(self, *, v2: bool = False) -> Answer:
-        """Return the refusal as an answer; under `/v2/` in that protocol's own shape."""
+    def response(self, *, v2: bool = False) -> Response:
+        """Return the error as a response; under `/v2/` in that protocol's own shape."""
         if v2:
             body = dump({"error": self.message})
-            return Answer(
+            return Response(
                 self.status, body, JSON, (*self.headers, (b"x-error-code", self.code.encode()))
             )
         body = dump({"error": {"code": self.code, "message": self.message}})
-        return Answer(self.status, body, JSON, self.headers)
+        return Response(self.status, body, JSON, self.headers)
 
 
 def dump(value: Any) -> bytes:
@@ -79,6 +79,6 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def json_answer(value: Any, status: int = 200) -> Answer:
-    """Return `value` as a JSON answer."""
-    return Answer(status, dump(value))
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return `value` as a JSON response."""
+    return Response(status, dump(value))

@@ -83,7 +83,7 @@ class Settings:
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            text = environ.get(PREFIX + field.name.upper(), "").strip()
+            text = environ.get(variable(field.name), "").strip()
             if text:
                 values[field.name] = _parse(field.name, text, field.default)
         return cls(**values)
@@ -94,13 +94,18 @@ class Settings:
         Args:
             environ: none by default; whatever settings it names give way.
         """
-        fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(self)}
+        fields = {variable(field.name): field for field in dataclasses.fields(self)}
         others = {key: value for key, value in (environ or {}).items() if key not in fields}
         return others | {
             key: str(value)
             for key, field in fields.items()
             if (value := getattr(self, field.name)) != field.default
         }
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
 
 
 _LOWEST: dict[str, float] = {
@@ -134,4 +139,4 @@ def _parse(name: str, text: str, default: object) -> object:
 
 
 def _bad(name: str, value: object, expected: str) -> UserError:
-    return UserError(f"{PREFIX}{name.upper()} is '{value}'", expected)
+    return UserError(f"{variable(name)} is '{value}'", expected)

@@ -1,4 +1,4 @@
-"""Where this process listens: what decides how much callers may see by default."""
+"""Listening addresses, which decide how much callers see by default."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dverge_serve.errors import UserError
 def beyond_loopback() -> bool:
     """Whether this process listens on an address that other machines may reach.
 
-    Looks at the sockets themselves, whoever opened them. Where that is not possible, or nothing
-    listens yet, the careful answer is yes.
+    Looks at the sockets themselves. If that is not possible, or nothing listens yet, the answer is
+    yes, the careful one.
     """
     try:
         sockets = psutil.Process().net_connections(kind="inet")

@@ -1,17 +1,18 @@
-"""Tracing by OpenTelemetry's own settings: on where `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
+"""OpenTelemetry tracing, on if `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dverge_serve.errors import UserError
 
+if TYPE_CHECKING:
+    from dverge_serve.serving.app import App
+
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 EXPORTER = "opentelemetry.exporter.otlp.proto.http"
-# Polled every few seconds by machines: spans of theirs would bury all others.
-UNTRACED = "/livez,/readyz,/metrics,/v2/health/"
 
 
 def wanted() -> bool:
@@ -21,7 +22,7 @@ def wanted() -> bool:
 
 
 def check() -> None:
-    """Check that tracing can be had if it is wanted.
+    """Check that the exporter is installed if tracing is wanted.
 
     Raises:
         UserError: the exporter is not installed.
@@ -37,10 +38,11 @@ def check() -> None:
         )
 
 
-def traced(app: Any) -> Any:
-    """Return `app`, an ASGI application, with a span around each request if tracing is wanted.
+def traced(app: App) -> Any:
+    """Return `app` as an ASGI application with a span around each request if tracing is wanted.
 
-    Sampler, service name, headers and all else follow the `OTEL_*` variables.
+    Sampler, service name, headers and all else follow the `OTEL_*` variables. Quiet routes have no
+    spans: polled every few seconds, they would bury all others.
     """
     if not wanted():
         return app
@@ -53,6 +55,7 @@ def traced(app: Any) -> Any:
     name = os.environ.get("OTEL_SERVICE_NAME", "dverge")
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    quiet = ",".join(f"{route.path}$" for route in app.routes.values() if route.quiet)
     return OpenTelemetryMiddleware(
-        app, tracer_provider=provider, excluded_urls=UNTRACED, exclude_spans=["receive", "send"]
+        app, tracer_provider=provider, excluded_urls=quiet, exclude_spans=["receive", "send"]
     )

@@ -1,4 +1,4 @@
-"""One worker's life: from loading a model to letting go of the last one."""
+"""A worker process: the model in service, from loading to shutdown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dverge_serve.errors import UserError
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import LOGGER
 from dverge_serve.serving.metrics import Metrics
-from dverge_serve.serving.reload import Generations, Reloader
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.reload import ModelVersions, Reloader
+from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
 
 class Worker:
-    """What this process has in service, and since when.
+    """The model that this process serves, its loading and its reloads.
 
     Args:
         settings: how it runs.
@@ -52,15 +52,15 @@ class Worker:
         if self._folder is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
             self._folder = Path(self._own_folder.name)
-        generations = Generations(self._folder)
-        self._reloader = Reloader(generations, self.settings, self.number, self._serve)
+        versions = ModelVersions(self._folder)
+        self._reloader = Reloader(versions, self.settings, self.number, self._serve)
         self.loading = asyncio.get_running_loop().create_task(self._load())
         if self._reloader.any_served:
             # Other workers answer already; this one takes no connection before it can, too.
             await self.loading
 
     async def stop(self) -> None:
-        """Finish what is queued and let go of the model."""
+        """Finish queued work and release the model."""
         if self.loading:
             await self.loading
         if self._watch:
@@ -74,35 +74,35 @@ class Worker:
         """Return the model in service.
 
         Raises:
-            Refusal: it is still loading.
+            ServiceError: it is still loading.
         """
         if self.served is None:
-            raise Refusal("starting", "the model is still loading; retry later")
+            raise ServiceError("starting", "the model is still loading; retry later")
         return self.served
 
     @property
     def has_served(self) -> bool:
-        """Whether any worker of this server has ever had a model in service."""
+        """Whether any worker of this server has ever served a model."""
         return self._reloader is not None and self._reloader.any_served
 
     def check_ready(self) -> None:
         """Check that a request would be answered, whichever worker it reaches.
 
         Raises:
-            Refusal: this one or another is still loading.
+            ServiceError: this one or another is still loading.
         """
         self.model()
         if not self._all_started:
             assert self._reloader
             self._all_started = self._reloader.all_served
         if not self._all_started:
-            raise Refusal("starting", "other workers are still loading the model; retry later")
+            raise ServiceError("starting", "other workers are still loading the model; retry later")
 
     async def reload(self) -> dict[str, Any]:
-        """Put the file now at the model's path in service, in every worker; say what came of it.
+        """Put the file now at the model's path in service, in every worker; return the outcome.
 
         Raises:
-            Refusal: it cannot be; the old one stays.
+            ServiceError: it cannot be; the old one stays.
         """
         before = self.model().sha256
         assert self._reloader

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dverge_serve.cli import run
+from dverge_serve.cli import as_flags, run
+from tests.serving import tiny
 from training.config import NATIVE
 from training.recipe import data_overrides, load_recipe, recipe_for, recipe_names
 
@@ -348,3 +349,16 @@ def test_an_interrupt_is_told_as_one(
     monkeypatch.setattr("training.recipe.load_recipe", interrupt)
     assert run(["train", "--dry-run"]) == 130
     assert capsys.readouterr().err == "dverge: interrupted\n"
+
+
+def test_a_librarys_parameters_are_shown_as_the_commands_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--version"]) == 0  # registers the commands
+    told = as_flags("`at_eps` 0.2 with `device` cpu; `lr`, `dverge export` and `model` stay")
+    assert told == "--at-eps 0.2 with --device cpu; `lr`, `dverge export` and `model` stay"
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    arguments = ["bento", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out")]
+    complains(capsys, arguments, "give another --out")

@@ -21,9 +21,10 @@ import tests.docs.python_reference as python
 import training.config
 import training.recipe
 from dverge_serve.cli import app, run
-from dverge_serve.serving.openapi import openapi
+from dverge_serve.serving.app import App
 from dverge_serve.serving.responses import CODES
 from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.worker import Worker
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 WIDTH = 100
@@ -150,7 +151,7 @@ def settings() -> str:
 
 def http() -> str:
     """Return the routes, the answer of `/predict` and the error codes."""
-    document = openapi(Settings(token="-"), "full")
+    document = App(Worker(Settings(token="-")), expose="full").routes.document
     parts = [
         "# HTTP\n\n`GET /openapi.json` of a running service is this page for programs, with the "
         "schemas, limits and examples of\nits configuration. If a token is set, every route needs "
@@ -189,7 +190,7 @@ def http() -> str:
 
 
 def _prediction(expose: Any) -> dict[str, Any]:
-    schemas = openapi(Settings(), expose)["components"]["schemas"]
+    schemas = App(Worker(Settings()), expose=expose).routes.document["components"]["schemas"]
     items = schemas["Predictions"]["properties"]["predictions"]["items"]
     found: dict[str, Any] = items["properties"]
     return found

@@ -14,7 +14,7 @@ import pytest
 
 from dverge_serve.engine import providers as devices
 from dverge_serve.engine.buckets import Buckets
-from dverge_serve.engine.card import Form, together
+from dverge_serve.engine.card import FusionMode, members_per_group
 from dverge_serve.engine.cpu_parallel import part
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
@@ -133,7 +133,7 @@ def test_lanes_answer_as_one_call_does(tiny_model: Path) -> None:
     ],
 )
 def test_the_part_of_a_lane_fits_the_cache(
-    engine: Engine, form: Form, members: int, images: dict[int, int]
+    engine: Engine, form: FusionMode, members: int, images: dict[int, int]
 ) -> None:
     for size, expected in images.items():
         shape = replace(engine.card.preprocess, crop=(size, size), resize=(size, size))
@@ -142,7 +142,7 @@ def test_the_part_of_a_lane_fits_the_cache(
 
 
 def test_no_grouped_network_is_wider_than_four_members() -> None:
-    assert [together(count) for count in range(1, 11)] == [1, 2, 3, 4, 3, 3, 4, 4, 3, 4]
+    assert [members_per_group(count) for count in range(1, 11)] == [1, 2, 3, 4, 3, 3, 4, 4, 3, 4]
 
 
 def test_buckets_pad_and_split_and_answer_the_same(engine: Engine) -> None:

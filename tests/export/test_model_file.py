@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from onnx.external_data_helper import convert_model_to_external_data
 from onnx.reference import ReferenceEvaluator
 
 from dverge_serve.engine import session as engine_module
-from dverge_serve.engine.card import METADATA_KEY, Card
+from dverge_serve.engine.card import METADATA_KEY, Card, model_schema
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from export import graph
@@ -38,12 +37,6 @@ def files(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return paths
 
 
-def schema() -> dict[str, Any]:
-    file = resources.files("dverge_serve.engine") / "model.schema.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
 def metadata(path: Path) -> dict[str, Any]:
     (entry,) = onnx.load(path).metadata_props
     assert entry.key == METADATA_KEY
@@ -52,11 +45,13 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def test_every_file_keeps_the_schema(files: dict[str, Path]) -> None:
-    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.Draft202012Validator.check_schema(model_schema())
     for path in files.values():
         found = metadata(path)
-        jsonschema.validate(found, schema())
-        assert set(found) == set(schema()["properties"])  # nothing that the schema does not know
+        jsonschema.validate(found, model_schema())
+        assert set(found) == set(
+            model_schema()["properties"]
+        )  # nothing that the schema does not know
 
 
 @pytest.mark.parametrize(
@@ -77,14 +72,14 @@ def test_the_schema_refuses(
     card = metadata(files["grouped"])
     spoil(card)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(card, schema())
+        jsonschema.validate(card, model_schema())
 
 
 def test_older_files_without_the_newer_keys_are_read(files: dict[str, Path]) -> None:
     card = metadata(files["branches"])
     for key in ("source", "fusion", "parity"):
         card.pop(key)
-    jsonschema.validate(card, schema())
+    jsonschema.validate(card, model_schema())
     read = Card.from_metadata({METADATA_KEY: json.dumps(card)}, "older.onnx")
     assert (read.source, read.form, read.probe) == ("run", "branches", "held-out")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
-from dverge_serve.engine.card import Form
+from dverge_serve.engine.card import FusionMode
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
@@ -47,7 +47,7 @@ from training.models.resnet import resnet_stages
     ],
 )
 def test_parity(
-    architecture: str, count: int, channels: int, size: int, form: Form, tmp_path: Path
+    architecture: str, count: int, channels: int, size: int, form: FusionMode, tmp_path: Path
 ) -> None:
     members, card = ensemble(architecture, count, channels, size)
     engine = engine_of(build_graph(members, replace(card, form=form)), tmp_path)
@@ -146,7 +146,7 @@ def random_ensemble(shape: dict[str, int], folder: Path) -> None:
         ]
     )
     card = card_of(channels, shape["height"], shape["side"], classes, count)
-    form: Form = "grouped" if shape["grouped"] and can_group(members) else "branches"
+    form: FusionMode = "grouped" if shape["grouped"] and can_group(members) else "branches"
     engine = engine_of(build_graph(members, replace(card, form=form)), folder)
     draw = np.random.default_rng(shape["seed"])
     images = draw.random((shape["batch"], *card.input_shape), dtype=np.float32)

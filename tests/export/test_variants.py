@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from dverge_serve.engine.card import Form, Precision
+from dverge_serve.engine.card import FusionMode, Precision
 from dverge_serve.images import to_float
 from export.graph import build_graph
 from export.precision import convert
@@ -35,7 +35,7 @@ def test_variants(
     count: int,
     channels: int,
     size: int,
-    form: Form,
+    form: FusionMode,
     tmp_path: Path,
 ) -> None:
     members, card = ensemble(architecture, count, channels, size)

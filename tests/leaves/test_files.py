@@ -248,6 +248,11 @@ def test_the_nearest_option_is_suggested() -> None:
     assert nearest("zzz", ["lr", "epochs"]) == "known: epochs, lr"
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Progress, "shown", True)
+
+
 class Clock:
     """A clock that a test turns."""
 
@@ -256,6 +261,7 @@ class Clock:
         monkeypatch.setattr("dverge_serve.progress.time.monotonic", lambda: self.now)
 
 
+@pytest.mark.usefixtures("shown")
 def test_progress_off_a_terminal_is_plain_lines_with_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +277,7 @@ def test_progress_off_a_terminal_is_plain_lines_with_time_left(
     assert lines[-1] == "training: done in 50s"
 
 
+@pytest.mark.usefixtures("shown")
 def test_a_note_stands_until_the_next_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +289,7 @@ def test_a_note_stands_until_the_next_one(
     assert "1%, 9m 54s left, loss 0.9" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shown")
 def test_time_left_of_a_resumed_task_is_of_what_this_process_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,7 +300,7 @@ def test_time_left_of_a_resumed_task_is_of_what_this_process_did(
     assert "90%, 10s left" in capsys.readouterr().err
 
 
-def test_of_several_processes_one_shows_progress(
+def test_nothing_is_shown_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
@@ -303,14 +311,27 @@ def test_of_several_processes_one_shows_progress(
         progress.advance(10)
     say("a line about the work")
     assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    code = (
+        "from dverge_serve.progress import Progress, say, show\n"
+        "for turn in (str, show):\n"
+        "    turn()\n"
+        "    say('a line about the work')\n"
+        "    with Progress('training', 1): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["a line about the work", "training: done in 0s"]
+    assert done.stdout == ""
 
 
+@pytest.mark.usefixtures("shown")
 def test_a_task_that_fails_does_not_say_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Broken), Progress("training", 3):
         raise Broken
     assert "done" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shown")
 def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -33,6 +33,7 @@ def test_a_narrow_terminal_shows_fewer_figures_and_whole_ones(
     columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
+    monkeypatch.setattr(Progress, "shown", True)
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("NO_COLOR", "1")

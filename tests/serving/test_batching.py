@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dverge_serve.serving.batching import Batcher, Images
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +83,7 @@ async def test_a_full_queue_refuses_and_recovers() -> None:
         jobs = [batcher.submit(images(0))]
         await engine.wait_for_batch()
         jobs += [batcher.submit(images(1, 2, 3))]
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(ServiceError) as refusal:
             batcher.submit(images(4))
         assert refusal.value.code == "queue_full"
         assert (b"retry-after", b"1") in refusal.value.headers

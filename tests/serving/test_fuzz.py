@@ -16,7 +16,7 @@ from dverge_serve.images import Preprocess
 from dverge_serve.serving.decoding import decode
 from dverge_serve.serving.multipart import image_files
 from dverge_serve.serving.oip_tensors import Inference, read_inference
-from dverge_serve.serving.responses import Refusal
+from dverge_serve.serving.responses import ServiceError
 from tests.serving.figures import tell
 from tests.serving.test_pictures import SOUND, UNSOUND
 
@@ -64,8 +64,8 @@ def fuzz_images(count: int) -> tuple[int, int]:
         preprocess = COLOUR if number % 2 else GRAY
         try:
             pixels = decode([data], preprocess, MAX_PIXELS)
-        except Refusal as refusal:
-            statuses.append(refusal.status)
+        except ServiceError as error:
+            statuses.append(error.status)
         else:
             assert pixels.shape == (1, *preprocess.shape)
             taken += 1
@@ -120,8 +120,8 @@ def test_damaged_requests_are_taken_or_refused(
         try:
             read(mutations(rng, [seed]))
             outcomes.add("taken")
-        except Refusal as refusal:
-            outcomes.add(refusal.code)
+        except ServiceError as error:
+            outcomes.add(error.code)
     assert "taken" in outcomes
     assert len(outcomes) >= 2
 
@@ -129,11 +129,11 @@ def test_damaged_requests_are_taken_or_refused(
 @given(st.binary(max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_at_all(data: bytes) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(ServiceError):
         decode([data], GRAY, MAX_PIXELS)
-    with pytest.raises(Refusal):
+    with pytest.raises(ServiceError):
         image_files(data, BOUNDARY, 4)
-    with pytest.raises(Refusal):
+    with pytest.raises(ServiceError):
         read_tensor(data)
 
 
@@ -157,5 +157,5 @@ def test_any_json_at_all(key: str, value: object, outer: str, outer_value: objec
     request = json.loads(TENSOR)
     request["inputs"][0][key] = value
     for changed in (request, {**request, outer: outer_value}):
-        with contextlib.suppress(Refusal):
+        with contextlib.suppress(ServiceError):
             assert read_tensor(json.dumps(changed).encode()).images.shape[1:] == (1, 2, 2)

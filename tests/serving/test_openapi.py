@@ -17,24 +17,23 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from dverge_serve.serving.openapi import openapi
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.app import App
+from dverge_serve.serving.settings import Exposure, Settings
+from dverge_serve.serving.worker import Worker
 from tests.serving import tiny
 from tests.serving.conftest import Start
 from tests.serving.server import Server
 from tests.serving.tiny import PNG
 
-OPERATIONS = [
-    (path, method)
-    for path, operations in openapi(Settings(), "full")["paths"].items()
-    for method in operations
-]
+# Of the route table, not of the document: a route that the document lacks fails.
+TABLE = App(Worker(Settings()), expose="full").routes
+ROUTES = [(route.path, route.method) for route in TABLE.values()]
 pictures = st.binary(max_size=100) | st.sampled_from([tiny.png(0), tiny.png(255), b""])
 for kind in ("image/png", "image/jpeg", "image/webp", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, pictures)
 
 
-@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+@pytest.mark.parametrize(("path", "method"), ROUTES)
 def test_every_route_keeps_its_contract(server: Server, path: str, method: str) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     statuses = set()
@@ -58,27 +57,54 @@ def test_every_route_keeps_its_contract(server: Server, path: str, method: str) 
     assert statuses  # something was asked
 
 
-def test_its_examples_are_true_to_its_schemas() -> None:
-    for expose in ("label", "scores", "full"):
-        document = openapi(Settings(), expose)
-        schema = schemathesis.openapi.from_dict(document)
-        schema.validate()
-        success = document["paths"]["/predict"]["post"]["responses"]["200"]
-        example = success["content"]["application/json"]["example"]["predictions"][0]
-        described = document["components"]["schemas"]["Predictions"]["properties"]["predictions"]
-        assert set(described["items"]["properties"]) == set(example)
+@pytest.mark.parametrize("expose", ["label", "scores", "full"])
+def test_its_examples_are_true_to_its_schemas(expose: Exposure) -> None:
+    document = App(Worker(Settings()), expose=expose).routes.document
+    schemathesis.openapi.from_dict(document).validate()
+    success = document["paths"]["/predict"]["post"]["responses"]["200"]
+    example = success["content"]["application/json"]["example"]["predictions"][0]
+    described = document["components"]["schemas"]["Predictions"]["properties"]["predictions"]
+    assert set(described["items"]["properties"]) == set(example)
 
 
 @pytest.mark.anyio
-async def test_openapi_lists_every_route_of_ours_and_no_other(start: Start) -> None:
-    client = await start()
+@pytest.mark.parametrize("token", ["", "s3cret"])
+async def test_the_route_table_is_what_is_described_and_what_is_served(
+    start: Start, token: str
+) -> None:
+    routes = App(Worker(Settings(token=token)), expose="full").routes.values()
+    client = await start(token=token)
     document = (await client.get("/openapi.json")).json()
     assert (await client.get("/docs.json")).json() == document
-    for path, operations in document["paths"].items():
-        answer = await client.request("TRACE", path)
-        assert answer.status_code == 405, path
-        allowed = {method.lower() for method in answer.headers["allow"].split(", ")} - {"head"}
-        assert allowed == set(operations)
+    found = {path: set(operations) for path, operations in document["paths"].items()}
+    assert found == {route.path: {route.method.lower()} for route in routes}
+    for route in routes:
+        asked = await client.request("TRACE", route.path)
+        assert asked.status_code == (405 if route.public or not token else 401), route.path
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        answer = await client.request("TRACE", route.path, headers=headers)
+        assert answer.status_code == 405, route.path
+        assert answer.headers["allow"].split(", ") == list(route.methods)
+        described = document["paths"][route.path][route.method.lower()]
+        assert (
+            ("security" in described)
+            == ("401" in described["responses"])
+            == (bool(token) and not route.public)
+        )
+
+
+@pytest.mark.anyio
+async def test_a_prediction_has_the_described_fields(start: Start) -> None:
+    client = await start()
+    document = (await client.get("/openapi.json")).json()
     answer = await client.post("/predict", content=tiny.png(0), headers=PNG)
     described = document["components"]["schemas"]["Predictions"]["properties"]["predictions"]
     assert set(described["items"]["properties"]) == set(answer.json()["predictions"][0])
+
+
+@pytest.mark.anyio
+async def test_the_card_has_the_described_fields(start: Start) -> None:
+    client = await start()
+    document = (await client.get("/openapi.json")).json()
+    card = (await client.get("/model")).json()
+    assert set(card) == set(document["components"]["schemas"]["Card"]["properties"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dverge_serve.serving.reload import READY, Generations, State
+from dverge_serve.serving.reload import READY, ModelVersions, State
 from dverge_serve.serving.settings import Settings
 from dverge_serve.serving.worker import Worker
 from tests.serving import tiny
@@ -205,13 +205,13 @@ async def test_a_reload_whose_caller_died_and_one_that_was_missed_do_no_harm(
     first = tiny.save_gray_model(model)
     worker = Worker(Settings(model=model), folder=tmp_path / "shared")
     await worker.start()
-    generations = Generations(tmp_path / "shared")
+    versions = ModelVersions(tmp_path / "shared")
     assert worker.loading is not None
     await worker.loading
     # Another worker began a reload, and died of it.
-    tiny.save_gray_model(generations.path(1), ("withdrawn", "dark"))
-    generations.write_state(State(current=0, next=1, last=1))
-    await until(lambda: generations.read_note(1, READY, os.getpid()) is not None)
+    tiny.save_gray_model(versions.path(1), ("withdrawn", "dark"))
+    versions.write_state(State(current=0, next=1, last=1))
+    await until(lambda: versions.read_note(1, READY, os.getpid()) is not None)
     assert worker.model().sha256 == first
     second = tiny.save_gray_model(model, ("second", "dark"))
     assert await worker.reload() == {
@@ -221,8 +221,8 @@ async def test_a_reload_whose_caller_died_and_one_that_was_missed_do_no_harm(
         "workers": 1,
     }
     # Others went on while this one did not look.
-    third = tiny.save_gray_model(generations.path(3), ("third", "dark"))
-    generations.write_state(State(current=3, last=3))
+    third = tiny.save_gray_model(versions.path(3), ("third", "dark"))
+    versions.write_state(State(current=3, last=3))
     await until(lambda: worker.model().sha256 == third)
     await worker.stop()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dverge_serve.progress import Progress
 from tests.training.networks import tiny_config
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData, load_training
@@ -56,7 +57,10 @@ def test_of_many_classes_the_ends_are_shown() -> None:
     )
 
 
-def test_training_tells_and_records_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_tells_and_records_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Progress, "shown", True)
     config = tiny_config()
     run = train(config, tmp_path / "run", device=torch.device("cpu"))
     loaded = load_training(config.data)

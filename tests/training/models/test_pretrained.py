@@ -14,6 +14,7 @@ from torchvision import models
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
+from dverge_serve.progress import Progress
 from tests.training.networks import tiny_config
 from training.config import Config
 from training.models.build import build_members
@@ -62,8 +63,12 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def test_members_of_a_run_stand_for_standard_training(
-    earlier: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    earlier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(Progress, "shown", True)
     file = earlier / "standard.safetensors"
     run = train(tiny_config(seed=7, start=str(file)), tmp_path / "run", device=CPU)
     assert {line["stage"] for line in lines(run)} == {"dverge"}
@@ -102,9 +107,13 @@ def test_a_method_with_a_stage_of_its_own_begins_from_them_again(
 
 
 def test_a_single_model_starts_all_members_but_for_their_last_layers(
-    earlier: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    earlier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With equal last layers members would be equal, see the same batches and stay so."""
+    monkeypatch.setattr(Progress, "shown", True)
     file = single(earlier, tmp_path / "one.safetensors")
     config = tiny_config(start=str(file), members=3)
     stored = load_file(file)
