@@ -15,7 +15,8 @@ from benchmarks.bench import bar, say
 from benchmarks.gpu.jobs import Plan
 from benchmarks.train_step import CUDA_BAR, Side
 from training.methods import dverge
-from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, RateOnDevice, Recorded
+from training.optimizers import RateOnDevice
+from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.parallel.topology import Batch
 
 

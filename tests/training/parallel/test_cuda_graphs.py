@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from tests.training.networks import tiny_config, tiny_images, tiny_members
+from training import optimizers as optimizing
 from training.data.splits import load_training
 from training.methods import dverge, epoch_batches, stages
 from training.models.member import Member
@@ -98,7 +99,7 @@ def test_while_a_step_is_recorded_no_rate_is_sent(monkeypatch: pytest.MonkeyPatc
     parameter.grad = torch.ones(1)
     optimizer = RateOnDevice([parameter], lr=0.5, momentum=0.0, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 0.25
-    monkeypatch.setattr(graphs, "_recording", lambda: True)
+    monkeypatch.setattr(optimizing, "_recording", lambda: True)
     optimizer.step()
     assert parameter.item() == 0.5
     optimizer.send_rate()

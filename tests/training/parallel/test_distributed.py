@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dverge_serve.errors import UserError
+from dverge_serve.cli import run
+from dverge_serve.errors import PeerError, UserError
+from dverge_serve.progress import Progress
 from tests.training.networks import tiny_config
 from tests.training.parallel.ranks import VARIANTS, train_variant
 from training.parallel.distributed import join
@@ -194,6 +196,7 @@ def test_a_killed_process_ends_the_others_and_one_alone_goes_on(tmp_path: Path) 
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
+    monkeypatch.setattr(Progress, "shown", True)
     for key, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count)):
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
@@ -211,9 +214,19 @@ def test_a_number_of_processes_that_does_not_fit_is_said_once(
         pass
     assert caught.value.exit_code == 2
     pretend(monkeypatch, count - 1, count)
-    with pytest.raises(SystemExit) as silent, join(config, CPU):
+    with pytest.raises(PeerError) as silent, join(config, CPU):
         pass
-    assert silent.value.code == 2
+    assert silent.value.exit_code == 2
+
+
+def test_the_command_says_nothing_where_the_first_process_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in ((0, 1), (3, 0)):
+        pretend(monkeypatch, rank, 4)
+        assert run(["train", "--members", "3", "--out", str(tmp_path / "run")]) == 2
+        found = capsys.readouterr()
+        assert (found.out, len(found.err.splitlines())) == ("", lines)
 
 
 def test_more_shares_than_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
