@@ -16,6 +16,9 @@ from typing import Any
 
 PACKAGES = ("training", "export", "verification", "dverge_serve")
 WIDTH = 88
+ARGUMENTS = re.compile(r"^Args:\n((?: {4}.*\n?)+)", re.MULTILINE)
+# A run's other methods write it, which is the trainer's work.
+OF_A_RUN = ["open_finished", "ensemble", "members", "config", "labels", "checkpoint", "probe"]
 HEAD = """# Python
 
 The commands are thin: each calls one of these functions. Importing a package does not import
@@ -64,27 +67,33 @@ def _entry(title: str, each: Any) -> Iterator[str]:
     name = title.rpartition(".")[2]
     if isinstance(node, ast.FunctionDef):
         yield f"```python\n{_signature(node, name)}\n```\n"
-    yield docstring(each)
+    text = inspect.getdoc(each) or ""
+    fields = dataclasses.is_dataclass(each) and title != "training.Config"
+    yield docstring(ARGUMENTS.sub("", text).rstrip() if fields else text)
     if not isinstance(node, ast.ClassDef):
         return
     if title == "training.Config":
         yield "Its fields are the keys of a [recipe](recipes.md).\n"
-    elif dataclasses.is_dataclass(each):
-        yield from _fields(each)
-    for part in node.body:
-        if not isinstance(part, ast.FunctionDef):
-            continue
-        if part.name == "__init__":
-            yield f"```python\n{_signature(part, name)}\n```\n"
-        elif not part.name.startswith("_"):
-            yield f"```python\n{_method(part)}\n```\n"
-            yield docstring(getattr(each, part.name))
+    elif fields:
+        yield from _fields(each, text)
+    methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+    shown = OF_A_RUN if title == "training.Run" else [x for x in methods if not x.startswith("_")]
+    if "__init__" in methods and title != "training.Run":
+        yield f"```python\n{_signature(methods['__init__'], name)}\n```\n"
+    for method in shown:
+        yield f"```python\n{_method(methods[method])}\n```\n"
+        yield docstring(inspect.getdoc(getattr(each, method)) or "")
 
 
-def _fields(kind: Any) -> Iterator[str]:
+def _fields(kind: Any, text: str) -> Iterator[str]:
     words = comments_of(kind)
+    for lines in ARGUMENTS.findall(text):
+        for names, meaning in re.findall(r"^ {4}([\w, ]+): ((?:.|\n {5,})*)", lines, re.MULTILINE):
+            words |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
     yield "| field | type | |\n|---|---|---|"
     for field in dataclasses.fields(kind):
+        if field.name.startswith("_"):
+            continue
         yield f"| `{field.name}` | {_type(field)} | {escape(words.get(field.name, ''))} |"
     yield ""
 
@@ -133,12 +142,11 @@ def _parameter(node: ast.arg, default: ast.expr | None) -> str:
     return node.arg + kind + equals + ast.unparse(default).replace("'", '"')
 
 
-def docstring(each: Any) -> str:
+def docstring(text: str) -> str:
     """Return a docstring as Markdown: its sections (Args, Returns, Raises) become lists."""
-    text = escape(inspect.getdoc(each) or "")
     lines: list[str] = []
     inside = False
-    for line in text.splitlines():
+    for line in escape(text).splitlines():
         if re.fullmatch(r"(Args|Returns|Raises|Yields|Example):", line):
             lines += [f"**{line.rstrip(':')}**", ""]
             inside = True
@@ -168,7 +176,7 @@ def _returned(found: list[Any]) -> list[Any]:
 
 def _hints(each: Any) -> Iterator[Any]:
     if not isinstance(each, type):
-        yield typing.get_type_hints(each).get("return")
+        yield _returns(each)
     elif dataclasses.is_dataclass(each):
         if each.__name__ != "Config":
             hints = typing.get_type_hints(each)
@@ -176,7 +184,13 @@ def _hints(each: Any) -> Iterator[Any]:
     else:
         for name, method in vars(each).items():
             if inspect.isfunction(method) and not name.startswith("_"):
-                yield typing.get_type_hints(method).get("return")
+                yield _returns(method)
+
+
+def _returns(function: Any) -> Any:
+    """Return what a function is annotated to return; its parameters may be known to mypy alone."""
+    hint = inspect.get_annotations(function).get("return")
+    return eval(hint, inspect.unwrap(function).__globals__) if isinstance(hint, str) else hint
 
 
 def _parts(hint: Any) -> Iterator[Any]:

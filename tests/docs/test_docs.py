@@ -27,10 +27,10 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 FOLDERS = "benchmarks|deploy|docs|dverge_serve|examples|export|tests|training|verification"
 SMALL = {
     "width": 8,
-    "standard.epochs": 2,
-    "dverge.epochs": 2,
-    "data.train_limit": 640,
-    "data.test_limit": 64,
+    "standard.epochs": 1,
+    "dverge.epochs": 1,
+    "data.train_limit": 320,
+    "data.test_limit": 32,
 }
 
 
