@@ -27,9 +27,9 @@ from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
-from export.exporter import export, export_source
+from export.exporter import export
 from export.published_checkpoint import from_checkpoint
-from export.source import Source
+from export.source import ExportSource
 from training.data.splits import load_test
 from training.device import pick_device
 from training.recipe import data_overrides, load_recipe
@@ -44,7 +44,7 @@ LOST = "transfer-robust accuracy lost by int8, worst radius"
 COLUMNS = ["precision", "batch", "ms", "speedup", "clean", "agreement", "eps", "transfer"]
 
 
-def published(data: Path, tree: Path | None, folder: Path) -> Source:
+def published(data: Path, tree: Path | None, folder: Path) -> ExportSource:
     """Return the published checkpoint with its images: `tree`, or unpacked into `folder`."""
     if tree is None:
         say("unpacking the images")
@@ -56,13 +56,13 @@ def published(data: Path, tree: Path | None, folder: Path) -> Source:
 
 
 def accuracy_and_speed(
-    source: Source, folder: Path, seconds: float, count: int
+    source: ExportSource, folder: Path, seconds: float, count: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return one row for each precision and batch size, and the clean accuracies."""
     engines, agreements = {}, {}
     for precision in PRECISIONS:
         path = folder / f"{precision}.onnx"
-        done = export_source(source, path, precision=precision)  # type: ignore[arg-type]
+        done = export(source, path, precision=precision)  # type: ignore[arg-type]
         say(f"{precision}: {done}")
         engines[precision] = Engine(path, device="cpu")
         agreements[precision] = done.agreement.share if done.agreement else 1.0

@@ -26,7 +26,7 @@ from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError, nearest
 from dverge_serve.files import sha256
 from export.published_checkpoint import read_labels
-from export.source import Source, config_json, without_images
+from export.source import ExportSource, config_json, without_images
 from training.config import Config
 from training.models.member import Member, build_members
 from training.models.state_dict import load_members, parse
@@ -35,7 +35,7 @@ KEYS = ("name", "labels", "mean", "std", "image", "member")
 MEMBER_KEYS = ("file", "architecture", "width")
 
 
-def from_list(path: Path) -> Source:
+def from_list(path: Path) -> ExportSource:
     """Return the members that a TOML file lists as something to export.
 
     Raises:

@@ -125,7 +125,7 @@ def need_images(config: Config) -> tuple[Pixels, Pixels]:
         raise UserError(
             f"int8 is calibrated on training images: {error.found}",
             error.expected or "the images the members were trained on",
-            "give --data FOLDER, or the name of a data set",
+            "give `data` FOLDER, or the name of a data set",
         ) from error
 
 
