@@ -29,6 +29,7 @@ from benchmarks.report import busy_percent, finish, parser
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.device import arithmetic
+from training.models.ensemble import Ensemble
 from training.models.member import Member, build_members
 from training.recipe import load_recipe
 from verification.attacks.attack import Attack, craft
@@ -69,17 +70,6 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole
         delta = (adversarial - images).clamp(-EPS, EPS)
         adversarial = (images + delta).clamp(0, 1).detach()
     return adversarial
-
-
-class Ensemble(nn.Module):
-    """The mean of the members' logits as one module."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([member(images) for member in self.members]).mean(0)
 
 
 def product(members: Sequence[nn.Module], split: Split, steps: int) -> Tensor:

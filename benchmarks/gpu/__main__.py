@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
@@ -22,11 +23,15 @@ def main() -> None:
     smoking = verbs.add_parser("smoke", help="every CUDA path once")
     smoking.add_argument("device", nargs="?", choices=["cuda", "cpu"], default="cuda")
     smoking.add_argument("checks", nargs="*", metavar="CHECK", help="names; all by default")
-    verbs.add_parser("steps", help="one step at every layer", parents=[steps.parser()])
+    timing = [steps.parser()]
+    verbs.add_parser("steps", help="one step at every layer", parents=timing, add_help=False)
     options = parser.parse_args()
     if options.verb == "steps":
         steps.main(options)
         return
+    if options.device == "cpu":  # tiny tensors: more threads cost more than they give
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that checks start
+        torch.set_num_threads(1)
     known = {check.__name__: check for check in CHECKS}
     for name in options.checks:
         if name not in known:

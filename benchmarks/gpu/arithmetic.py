@@ -50,7 +50,8 @@ def fp32_agrees_with_the_cpu(device: torch.device) -> str:
 
 def gradients_flow(device: torch.device) -> str:
     """Find the members' gradients, as the gate `nonzero-gradient` does."""
-    members, split = [ready(m, device) for m in untrained_members()], random_split(32).to(device)
+    members = [ready(member, device) for member in untrained_members("resnet8")]
+    split = random_split(8).to(device)
     suite = presets.suite(presets.Variant(preset="quick", classes=10), ["s"], (EPS,))
     zero, broken, _ = flow(members, split, suite)
     assert not zero.any()
@@ -60,7 +61,8 @@ def gradients_flow(device: torch.device) -> str:
 
 def every_attack_makes_images(device: torch.device) -> str:
     """Two steps of every attack of the preset `full`, and of the one that knows the alarm."""
-    members, split = [ready(m, device) for m in untrained_members()], random_split(32).to(device)
+    members = [ready(member, device) for member in untrained_members("resnet8")]
+    split = random_split(8).to(device)
     suite = presets.suite(presets.Variant(preset="full", classes=10), ["s"], (EPS,))
     crafted = [attack for attack in suite if attack.kind in ("gradient", "noise")]
     for attack in crafted:

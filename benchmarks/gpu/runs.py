@@ -99,7 +99,8 @@ def verify_quick(device: torch.device) -> str:
             model=model,
             run=run.path,
             surrogates=Path(folder, "surrogates"),
-            images=16,
+            images=8,
+            eps=(0.1,),
             device=device,
         )
         report = verify(asked)

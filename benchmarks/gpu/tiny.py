@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 METHODS = ("dverge", "adversarial", "dverge+adversarial", "adp", "gal")
 
 
-def untrained_members() -> list[Member]:
-    """Return the members of the recipe `cifar10` before training, in evaluation mode."""
-    config = load_recipe("cifar10")
+def untrained_members(architecture: str = "resnet20") -> list[Member]:
+    """Return members as the recipe `cifar10` starts them, in evaluation mode."""
+    config = load_recipe("cifar10", {"architecture": architecture})
     made = build_members(config, 10, config.data.mean, config.data.std)
     return [member.eval() for member in made]
 
