@@ -14,7 +14,7 @@ from benchmarks.evidence.limit import TimeUp, within
 from benchmarks.evidence.page import write_page
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
-from dverge_serve.progress import duration
+from dverge_serve.progress import Progress, duration
 
 GUESS_S = 120.0  # a cell's seconds before the first one was timed
 
@@ -86,6 +86,7 @@ def main() -> None:
         for cell in wanted:
             print("there  " if record.current(cell, options.results) else "missing", cell.slug)
         return
+    Progress.shown = True
     skipped = {} if options.page else run_cells(wanted, options.results, options.minutes)
     if options.results == record.FOLDER:
         for path in write_page():

@@ -20,6 +20,7 @@ from benchmarks.evidence.cells import EXACT
 from benchmarks.evidence.images import evidence_cache
 from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
+from dverge_serve.progress import Progress
 from training.data.splits import TrainingData
 from training.estimate import gradient_evaluations
 from training.recipe import load_recipe
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here; those there stay")
     parser.add_argument("--only", default="", help="candidates with this in their name")
     options = parser.parse_args()
+    Progress.shown = True
     data, surrogates = training_data(SEARCH), trained_surrogates(SEARCH, torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     if options.json and options.json.is_file():

@@ -105,7 +105,7 @@ def dropout_is_recorded(device: torch.device) -> str:
     x, labels = torch.rand(16, 3, 64, 64, device=device), split.labels.to(device)
     losses = [float(step(0, number, (x, labels, x))[0]) for number in range(WARM_UPS + 5)]
     assert len(set(losses[-4:])) == 4, f"the same values are dropped at every replay: {losses}"
-    return ""
+    return f"{len(losses)} steps"
 
 
 @needs_gpu
