@@ -53,7 +53,7 @@ def trained(count: int) -> list[Member]:
 
 
 def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole: bool) -> Tensor:
-    """PGD as popular libraries write it; `whole` takes `backward()`, parameters and all."""
+    """PGD as popular libraries write it; `whole` also computes the parameters' gradients."""
     adversarial = images + torch.empty_like(images).uniform_(-EPS, EPS)
     adversarial = adversarial.clamp(0, 1).detach()
     for _ in range(steps):

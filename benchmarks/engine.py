@@ -80,7 +80,7 @@ def measured_ensemble(count: int) -> tuple[Ensemble, Card, str]:
 def cases(
     engine: Engine, branches: Engine, images: npt.NDArray[np.float32]
 ) -> dict[str, Callable[[], Any]]:
-    """Return what takes turns on these images."""
+    """Return the calls that take turns on these images."""
     both, mean, given = [LOGITS, MEMBER_LOGITS], [LOGITS], {INPUT: images}
     path = ort.RunOptions()
     path.only_execute_path_to_fetches = True
@@ -128,7 +128,7 @@ def measure(count: int, batches: list[int], seconds: float, folder: Path) -> lis
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the bars that these rows can say something about."""
+    """Return the bars that these rows measure."""
     slowest = min(row["speedup"] for row in rows)
     bars = [bar("slowest line against branches", slowest, "times", NEVER_BELOW)]
     for row in rows:

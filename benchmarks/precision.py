@@ -1,4 +1,4 @@
-"""int8 and fp16 beside fp32: speed, and what becomes of accuracy and robustness.
+"""int8 and fp16 beside fp32: speed, accuracy and robustness.
 
 python -m benchmarks.precision [--seconds 20] [--images 2000] [--run DIR] [--json]
 
@@ -116,7 +116,7 @@ def robustness(run: Run, preset: str, folder: Path) -> list[dict[str, Any]]:
 
 
 class Findings:
-    """What the benchmark's parts come to: rows, bars, and what could not be measured."""
+    """The benchmark's results: rows, bars, and what could not be measured."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []

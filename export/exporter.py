@@ -1,4 +1,4 @@
-"""From members to a checked `model.onnx`."""
+"""Export: fuse an ensemble, check the file against torch, write `model.onnx`."""
 
 from __future__ import annotations
 

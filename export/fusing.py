@@ -25,7 +25,7 @@ _CHANNELWISE = (
 
 
 class Branches(nn.Module):
-    """The members side by side, each a branch of its own; any mix of architectures."""
+    """One branch for each member, of any mix of architectures."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Branches(nn.Module):
 
 
 class Grouped(nn.Module):
-    """The members as one network as many times as wide.
+    """One network that is as many times as wide as it has members.
 
     BatchNorm is folded and so is the division by `std`, the first convolutions read the same image
     and are concatenated, the later ones are the groups of grouped convolutions, and the mean of the
@@ -155,7 +155,7 @@ def fuse(ensemble: Ensemble, form: Form) -> nn.Module:
 
 
 def _layers(stage: nn.Module) -> list[nn.Module]:
-    """Return a stage's layers, but for those that treat every channel alike."""
+    """Return a stage's layers, except those that treat every channel alike."""
     return [
         module
         for name, module in stage.named_modules()

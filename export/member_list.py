@@ -36,7 +36,7 @@ MEMBER_KEYS = ("file", "architecture", "width")
 
 
 def from_list(path: Path) -> ExportSource:
-    """Return the members that a TOML file lists as something to export.
+    """Read the members that a TOML file lists, for `export`.
 
     Raises:
         UserError: the list or a file in it is not what the module's head shows, in one line.

@@ -59,7 +59,7 @@ class Published:
 
 
 def from_checkpoint(path: Path, labels: str) -> ExportSource:
-    """Return a published checkpoint as something to export.
+    """Read a published checkpoint, for `export`.
 
     Args:
         path: the `.pth` file.

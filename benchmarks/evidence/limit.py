@@ -1,4 +1,4 @@
-"""A limit on time: work that is used to being killed is stopped when its minutes are used up."""
+"""A time limit for work that can be interrupted at any moment."""
 
 from __future__ import annotations
 

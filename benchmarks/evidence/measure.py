@@ -1,4 +1,4 @@
-"""One cell from nothing to its record: train, export, attack, count."""
+"""The measurement of one cell: train, export, attack, count."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _figures(table: dict[str, Any]) -> Record:
 
 
 def _alarm(report: dict[str, Any]) -> list[Record]:
-    """Return what the deployed score tells of attacked images, for each kind of attack."""
+    """Return how well the deployed score detects each kind of attack."""
     return [
         {"attack": row["attack"], "eps": row["eps"], **{key: row[key] for key in ALARM}}
         for row in report["disagreement"]["alarm"]

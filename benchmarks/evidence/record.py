@@ -1,4 +1,4 @@
-"""What a cell leaves: one small JSON file, the per-image outcomes in it as bits."""
+"""The record of a cell: one small JSON file, with each image's outcome as a bit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def unpacked(text: str, n: int) -> Mask:
 
 
 def _restricted(now: Any, then: Any) -> Any:
-    """Return `now` with the keys alone that `then` has, at every depth."""
+    """Return `now` with only the keys that `then` has, at every depth."""
     if not isinstance(now, dict) or not isinstance(then, dict):
         return now
     return {key: _restricted(now.get(key), value) for key, value in then.items()}
