@@ -40,8 +40,9 @@ reference: install
 	$(BIN)/python -m tests.docs.reference
 
 # docs/results.md: every training run that is not there yet, then the page. Can be stopped at will.
+# make evidence MINUTES=50 WORK=folder stops by itself and keeps unfinished runs in that folder.
 evidence: install
-	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m benchmarks.evidence $(if $(MINUTES),--minutes $(MINUTES)) $(if $(WORK),--work $(WORK))
 
 docs: install
 	$(BIN)/zensical build --strict --clean

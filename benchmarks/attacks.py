@@ -30,6 +30,7 @@ from training import attacks as core
 from training.data.splits import Split, to_float
 from training.device import autocast_dtype
 from training.models.build import build_members
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.recipe import load_recipe
 from verification.attacks.attack import Attack, craft
@@ -53,7 +54,7 @@ def trained(count: int) -> list[Member]:
 
 
 def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole: bool) -> Tensor:
-    """PGD as popular libraries write it; `whole` takes `backward()`, parameters and all."""
+    """PGD as popular libraries write it; `whole` also computes the parameters' gradients."""
     adversarial = images + torch.empty_like(images).uniform_(-EPS, EPS)
     adversarial = adversarial.clamp(0, 1).detach()
     for _ in range(steps):
@@ -70,17 +71,6 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole
         delta = (adversarial - images).clamp(-EPS, EPS)
         adversarial = (images + delta).clamp(0, 1).detach()
     return adversarial
-
-
-class Ensemble(nn.Module):
-    """The mean of the members' logits as one module."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([member(images) for member in self.members]).mean(0)
 
 
 def product(members: Sequence[nn.Module], split: Split, steps: int) -> Tensor:

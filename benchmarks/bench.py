@@ -23,7 +23,7 @@ SHORT_S = 0.05
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine's facts that figures depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", info)
     return {
@@ -97,7 +97,7 @@ def bar(
 
 
 def say(text: str) -> None:
-    """Tell how far it is, on standard error."""
+    """Print a line of progress on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -36,6 +36,7 @@ from dverge_serve.images import Preprocess
 from export.fusion_choice import build_best
 from export.graph import build_graph
 from export.published_checkpoint import from_checkpoint
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
 
@@ -48,7 +49,7 @@ COLUMNS = [
 ]
 
 
-def random_members(count: int) -> tuple[list[nn.Module], Card]:
+def random_ensemble(count: int) -> tuple[Ensemble, Card]:
     """Return `count` ResNet-20 for 32x32 colour and ten classes."""
     torch.manual_seed(0)
     members: list[nn.Module] = [
@@ -64,22 +65,22 @@ def random_members(count: int) -> tuple[list[nn.Module], Card]:
         weights_sha256="0" * 64,
         tool_version="benchmark",
     )
-    return members, card
+    return Ensemble(members), card
 
 
-def ensemble(count: int) -> tuple[list[nn.Module], Card, str]:
-    """Return members, their card, and where their weights are from."""
+def measured_ensemble(count: int) -> tuple[Ensemble, Card, str]:
+    """Return an ensemble, its card, and where their weights are from."""
     path = Path(os.environ.get("DVERGE_TEST_DATA", "nowhere"), CHECKPOINT)
     if count == 3 and path.is_file():
         source = from_checkpoint(path, "cifar10")
-        return list(source.members), source.card, "published"
-    return *random_members(count), "random"
+        return source.ensemble, source.card, "published"
+    return *random_ensemble(count), "random"
 
 
 def cases(
     engine: Engine, branches: Engine, images: npt.NDArray[np.float32]
 ) -> dict[str, Callable[[], Any]]:
-    """Return what takes turns on these images."""
+    """Return the calls that take turns on these images."""
     both, mean, given = [LOGITS, MEMBER_LOGITS], [LOGITS], {INPUT: images}
     path = ort.RunOptions()
     path.only_execute_path_to_fetches = True
@@ -94,11 +95,11 @@ def cases(
 
 def measure(count: int, batches: list[int], seconds: float, folder: Path) -> list[dict[str, Any]]:
     """Return one row for each batch size."""
-    members, card, weights = ensemble(count)
-    choice, data = build_best(members, card, "auto", "cpu")
-    say(f"{count} members: {choice}")
+    ensemble, card, weights = measured_ensemble(count)
+    plan, data = build_best(ensemble, card, "auto", "cpu")
+    say(f"{count} members: {plan}")
     (folder / "model.onnx").write_bytes(data)
-    (folder / "branches.onnx").write_bytes(build_graph(members, replace(card, form="branches")))
+    (folder / "branches.onnx").write_bytes(build_graph(ensemble, replace(card, form="branches")))
     engine = Engine(folder / "model.onnx", device="cpu")
     branches = Engine(folder / "branches.onnx", device="cpu")
     rows = []
@@ -111,7 +112,7 @@ def measure(count: int, batches: list[int], seconds: float, folder: Path) -> lis
                 "members": count,
                 "weights": weights,
                 "batch": batch,
-                "form": choice.form,
+                "form": plan.form,
                 "turns": len(times["engine"]),
                 "branches_ms": medians["branches"],
                 "engine_ms": medians["engine"],
@@ -127,7 +128,7 @@ def measure(count: int, batches: list[int], seconds: float, folder: Path) -> lis
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the bars that these rows can say something about."""
+    """Return the bars that these rows measure."""
     slowest = min(row["speedup"] for row in rows)
     bars = [bar("slowest line against branches", slowest, "times", NEVER_BELOW)]
     for row in rows:

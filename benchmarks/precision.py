@@ -1,4 +1,4 @@
-"""int8 and fp16 beside fp32: speed, and what becomes of accuracy and robustness.
+"""int8 and fp16 beside fp32: speed, accuracy and robustness.
 
 python -m benchmarks.precision [--seconds 20] [--images 2000] [--run DIR] [--json]
 
@@ -28,9 +28,9 @@ from benchmarks.report import busy_percent, finish, parser
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
 from dverge_serve.progress import show
-from export.exporter import export, export_source
+from export.exporter import export
 from export.published_checkpoint import from_checkpoint
-from export.source import Source
+from export.source import ExportSource
 from training.data.splits import load_test
 from training.device import pick_device
 from training.recipe import data_overrides, load_recipe
@@ -45,7 +45,7 @@ LOST = "transfer-robust accuracy lost by int8, worst radius"
 COLUMNS = ["precision", "batch", "ms", "speedup", "clean", "agreement", "eps", "transfer"]
 
 
-def published(data: Path, tree: Path | None, folder: Path) -> Source:
+def published(data: Path, tree: Path | None, folder: Path) -> ExportSource:
     """Return the published checkpoint with its images: `tree`, or unpacked into `folder`."""
     if tree is None:
         say("unpacking the images")
@@ -57,13 +57,13 @@ def published(data: Path, tree: Path | None, folder: Path) -> Source:
 
 
 def accuracy_and_speed(
-    source: Source, folder: Path, seconds: float, count: int
+    source: ExportSource, folder: Path, seconds: float, count: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return one row for each precision and batch size, and the clean accuracies."""
     engines, agreements = {}, {}
     for precision in PRECISIONS:
         path = folder / f"{precision}.onnx"
-        done = export_source(source, path, precision=precision)  # type: ignore[arg-type]
+        done = export(source, path, precision=precision)  # type: ignore[arg-type]
         say(f"{precision}: {done}")
         engines[precision] = Engine(path, device="cpu")
         agreements[precision] = done.agreement.share if done.agreement else 1.0
@@ -117,7 +117,7 @@ def robustness(run: Run, preset: str, folder: Path) -> list[dict[str, Any]]:
 
 
 class Findings:
-    """What the benchmark's parts come to: rows, bars, and what could not be measured."""
+    """The benchmark's results: rows, bars, and what could not be measured."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []

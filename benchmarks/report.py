@@ -1,4 +1,4 @@
-"""What is kept of a benchmark, and the tables that the documentation shows of it.
+"""The kept reports of the benchmarks, and their tables in the documentation.
 
 python -m benchmarks.report
 

@@ -1,4 +1,4 @@
-"""What the servers under test are sent: one picture, or a batch as a binary tensor."""
+"""The requests for the servers under test: one picture, or a batch as a binary tensor."""
 
 from __future__ import annotations
 

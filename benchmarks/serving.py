@@ -52,11 +52,11 @@ def bare_engine(run: Callable[[], Any], seconds: float) -> float:
 def save_model(path: Path) -> None:
     """Write 3 ResNet-20 with random weights as one grouped network."""
     # In here: torch would keep memory and threads of its own beside the servers.
-    from benchmarks.engine import random_members
+    from benchmarks.engine import random_ensemble
     from export.graph import build_graph
 
-    members, card = random_members(3)
-    path.write_bytes(build_graph(members, replace(card, form="grouped")))
+    ensemble, card = random_ensemble(3)
+    path.write_bytes(build_graph(ensemble, replace(card, form="grouped")))
 
 
 def servers_for(model: Path) -> list[Server]:

@@ -38,7 +38,7 @@ OURS = tuple(SIDES)[1:]
 
 
 class Side:
-    """Members, optimisers and what one step costs."""
+    """Members and optimisers of one side, and the seconds of a step."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         config = load_recipe("cifar10", SIDES[name])

@@ -1,15 +1,16 @@
-"""From members to a checked `model.onnx`."""
+"""Export: fuse an ensemble, check the file against torch, write `model.onnx`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from dverge_serve.engine.card import Precision
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import atomic_path
-from export.fusion_choice import Ask, Choice, Target, build_best
+from export.fusion_choice import FusionPlan, RequestedMode, Target, build_best
 from export.graph import build_graph
 from export.parity import Parity, check
 from export.precision import (
@@ -22,75 +23,83 @@ from export.precision import (
     images_for,
     need_images,
 )
-from export.source import Source, Which, from_run, noise
+from export.source import ExportSource, Which, from_run, noise
+from training.recipe import data_overrides
 from training.runs.directory import Run
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """A model file that passed its checks.
 
     Args:
-        choice: how the members were fused.
+        plan: how the members were fused.
         parity: how near torch the fp32 graph is.
         agreement: how often the variant answers as fp32 does; None for fp32 itself.
     """
 
-    choice: Choice
+    plan: FusionPlan
     parity: Parity
     agreement: Agreement | None = None
 
     def __str__(self) -> str:
         variant = f"; {self.agreement}" if self.agreement else ""
-        return f"{self.choice}; equal to torch: {self.parity}{variant}"
+        return f"{self.plan}; equal to torch: {self.parity}{variant}"
 
 
 def export(
-    run: Run,
-    path: Path,
+    run: Run | ExportSource | str | Path,
+    path: str | Path,
     *,
     which: Which = "members",
-    form: Ask = "auto",
+    form: RequestedMode = "auto",
     target: Target = "auto",
     precision: Precision = "fp32",
+    data: str | None = None,
 ) -> Exported:
-    """Fuse a finished run's members into `path`, after parity with torch has been checked.
+    """Fuse an ensemble's members into the file `path`, after parity with torch has been checked.
 
     Args:
-        run: a finished run.
+        run: a finished run or its directory; or members from elsewhere, as `from_checkpoint` and
+            `from_list` return them.
         path: where `model.onnx` goes; an older file there stays until the new one has passed.
-        which: the result, or the standard members after stage one (the undefended control).
-        form: how the members are fused; `auto` measures.
+        which: of a run's members the final ones, or the standard members after stage one (the
+            undefended control).
+        form: how the members are fused: `grouped` is one network, `branches` is one for each
+            member, `auto` is whichever measures faster.
         target: the device to measure for; `auto` is what is here.
         precision: of the weights and the arithmetic.
+        data: the folder or data set of the images that int8 is calibrated on, if not where the run
+            found them.
 
     Raises:
-        NotMetError: the file does not say what torch says, or a variant not what fp32 says;
-            nothing is written.
-        UserError: the run's weights are damaged, `path` cannot be written, the form cannot be, or
-            there are no images to calibrate int8 on.
+        NotMetError: the file's logits differ from torch's, or a variant's answers from those of
+            fp32; nothing is written.
+        UserError: the run is unfinished or damaged, `path` cannot be written, the members cannot be
+            fused in that form, there are no images to calibrate int8 on, or an argument has an
+            unknown value.
     """
-    source = from_run(run, which)
-    return export_source(source, path, form=form, target=target, precision=precision)
-
-
-def export_source(
-    source: Source,
-    path: Path,
-    *,
-    form: Ask = "auto",
-    target: Target = "auto",
-    precision: Precision = "fp32",
-) -> Exported:
-    """Fuse any source's members into `path`; see `export`."""
+    for name, value, known in (
+        ("which", which, get_args(Which)),
+        ("form", form, get_args(RequestedMode)),
+        ("target", target, get_args(Target)),
+        ("precision", precision, get_args(Precision)),
+    ):
+        if value not in known:
+            raise UserError(f"`{name}` {value}", f"one of {', '.join(known)}")
     if precision == "int8" and target == "cuda":
-        raise UserError("--precision int8 for cuda", "fp16 there; int8 is for CPUs")
+        raise UserError("`precision` int8 for cuda", "fp16 there; int8 is for CPUs")
+    if isinstance(run, str | Path):
+        run = Run.open_finished(Path(run))
+    source = from_run(run, which) if isinstance(run, Run) else run
+    if data is not None:
+        source = replace(source, config=source.config.overridden(data_overrides(data)))
     images = _images(source, precision)
-    choice, data = build_best(source.members, source.card, form, target)
-    with atomic_path(path) as part:
-        part.write_bytes(data)
+    plan, model = build_best(source.ensemble, source.card, form, target)
+    with atomic_path(Path(path)) as part:
+        part.write_bytes(model)
         with Engine(part, device="cpu") as parent:
-            parity = check(parent, source.members, source.probe)
+            parity = check(parent, source.ensemble, source.probe)
             if not parity.holds:
                 raise NotMetError(
                     f"the exported graph does not match torch: {parity}",
@@ -98,19 +107,19 @@ def export_source(
                     "no file was written; please report this with the settings of the training",
                 )
             if precision == "fp32":
-                return Exported(choice, parity)
-            choice = _variant_form(choice, form, precision)
+                return Exported(plan, parity)
+            plan = _variant_plan(plan, form, precision)
             card = replace(
                 source.card,
-                form=choice.form,
-                target=choice.target,
+                form=plan.form,
+                target=plan.target,
                 precision=precision,
                 parent_sha256=parent.sha256,
             )
-            if choice.form != parent.card.form:
-                data = build_graph(source.members, card)
+            if plan.form != parent.card.form:
+                model = build_graph(source.ensemble, card)
             calibration, compared = images
-            part.write_bytes(convert(data, card, precision, calibration))
+            part.write_bytes(convert(model, card, precision, calibration))
             with Engine(part, device="cpu") as variant:
                 found = agreement(parent, variant, compared, precision)
         if not found.holds:
@@ -118,20 +127,20 @@ def export_source(
                 f"the {precision} variant does not answer as fp32 does: {found}",
                 next_step="no file was written; use another precision",
             )
-    return Exported(choice, parity, found)
+    return Exported(plan, parity, found)
 
 
-def _variant_form(choice: Choice, ask: Ask, precision: Precision) -> Choice:
-    """Return the form of a variant: integer kernels are made for plain convolutions.
+def _variant_plan(plan: FusionPlan, requested: RequestedMode, precision: Precision) -> FusionPlan:
+    """Return the plan of a variant: integer kernels are made for plain convolutions.
 
     Measured on 3 ResNet-20: int8 in branches is 1.9 times as fast as fp32, grouped only 1.2.
     """
-    if precision == "int8" and ask == "auto":
-        return Choice("branches", choice.target)
-    return choice
+    if precision == "int8" and requested == "auto":
+        return FusionPlan("branches", plan.target)
+    return plan
 
 
-def _images(source: Source, precision: Precision) -> tuple[Pixels | None, Pixels]:
+def _images(source: ExportSource, precision: Precision) -> tuple[Pixels | None, Pixels]:
     """Return images to calibrate on and to compare on; those for fp32 are not used."""
     if precision == "fp32":
         return None, source.probe

@@ -1,4 +1,4 @@
-"""Fusing: the members as one network, or side by side. Two forms of one function."""
+"""Fusing: an ensemble as one grouped network, or as branches. Both compute the same logits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dverge_serve.engine.card import FusionMode, members_per_group
 from training.models.bn_folding import folded
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import Head
 
@@ -24,11 +25,11 @@ _CHANNELWISE = (
 
 
 class Branches(nn.Module):
-    """The members side by side, each a branch of its own; any mix of architectures."""
+    """One branch for each member, of any mix of architectures."""
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = ensemble.members
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[batch, classes]` and member logits `[batch, members, classes]`.
@@ -45,7 +46,7 @@ class Branches(nn.Module):
 
 
 class Grouped(nn.Module):
-    """The members as one network as many times as wide.
+    """One network that is as many times as wide as it has members.
 
     BatchNorm is folded and so is the division by `std`, the first convolutions read the same image
     and are concatenated, the later ones are the groups of grouped convolutions, and the mean of the
@@ -123,10 +124,10 @@ class _Last(nn.Module):
         return self.mean(pooled), self.own(pooled).unflatten(1, self.shape)
 
 
-def can_group(members: Sequence[nn.Module]) -> bool:
+def can_group(ensemble: Ensemble) -> bool:
     """Whether the members are alike enough, and plain enough, to become one network."""
-    parts = [folded(member) for member in members if type(member) is Member]
-    if len(parts) < max(2, len(members)):
+    parts = [folded(member) for member in ensemble if type(member) is Member]
+    if len(parts) < max(2, len(ensemble)):
         return False
     first = parts[0]
     for part in parts:
@@ -143,18 +144,18 @@ def can_group(members: Sequence[nn.Module]) -> bool:
     )
 
 
-def fuse(members: Sequence[nn.Module], form: FusionMode) -> nn.Module:
+def fuse(ensemble: Ensemble, form: FusionMode) -> nn.Module:
     """Return the ensemble in one of its forms; both compute the same two outputs."""
     if form == "grouped":
-        alike = [member for member in members if isinstance(member, Member)]
+        alike = [member for member in ensemble if isinstance(member, Member)]
         starts = range(0, len(alike), members_per_group(len(alike)))
         networks = [Grouped(alike[at : at + starts.step], len(alike)) for at in starts]
         return (Networks(networks) if len(networks) > 1 else networks[0]).eval()
-    return Branches(members).eval()
+    return Branches(ensemble).eval()
 
 
 def _layers(stage: nn.Module) -> list[nn.Module]:
-    """Return a stage's layers, but for those that treat every channel alike."""
+    """Return a stage's layers, except those that treat every channel alike."""
     return [
         module
         for name, module in stage.named_modules()

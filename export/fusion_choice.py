@@ -1,8 +1,8 @@
-"""Which form a model file takes: measured on the device it is meant for.
+"""The choice of a model file's form, measured on the device that the file is meant for.
 
-Two measurements are never equal, yet the same run must give the same file. So the one network is
-the form a file has unless the branches are faster by a margin that noise does not make; only the
-form and the device go into the file, the figures to whoever exports.
+Two measurements are never equal, yet the same run must give the same file. So a file is one grouped
+network unless branches are faster by more than noise can explain. The file holds the form and the
+device; the measured figures are only returned.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from dverge_serve.engine.card import Card, FusionMode
 from dverge_serve.engine.providers import CPU, providers
@@ -26,6 +24,7 @@ from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from export.fusing import can_group
 from export.graph import build_graph
+from training.models.ensemble import Ensemble
 
 MARGIN = 1.25  # branches must be this much faster to be chosen
 BATCHES = (1, 32)
@@ -33,13 +32,13 @@ SECONDS = 0.5  # for each batch size, two forms together
 LEAST_ROUNDS = 9
 SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
 
-Ask = Literal["auto", "branches", "grouped"]
+RequestedMode = Literal["auto", "branches", "grouped"]
 Target = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen form.
+class FusionPlan:
+    """The form that was chosen for a model file.
 
     Args:
         form: what the file is.
@@ -60,59 +59,58 @@ class Choice:
 
 
 def build_best(
-    members: Sequence[nn.Module], card: Card, ask: Ask, target: Target
-) -> tuple[Choice, bytes]:
-    """Return the chosen form and the model file's bytes in it.
+    ensemble: Ensemble, card: Card, requested: RequestedMode, target: Target
+) -> tuple[FusionPlan, bytes]:
+    """Choose a form; return it with the bytes of the model file.
 
     Args:
-        members: networks in evaluation mode, on the CPU.
+        ensemble: in evaluation mode, on the CPU.
         card: of the file to be, but for `form` and `target`.
-        ask: a form, or `auto`: measured where there is a choice.
+        requested: a form, or `auto`: measured where there is a choice.
         target: what the file is to run on; `auto` is what is here.
 
     Raises:
         UserError: members that cannot be grouped, or CUDA to be measured where there is none.
     """
-    groupable = can_group(members)
-    if ask == "grouped" and not groupable:
+    groupable = can_group(ensemble)
+    if requested == "grouped" and not groupable:
         raise UserError(
             "these members cannot become one grouped network",
             "two or more of one architecture and normalisation",
-            "use --form branches",
+            "use `form` branches",
         )
-    if ask != "auto" or not groupable:
-        form: FusionMode = "branches" if ask == "auto" else ask
+    if requested != "auto" or not groupable:
+        form: FusionMode = "branches" if requested == "auto" else requested
         # A form that was named needs no device here to be measured on.
-        choice = Choice(form, where_of(providers("auto")) if target == "auto" else target)
-        return choice, build_graph(members, replace(card, form=form, target=choice.target))
+        plan = FusionPlan(form, _device(providers("auto")) if target == "auto" else target)
+        return plan, build_graph(ensemble, replace(card, form=form, target=plan.target))
     try:
-        on = providers(target)
+        device = _device(providers(target))
     except UserError as error:
         raise UserError(
-            error.found, error.expected, "measure there, or name a form: --form grouped|branches"
+            error.found, error.expected, "measure there, or name a form: `form` grouped|branches"
         ) from error
-    where = where_of(on)
     forms = {
-        form: build_graph(members, replace(card, form=form, target=where))
+        form: build_graph(ensemble, replace(card, form=form, target=device))
         for form in get_args(FusionMode)
     }
-    # By its name, so that a GPU that is there and does not work is told, not replaced by the CPU.
-    found = speedups(forms["branches"], forms["grouped"], where)
+    # The device is named, so that a GPU that does not work is an error, not replaced by the CPU.
+    found = speedups(forms["branches"], forms["grouped"], device)
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: FusionMode = "branches" if mean < 1 / MARGIN else "grouped"
-    return Choice(chosen, where, found), forms[chosen]
+    return FusionPlan(chosen, device, found), forms[chosen]
 
 
-def where_of(on: list[Any]) -> Target:
-    """Return the device that ONNX Runtime's providers stand for, the first of them deciding."""
-    return "cpu" if on[0] == CPU else "cuda"
+def _device(found: list[Any]) -> Target:
+    """Return the device of the first of ONNX Runtime's providers, which does the work."""
+    return "cpu" if found[0] == CPU else "cuda"
 
 
 def speedups(slow: bytes, fast: bytes, target: Target) -> dict[int, float]:
     """Return batch size to how many times faster the engine runs `fast` than `slow`.
 
-    The two take turns, and the fastest call of each counts: whatever else the machine does only
-    ever adds to a call.
+    The two take turns, and the fastest call of each counts: other work on the machine can only
+    make a call slower.
     """
     found: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -6,42 +6,42 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import onnx
 import torch
-from torch import nn
 
 from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, METADATA_KEY, OPSET, Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json
 from export.fusing import fuse
+from training.models.ensemble import Ensemble
 
 MAX_BYTES = 2 * 1024**3 - 1  # what one ONNX file without external data can hold
 
 
-def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
-    """Return the bytes of `model.onnx` for these members.
+def build_graph(ensemble: Ensemble, card: Card) -> bytes:
+    """Return the bytes of `model.onnx` for an ensemble.
 
     Args:
-        members: networks in evaluation mode, on the CPU.
+        ensemble: in evaluation mode, on the CPU.
         card: goes into the metadata; its `form` says how the members are fused.
 
     Raises:
         UserError: more than 2 GB.
     """
-    ensemble = fuse(members, card.form)
-    size = sum(tensor.nbytes for tensor in ensemble.state_dict().values())
+    fused = fuse(ensemble, card.form)
+    size = sum(tensor.nbytes for tensor in fused.state_dict().values())
     if size >= MAX_BYTES:
         raise UserError(
-            f"{len(members)} members have {size / 1024**3:.1f} GB of weights",
+            f"{len(ensemble)} members have {size / 1024**3:.1f} GB of weights",
             "at most 2 GB, what one ONNX file can hold",
             "export fewer or smaller members",
         )
     example = torch.zeros(2, *card.input_shape)
     with quiet():
         program = torch.onnx.export(
-            ensemble,
+            fused,
             (example,),
             input_names=[INPUT],
             output_names=[LOGITS, MEMBER_LOGITS],
@@ -55,7 +55,7 @@ def build_graph(members: Sequence[nn.Module], card: Card) -> bytes:
 
 
 def finish(model: onnx.ModelProto, card: Card) -> bytes:
-    """Return a graph's bytes as a model file: nothing of this machine, the card, checked."""
+    """Put the card into a graph, remove traces of this machine, check it; return its bytes."""
     _strip(model)
     del model.metadata_props[:]
     entry = model.metadata_props.add()
@@ -66,7 +66,7 @@ def finish(model: onnx.ModelProto, card: Card) -> bytes:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes down of this machine: stack traces, module paths, docs."""
+    """Remove what the exporter records of this machine: stack traces, module paths, docs."""
     graph = model.graph
     del graph.value_info[:]  # inferred again by every reader
     for item in [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
@@ -76,7 +76,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' and quantisers' own chatter off the user's terminal."""
+    """Silence the messages of the exporters and quantisers."""
     names = (None, "torch.onnx", "onnxscript", "onnx_ir")  # None: the root, which quantisers use
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

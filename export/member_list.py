@@ -26,7 +26,7 @@ from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError, nearest
 from dverge_serve.files import sha256
 from export.published_checkpoint import read_labels
-from export.source import Source, config_json, without_images
+from export.source import ExportSource, config_json, without_images
 from training.config import Config
 from training.models.build import build_members
 from training.models.member import Member
@@ -36,8 +36,8 @@ KEYS = ("name", "labels", "mean", "std", "image", "member")
 MEMBER_KEYS = ("file", "architecture", "width")
 
 
-def from_list(path: Path) -> Source:
-    """Return the members that a TOML file lists as something to export.
+def from_list(path: Path) -> ExportSource:
+    """Read the members that a TOML file lists, for `export`.
 
     Raises:
         UserError: the list or a file in it is not what the module's head shows, in one line.

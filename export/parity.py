@@ -1,18 +1,18 @@
-"""Parity: the exported file must say what torch says."""
+"""Parity: the exported file must give the logits that torch gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
+from training.models.ensemble import Ensemble
 
 RELATIVE = 1e-4
 BATCHES = (1, 2, 7)
@@ -59,18 +59,18 @@ def compare(expected: Scores, found: Scores) -> Parity:
 
 
 @torch.no_grad()
-def torch_scores(members: Sequence[nn.Module], images: Tensor, batch: int = 256) -> Scores:
-    """Return what the torch members say of float32 images `[N,C,H,W]` in `[0,1]`."""
+def torch_scores(ensemble: Ensemble, images: Tensor, batch: int = 256) -> Scores:
+    """Return torch's logits for float32 images `[N,C,H,W]` in `[0,1]`."""
     parts = []
     for part in torch.split(images, batch):
-        member_logits = torch.stack([member(part) for member in members], dim=1)
-        parts.append(Scores(member_logits.mean(1).cpu().numpy(), member_logits.cpu().numpy()))
+        own = ensemble.member_logits(part)
+        parts.append(Scores(own.mean(1).cpu().numpy(), own.cpu().numpy()))
     return Scores.concatenate(parts)
 
 
-def check(engine: Engine, members: Sequence[nn.Module], probe: npt.NDArray[np.uint8]) -> Parity:
+def check(engine: Engine, ensemble: Ensemble, probe: npt.NDArray[np.uint8]) -> Parity:
     """Compare the engine with torch on 8-bit images, at batches of 1, 2 and 7; the worst counts."""
     images = to_float(probe)
-    expected = torch_scores(members, torch.from_numpy(images))
+    expected = torch_scores(ensemble, torch.from_numpy(images))
     found = [compare(expected, engine.run_all(images, batch)) for batch in BATCHES]
     return max(found, key=lambda parity: (not parity.holds, parity.difference))

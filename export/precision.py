@@ -59,7 +59,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether it is often enough."""
+        """Whether the share is large enough."""
         return self.share >= self.least
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ def at_hand(config: Config) -> bool:
 
 
 def need_images(config: Config) -> tuple[Pixels, Pixels]:
-    """Return `images_for`, or say what int8 needs them for.
+    """Return `images_for`; where it fails, add that int8 is calibrated on these images.
 
     Raises:
         UserError: the images cannot be loaded.
@@ -125,7 +125,7 @@ def need_images(config: Config) -> tuple[Pixels, Pixels]:
         raise UserError(
             f"int8 is calibrated on training images: {error.found}",
             error.expected or "the images the members were trained on",
-            "give --data FOLDER, or the name of a data set",
+            "give `data` FOLDER, or the name of a data set",
         ) from error
 
 

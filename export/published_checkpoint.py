@@ -19,7 +19,7 @@ from dverge_serve import __version__
 from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
-from export.source import Source, config_json, without_images
+from export.source import ExportSource, config_json, without_images
 from training.config import Config
 from training.models.member import Member
 from training.models.resnet import BlockMiddle, resnet_stages
@@ -59,8 +59,8 @@ class Published:
     std: tuple[float, ...]
 
 
-def from_checkpoint(path: Path, labels: str) -> Source:
-    """Return a published checkpoint as something to export.
+def from_checkpoint(path: Path, labels: str) -> ExportSource:
+    """Read a published checkpoint, for `export`.
 
     Args:
         path: the `.pth` file.

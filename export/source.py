@@ -1,4 +1,4 @@
-"""What can become a model file: members, what is known of them, images to check them on."""
+"""What is exported: an ensemble, its card, and images to check the file on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from dverge_serve import __version__
 from dverge_serve.engine.card import Card
 from training.config import Config
+from training.models.ensemble import Ensemble
+from training.models.member import Member
 from training.runs.directory import Run
 
 Which = Literal["members", "standard"]
@@ -21,23 +22,23 @@ SEED = 20200930  # of synthetic probe images
 
 
 @dataclass(frozen=True)
-class Source:
-    """An ensemble before it is a file.
+class ExportSource:
+    """An ensemble to export: of a run, a published checkpoint, or a list of members.
 
     Args:
-        members: networks in evaluation mode, on the CPU.
-        card: what the file will say of itself, but for its form and precision.
+        ensemble: in evaluation mode, on the CPU.
+        card: of the file to be, but for its form and precision.
         probe: held-out images, uint8 `[N, channels, height, width]`.
         config: the settings of their training, which name the images int8 is calibrated on.
     """
 
-    members: Sequence[nn.Module]
+    ensemble: Ensemble
     card: Card
     probe: npt.NDArray[np.uint8]
     config: Config
 
 
-def from_run(run: Run, which: Which = "members") -> Source:
+def from_run(run: Run, which: Which = "members") -> ExportSource:
     """Return a finished run's members, or its `standard` ones after stage one.
 
     Raises:
@@ -57,13 +58,13 @@ def from_run(run: Run, which: Which = "members") -> Source:
         weights_sha256=checkpoint[f"{which}_sha256"],
         tool_version=__version__,
     )
-    return Source(run.members(which), card, run.probe().numpy(), config)
+    return ExportSource(Ensemble(run.members(which)), card, run.probe().numpy(), config)
 
 
-def without_images(members: Sequence[nn.Module], card: Card, config: Config) -> Source:
-    """Return a source that came with no images: parity looks at noise, and the card says so."""
+def without_images(members: Sequence[Member], card: Card, config: Config) -> ExportSource:
+    """Return members that came with no images: parity is checked on noise; the card says so."""
     probe = noise(card.input_shape, PROBES)
-    return Source(members, replace(card, probe="synthetic"), probe, config)
+    return ExportSource(Ensemble(members), replace(card, probe="synthetic"), probe, config)
 
 
 def noise(shape: tuple[int, int, int], count: int) -> npt.NDArray[np.uint8]:
@@ -72,10 +73,10 @@ def noise(shape: tuple[int, int, int], count: int) -> npt.NDArray[np.uint8]:
 
 
 def config_json(config: Config) -> dict[str, Any]:
-    """Return the settings as a model file carries them: without the folder they were read from."""
+    """Return the settings as a model file carries them: without paths of this machine."""
     table = config.to_json()
-    for key in ("path", "memory_gb", "workers"):  # of this machine, they say nothing of the model
+    for key in ("path", "memory_gb", "workers"):  # settings of this machine, not of the model
         table["data"].pop(key)
-    table.pop("start")  # a path, too
+    table.pop("start")  # another path
     table.pop("tensorboard")
     return table

@@ -7,6 +7,7 @@ import torch
 
 from dverge_serve.engine.outputs import Scores
 from export.parity import compare, torch_scores
+from training.models.ensemble import Ensemble
 from verification import gates
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Outcomes, Target
@@ -64,7 +65,7 @@ def _best_surrogate(here: Context) -> float | None:
     pixels = to_float_numpy(here.split.images.cpu().numpy())
     x, labels = torch.from_numpy(pixels).to(here.device), here.split.labels.cpu().numpy()
     found = [
-        float((torch_scores(each.members, x).predictions == labels).mean())
+        float((torch_scores(Ensemble(each.members), x).predictions == labels).mean())
         for each in here.surrogates
         if each.run.config.method == "standard"
     ]
@@ -79,7 +80,7 @@ def _parity(here: Context, model: Target, outcome: Outcomes) -> Gate:
     for pixels in [here.split.images.cpu().numpy(), *outcome.worst.values()]:
         floats = to_float_numpy(pixels)
         x = torch.from_numpy(floats).to(here.split.images.device)
-        pairs.append((torch_scores(model.members, x), here.engine.run_all(floats)))
+        pairs.append((torch_scores(Ensemble(model.members), x), here.engine.run_all(floats)))
     if (precision := here.engine.card.precision) != "fp32":
         same = [(torch_.predictions == found.predictions).mean() for torch_, found in pairs]
         return gates.variant_parity(float(np.mean(same)), precision)

@@ -87,7 +87,7 @@ class Cell:
         )
 
     def definition(self) -> dict[str, Any]:
-        """Return everything that shapes the cell's figures, but for the code."""
+        """Return everything that shapes the cell's figures, except the code."""
         trained = images.CHECKPOINT if self.published else config_json(self.settings(here=False))
         return {"training": trained, "protocol": self.protocol.to_json()}
 

@@ -1,4 +1,4 @@
-"""What the figures say of each claim: it holds, it does not, or it cannot be told yet."""
+"""The verdict on each claim: it holds, it does not, or the cells cannot decide it yet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def more_robust_than_earlier_methods(variants: Variants) -> str:
 
 
 def beside_adversarial_training(variants: Variants) -> str:
-    """Say how DVERGE compares with what is no ensemble method, and alone and together."""
+    """Compare DVERGE with adversarial training, and with both together."""
     adversarial, both = "adversarial-3", "dverge+adversarial-3"
     if not all(name in variants for name in ("dverge-3", adversarial, both)):
         return MISSING

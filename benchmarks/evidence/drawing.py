@@ -1,4 +1,4 @@
-"""The page's plots, as SVG that is small and the same for the same figures."""
+"""The page's plots: small SVG files, the same bytes for the same figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images a data set of the evidence is, and where they are here."""
+"""The images and the checkpoint that the evidence uses, and where they are on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cell from nothing to its record: train, export, attack, count."""
+"""The measurement of one cell: train, export, attack, count."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.evidence.rules import under_attack
 from dverge_serve import __version__
 from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json
-from export.exporter import export, export_source
+from export.exporter import export
 from export.published_checkpoint import from_checkpoint
 from training.config import Config
 from training.data.splits import Split, load_test
@@ -57,7 +57,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
     if run is not None:
         export(run, model, form="grouped")
     elif checkpoint is not None:
-        export_source(from_checkpoint(checkpoint, "cifar10"), model, form="grouped")
+        export(from_checkpoint(checkpoint, "cifar10"), model, form="grouped")
     surrogates = trained_surrogates(protocol, device)
     attacking = time.monotonic()
     report = verify(
@@ -131,7 +131,7 @@ def _figures(table: dict[str, Any]) -> Record:
 
 
 def _alarm(report: dict[str, Any]) -> list[Record]:
-    """Return what the deployed score tells of attacked images, for each kind of attack."""
+    """Return how well the deployed score detects each kind of attack."""
     return [
         {"attack": row["attack"], "eps": row["eps"], **{key: row[key] for key in ALARM}}
         for row in report["disagreement"]["alarm"]

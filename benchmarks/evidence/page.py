@@ -1,4 +1,4 @@
-"""`docs/results.md` and its plots, from the records alone."""
+"""`docs/results.md` and its plots, made from the records."""
 
 from __future__ import annotations
 

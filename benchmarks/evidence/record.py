@@ -1,4 +1,4 @@
-"""What a cell leaves: one small JSON file, the per-image outcomes in it as bits."""
+"""The record of a cell: one small JSON file, with each image's outcome as a bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import numpy as np
 from benchmarks.evidence.cells import Cell
 from dverge_serve.files import canonical_json, sha256
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes
+from verification.attacks.outcomes import Mask, Outcomes
 from verification.metrics.robust_accuracy import THREATS
-from verification.metrics.statistics import Mask
 
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
@@ -78,7 +77,7 @@ def unpacked(text: str, n: int) -> Mask:
 
 
 def _restricted(now: Any, then: Any) -> Any:
-    """Return `now` with the keys alone that `then` has, at every depth."""
+    """Return `now` with only the keys that `then` has, at every depth."""
     if not isinstance(now, dict) or not isinstance(then, dict):
         return now
     return {key: _restricted(now.get(key), value) for key, value in then.items()}

@@ -1,4 +1,4 @@
-"""Other ways of making one answer of the members', under the very same attacks."""
+"""Other rules of combining the members' answers, under the same attacks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RULES: dict[str, Callable[[Scores], Floats]] = {
 
 
 class Combined:
-    """The engine's members under one rule: what it answers is the rule's largest class."""
+    """The engine's members combined by one rule, whose largest class is the answer."""
 
     def __init__(self, engine: Engine, rule: Callable[[Scores], Floats]) -> None:
         self._engine, self._rule = engine, rule
@@ -56,7 +56,7 @@ def under_attack(
     eps: Sequence[float],
     seed: int,
 ) -> dict[str, Outcomes]:
-    """Return who survives what under each rule.
+    """Return each image's outcomes under each rule.
 
     The gradient attacks that aim at the mean of logits and at the mean of softmax are pooled, so
     that no rule meets weaker attacks than another; none aims at the vote, which has no gradient.

@@ -1,4 +1,4 @@
-"""The page's tables, as Markdown, from records alone."""
+"""The page's tables as Markdown, made from the records."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def combination_rules(variants: Variants, names: Mapping[str, str]) -> str:
 
 
 def alarm(variants: Variants, names: Mapping[str, str]) -> str:
-    """Return how well disagreement tells attacked images, pooled over seeds."""
+    """Return how well disagreement detects attacked images, pooled over seeds."""
     head = ["ensemble", "attack", "fooled images", "AUROC", "caught at 5%", "false alarms"]
     rows = []
     for name, told in names.items():

@@ -1,16 +1,9 @@
-"""CIFAR-10 on a GPU, in parts of minutes that go on from what the one before left.
+"""What needs a GPU, in minutes.
 
-    python -m benchmarks.gpu pack FOLDER images.tar.xz      # once, where the images are
-    python -m benchmarks.gpu run --device cuda --images images.tar.xz --state STATE --out OUT
-    python -m benchmarks.gpu collect STATE RESULTS          # what is worth keeping
+    python -m benchmarks.gpu smoke [cuda|cpu] [CHECK...]    # every CUDA path once
+    python -m benchmarks.gpu steps [--device cuda]          # one DVERGE step at every layer
 
-`run` works for nine minutes (`--minutes`), says what is left and ends well. It needs Python 3.11,
-torch, torchvision, scikit-learn, safetensors, rich, Pillow and no network; neither bentoml nor
-onnxruntime nor typer. It leaves at most 5 files in OUT, none above 16 MB, and keeps them up to date
-while it works: a part that is killed loses half a minute. OUT is the next part's STATE, of which
-`results.json` names the runs that it needs under `carry`; the others' files can stay behind.
-
-Jobs, in order: the tests that need a GPU; one step at every layer, published, eager and recorded;
-the recipe `cifar10`; `cifar10-fast`; a surrogate; how both stand up to attack; five members; they
-too.
+Run `smoke` first on a new machine: eighteen checks, none of which stops the next. On `cpu` it is a
+rehearsal, and the checks that need a GPU are skipped. `steps` times the published step beside ours,
+eager and recorded as a CUDA graph.
 """

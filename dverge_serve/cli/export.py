@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +11,7 @@ from dverge_serve.cli import app
 from dverge_serve.errors import UserError
 
 if TYPE_CHECKING:
-    from export.source import Source
+    from export.source import ExportSource
 
 
 @app.command(epilog="Example: dverge export model.onnx --run runs/latest")
@@ -53,49 +52,35 @@ def export(
     """
     if model.suffix != ".onnx":
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")
-    from dverge_serve.engine.card import Precision
-    from export.exporter import export_source
-    from export.fusion_choice import Ask, Target
+    from export.exporter import export as export_model
 
-    on: Target = _one_of(Target, "--target", target)
-    ask: Ask = _one_of(Ask, "--form", form)
-    kind: Precision = _one_of(Precision, "--precision", precision)
-    source = _source(run, checkpoint, labels)
-    if data is not None:
-        from training.recipe import data_overrides
-
-        source = replace(source, config=source.config.overridden(data_overrides(data)))
-    done = export_source(source, model, form=ask, target=on, precision=kind)
+    settings: dict[str, Any] = {"form": form, "target": target, "precision": precision}
+    done = export_model(_members(run, checkpoint, labels), model, data=data, **settings)
     size = model.stat().st_size / 1e6
     typer.echo(f"wrote {model} ({size:.1f} MB), {done}")
 
 
-def _source(run: Path | None, checkpoint: Path | None, labels: str | None) -> Source:
+def _members(run: Path | None, checkpoint: Path | None, labels: str | None) -> Path | ExportSource:
+    """Return what to export: a run's directory, or members from elsewhere.
+
+    Raises:
+        UserError: options that exclude each other, or a checkpoint that cannot be read.
+    """
     if checkpoint is None:
         if labels is not None:
             raise UserError("--labels without --checkpoint", "a run, which knows its classes")
-        from export.source import from_run
-        from training.runs.directory import Run
-
-        return from_run(Run.open_finished(run or Path("runs/latest")))
+        return run or Path("runs/latest")
     if run is not None:
         raise UserError("--run and --checkpoint", "one of the two")
+    from export.member_list import from_list
+    from export.published_checkpoint import from_checkpoint
+
     if checkpoint.suffix == ".toml":
         if labels is not None:
             raise UserError(f"--labels beside {checkpoint}", "the labels in that list")
-        from export.member_list import from_list
-
         return from_list(checkpoint)
     if labels is None:
         raise UserError(
             "--checkpoint without --labels", "--labels cifar10, or a file with one class a line"
         )
-    from export.published_checkpoint import from_checkpoint
-
     return from_checkpoint(checkpoint, labels)
-
-
-def _one_of(kind: Any, option: str, value: str) -> Any:
-    if value not in get_args(kind):
-        raise UserError(f"{option} {value}", f"one of {', '.join(get_args(kind))}")
-    return value

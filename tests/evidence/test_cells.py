@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.evidence import cells, protocol, record
 from benchmarks.evidence.__main__ import run_cells
 from benchmarks.evidence.cells import FAST, Cell
+from benchmarks.evidence.limit import TimeUp, within
 from benchmarks.evidence.paired import stack
 from dverge_serve.errors import UserError
 from training.recipe import load_recipe
+from training.runs.directory import Run
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -116,6 +121,42 @@ def test_what_is_not_here_is_skipped_and_said(
     assert all("DVERGE_TEST_DATA is not set" in why for why in skipped.values())
     assert "skipped, DVERGE_TEST_DATA is not set" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cell_goes_on_where_the_time_was_used_up(
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DVERGE_CACHE", str(tmp_path / "work"))
+    (tmp_path / "results").mkdir()
+
+    def save_and_stop(*given: Any) -> None:  # of a training's first saved state
+        save(*given)
+        signal.raise_signal(signal.SIGALRM)
+
+    save = Run.save_state
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", save_and_stop)
+        assert run_cells([cell()], tmp_path / "results", minutes=60) == {}
+    assert "the time is used up, cells left: 1" in capsys.readouterr().err
+    assert record.read(tmp_path / "results") == []
+    (run,) = (tmp_path / "work").glob("evidence/cells/*/run")
+    assert Run(run).load_state() is not None
+
+    assert run_cells([cell()], tmp_path / "results") == {}
+    (found,), (whole,) = record.read(tmp_path / "results"), record.read(results)
+    assert found["weights_sha256"] == whole["weights_sha256"]
+    assert found["outcomes"] == whole["outcomes"]
+
+
+def test_a_limit_ends_what_it_limits() -> None:
+    with pytest.raises(TimeUp), within(0):
+        time.sleep(60)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with within(None):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_every_cell_has_a_file_of_its_own_and_settings_that_can_be() -> None:

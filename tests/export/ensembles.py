@@ -14,6 +14,7 @@ from dverge_serve.engine.session import Engine
 from dverge_serve.images import Preprocess
 from training.config import Config
 from training.models.build import build_members
+from training.models.ensemble import Ensemble
 
 
 def card_of(channels: int, height: int, width: int, classes: int, count: int) -> Card:
@@ -31,8 +32,8 @@ def card_of(channels: int, height: int, width: int, classes: int, count: int) ->
     )
 
 
-def lively(members: Sequence[nn.Module]) -> list[nn.Module]:
-    """Give every BatchNorm statistics that folding must honour."""
+def lively(members: Sequence[nn.Module]) -> Ensemble:
+    """Give every BatchNorm statistics that folding must honour; return the ensemble."""
     for member in members:
         for module in member.modules():
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
@@ -42,12 +43,12 @@ def lively(members: Sequence[nn.Module]) -> list[nn.Module]:
                 module.running_mean.normal_(std=0.3)
                 module.running_var.uniform_(0.5, 2)
         member.eval().requires_grad_(False)
-    return list(members)
+    return Ensemble(members)
 
 
 def ensemble(
     architecture: str | tuple[str, ...], count: int, channels: int, size: int, width: int = 4
-) -> tuple[list[nn.Module], Card]:
+) -> tuple[Ensemble, Card]:
     table: dict[str, Any] = {
         "name": "parity",
         "method": "standard",

@@ -19,14 +19,15 @@ from dverge_serve.images import Preprocess
 from export.exporter import export
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
 from training.runs.directory import Run
 
 
-def random_members(
+def random_ensemble(
     count: int, channels: int = 3, size: int = 8, classes: int = 4, seed: int = 0
-) -> tuple[list[Member], Card]:
+) -> tuple[Ensemble, Card]:
     torch.manual_seed(seed)
     members = [
         Member(resnet_stages("resnet8", channels, 3, classes), [0.4] * channels, [0.3] * channels)
@@ -55,7 +56,7 @@ def random_members(
         weights_sha256="0" * 64,
         tool_version="test",
     )
-    return members, card
+    return Ensemble(members), card
 
 
 def test_the_run_directory_becomes_a_model_that_says_what_it_is(
@@ -67,7 +68,7 @@ def test_the_run_directory_becomes_a_model_that_says_what_it_is(
     assert engine.card.members == 3
     assert engine.card.weights_sha256 == run.weights_sha256
     assert engine.card.training["dverge"]["eps"] == run.config.dverge.eps
-    assert check(engine, run.members(), run.probe().numpy()).holds
+    assert check(engine, Ensemble(run.members()), run.probe().numpy()).holds
 
 
 def test_same_run_same_bytes_and_no_trace_of_this_machine(
@@ -105,8 +106,8 @@ def test_parity_failure_leaves_no_file_and_the_old_one_stands(
 
     honest = build_graph
 
-    def crooked(members: list[Member], card: Card) -> bytes:
-        return honest([Off(member) for member in members], card)
+    def crooked(ensemble: Ensemble, card: Card) -> bytes:
+        return honest(Ensemble([Off(member) for member in ensemble]), card)
 
     monkeypatch.setattr("export.fusion_choice.build_graph", crooked)
     path = tmp_path / "model.onnx"
@@ -134,9 +135,9 @@ def test_compare_counts_only_clear_disagreements() -> None:
 
 
 def test_torch_scores_does_not_depend_on_the_batch() -> None:
-    members, card = random_members(2)
+    ensemble, card = random_ensemble(2)
     images = torch.rand(9, *card.input_shape)
-    whole, parts = torch_scores(members, images), torch_scores(members, images, batch=4)
+    whole, parts = torch_scores(ensemble, images), torch_scores(ensemble, images, batch=4)
     np.testing.assert_allclose(whole.logits, parts.logits, atol=1e-5)
 
 

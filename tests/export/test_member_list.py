@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from dverge_serve.cli import run
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
-from export.exporter import export_source
+from export.exporter import export
 from export.member_list import from_list
 from export.parity import torch_scores
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
 
@@ -57,12 +58,12 @@ def members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Member]:
 
 
 def test_members_of_different_architectures_become_one_file(members: list[Member]) -> None:
-    export_source(from_list(Path("list.toml")), Path("m.onnx"))
+    export(from_list(Path("list.toml")), Path("m.onnx"))
     engine = Engine(Path("m.onnx"), device="cpu")
     assert (engine.card.labels, engine.card.members) == (("cat", "dog", "owl"), 2)
     assert (engine.card.source, engine.card.probe) == ("member-list", "synthetic")
     images = np.random.default_rng(0).random((3, 1, 10, 12), dtype=np.float32)
-    expected = torch_scores(members, torch.from_numpy(images))
+    expected = torch_scores(Ensemble(members), torch.from_numpy(images))
     np.testing.assert_allclose(engine.run(images).logits, expected.logits, atol=1e-4)
 
 

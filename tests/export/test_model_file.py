@@ -21,7 +21,7 @@ from dverge_serve.errors import UserError
 from export import graph
 from export.exporter import export
 from export.graph import build_graph
-from tests.export.test_exporter import random_members
+from tests.export.test_exporter import random_ensemble
 from training.runs.directory import Run
 
 
@@ -132,6 +132,6 @@ def test_a_file_over_two_gigabytes_is_refused(
     with pytest.raises(UserError, match="larger than 2 GB"):
         Engine(tiny_model, device="cpu")
     monkeypatch.setattr(graph, "MAX_BYTES", 1000)
-    members, card = random_members(2)
+    members, card = random_ensemble(2)
     with pytest.raises(UserError, match="at most 2 GB"):
         build_graph(members, card)

@@ -24,6 +24,7 @@ from export.fusion_choice import build_best
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
 
@@ -71,21 +72,21 @@ def test_what_can_be_grouped() -> None:
     other, _ = ensemble("resnet14", 2, 3, 8)
     wide, _ = ensemble("resnet8", 2, 3, 8, width=5)
     assert can_group(alike)
-    assert not can_group(alike[:1])
-    assert not can_group([alike[0], other[0]])
-    assert not can_group([alike[0], wide[0]])
-    assert not can_group([alike[0], nn.Flatten()])
+    assert not can_group(Ensemble([alike[0]]))
+    assert not can_group(Ensemble([alike[0], other[0]]))
+    assert not can_group(Ensemble([alike[0], wide[0]]))
+    assert not can_group(Ensemble([alike[0], nn.Flatten()]))
     shifted = Member(resnet_stages("resnet8", 3, 4, 3), [0.5] * 3, [0.3] * 3).eval()
-    assert not can_group([alike[0], shifted])
+    assert not can_group(Ensemble([alike[0], shifted]))
     with_norm = Member(resnet_stages("resnet8", 3, 4, 3), [0.4] * 3, [0.3] * 3).eval()
     with_norm.stages[2].add_module("extra", nn.GroupNorm(2, 4))
-    assert not can_group([with_norm, with_norm])
+    assert not can_group(Ensemble([with_norm, with_norm]))
 
 
 def test_members_that_differ_fall_back_to_branches() -> None:
     members, card = ensemble(("resnet8", "resnet14"), 2, 3, 8)
-    choice, _ = build_best(members, card, "auto", "cpu")
-    assert (choice.form, choice.speedups) == ("branches", {})
+    plan, _ = build_best(members, card, "auto", "cpu")
+    assert (plan.form, plan.speedups) == ("branches", {})
     with pytest.raises(UserError, match="cannot become one grouped network"):
         build_best(members, card, "grouped", "cpu")
 
@@ -98,9 +99,9 @@ def test_the_choice_follows_the_measurement_with_a_margin(
 ) -> None:
     members, card = ensemble("resnet8", 2, 1, 8)
     monkeypatch.setattr("export.fusion_choice.speedups", lambda *_: {1: ratio, 32: ratio})
-    choice, data = build_best(members, card, "auto", "cpu")
-    assert choice.form == form
-    assert data == build_graph(members, replace(card, form=choice.form, target="cpu"))
+    plan, data = build_best(members, card, "auto", "cpu")
+    assert plan.form == form
+    assert data == build_graph(members, replace(card, form=plan.form, target="cpu"))
 
 
 def test_grouped_leaves_the_members_as_they_were() -> None:
@@ -173,7 +174,7 @@ def test_random_ensembles_at_length(tmp_path: Path, shape: dict[str, int]) -> No
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[nn.Module], Engine]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ensemble, Engine]:
     members, card = ensemble("resnet8", 3, 1, 8)
     folder = tmp_path_factory.mktemp("pair")
     return members, engine_of(build_graph(members, replace(card, form="grouped")), folder)
@@ -187,7 +188,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[nn.Module], Eng
         elements=st.floats(0, 1, width=32),
     )
 )
-def test_any_image(pair: tuple[list[nn.Module], Engine], images: Any) -> None:
+def test_any_image(pair: tuple[Ensemble, Engine], images: Any) -> None:
     members, engine = pair
     expected, found = torch_scores(members, torch.from_numpy(images)), engine.run(images)
     allowed = 1e-4 * max(1.0, float(np.abs(expected.member_logits).max()))

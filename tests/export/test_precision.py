@@ -15,7 +15,7 @@ from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import sha256
 from export import precision as precisions
-from export.exporter import export, export_source
+from export.exporter import export
 from export.precision import agreement, at_hand
 from export.source import from_run
 from training.data.splits import load_test
@@ -109,7 +109,7 @@ def test_fp16_needs_no_images(tiny_run: Path, tmp_path: Path) -> None:
     gone = source.config.overridden({"data.name": "imagefolder", "data.path": "/gone"})
     assert at_hand(source.config)
     assert not at_hand(gone)
-    export_source(replace(source, config=gone), tmp_path / "m.onnx", precision="fp16")
+    export(replace(source, config=gone), tmp_path / "m.onnx", precision="fp16")
     assert Engine(tmp_path / "m.onnx", device="cpu").card.precision == "fp16"
 
 

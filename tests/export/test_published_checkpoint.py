@@ -19,10 +19,11 @@ from dverge_serve.cli import run
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import Preprocess, load, to_float
-from export.exporter import export_source
+from export.exporter import export
 from export.parity import torch_scores
 from export.published_checkpoint import CIFAR10, from_checkpoint, read_published
 from training.models.build import build_members
+from training.models.ensemble import Ensemble
 
 PUBLISHED = "official_dverge_3xresnet20_eps0.07.pth"
 Table = dict[str, Any]
@@ -121,9 +122,9 @@ def test_the_file_says_what_the_published_network_says(
     assert source.config.architecture == named
     (again, *_) = build_members(source.config, 10, [0.3] * 3, [0.5] * 3)  # as surrogates are
     shapes = [tuple(tensor.shape) for tensor in again.state_dict().values()]
-    assert shapes == [tuple(tensor.shape) for tensor in source.members[0].state_dict().values()]
+    assert shapes == [tuple(tensor.shape) for tensor in source.ensemble[0].state_dict().values()]
     form = "grouped" if count > 1 else "branches"
-    export_source(source, tmp_path / "m.onnx", form=form)  # type: ignore[arg-type]
+    export(source, tmp_path / "m.onnx", form=form)  # type: ignore[arg-type]
     engine = Engine(tmp_path / "m.onnx", device="cpu")
     images = torch.rand(5, 3, 32, 32)
     expected = torch.stack([net((images - 0.3) / 0.5) for net in made], 1)
@@ -243,10 +244,10 @@ def test_the_published_checkpoint_on_real_images(test_data: Path, tmp_path: Path
     assert len(found.members) == 3
     assert found.mean == pytest.approx((0.4914, 0.4822, 0.4465))
     pixels, labels = real_images(archive, 200)
-    export_source(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="grouped")
+    export(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="grouped")
     images = to_float(pixels)
     answers = Engine(tmp_path / "m.onnx", device="cpu").run_all(images).predictions
-    expected = torch_scores(found.members, torch.from_numpy(images)).predictions
+    expected = torch_scores(Ensemble(found.members), torch.from_numpy(images)).predictions
     accuracy, torch_accuracy = (answers == labels).mean(), (expected == labels).mean()
     assert abs(accuracy - torch_accuracy) <= 0.001
     assert accuracy == pytest.approx(0.913, abs=0.015)  # of the JPEG copy

@@ -202,7 +202,7 @@ def test_without_open_lanes_items_are_done_in_turn() -> None:
     assert graphs.over_lanes(lambda item: item * 2, [1, 2, 3]) == [2, 4, 6]
 
 
-# What follows needs a GPU; `python -m benchmarks.gpu run --only checks` runs it on a lent one.
+# What follows needs a GPU; `python -m benchmarks.gpu smoke` runs it there.
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
