@@ -91,8 +91,10 @@ def test_it_counts_what_it_asked_and_tells_what_was_exposed(url: str, full: bool
     assert told["clean_accuracy"]["value"] == 1.0
     assert told["transfer"]["value"] == 0.75
     square = told["square"]
-    assert square["broken"] in (0, 1)
+    # Scores lead it over the line in a few questions; labels alone do not in a hundred.
+    assert square["broken"] == int(full)
     assert square["queries"] == Handler.count - 8
+    assert (square["queries"] < 100) == full
     assert square["images"] == 1
     assert square["queries_each_at_most"] == 100
     line = live_line(told)
