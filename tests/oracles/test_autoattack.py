@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from training.attacks import Norm
 from training.models.ensemble import Ensemble
-from verification.attacks.autoattack import autoattack, available
+from verification.attacks.autoattack import AutoAttack, available
 from verification.attacks.presets import Variant, left_out, suite
+
+REFERENCE = AutoAttack(name="autoattack", threat="white_box", source="target")
 
 
 class Stripes(nn.Module):
@@ -35,7 +38,7 @@ def test_it_breaks_what_can_be_broken(classes: int) -> None:
     x0[0, :, 0] += 0.15
     x0[1, :, 0] += 0.25
     labels = torch.zeros(2, dtype=torch.int64)
-    found = autoattack([Stripes()], x0, labels, eps=0.1, norm="linf", seed=0)
+    found = REFERENCE(Stripes(), x0, labels, 0.1)
     assert float((found - x0).abs().max()) <= 0.1 + 1e-6
     assert (Stripes()(found).argmax(1) == labels).tolist() == [False, True]
 
@@ -45,8 +48,9 @@ def test_it_breaks_an_ensemble_and_leaves_no_trace(
     ensemble: Ensemble, batch: tuple[Tensor, Tensor], norm: Norm, eps: float
 ) -> None:
     x0, labels = (part[:16] for part in batch)
+    attack = replace(REFERENCE, norm=norm)
     state, level = torch.get_rng_state(), logging.getLogger("auto-attack").level
-    found = autoattack(list(ensemble), x0, labels, eps=eps, norm=norm, seed=3)
+    found = attack(ensemble, x0, labels, eps, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert logging.getLogger("auto-attack").level == level
     change = (found - x0).flatten(1)
@@ -54,8 +58,7 @@ def test_it_breaks_an_ensemble_and_leaves_no_trace(
     assert 0 < float(size.max()) <= eps + 1e-5
     assert accuracy(ensemble, x0, labels) > 0.8
     assert accuracy(ensemble, found, labels) == 0
-    again = autoattack(list(ensemble), x0, labels, eps=eps, norm=norm, seed=3)
-    assert torch.equal(found, again)
+    assert torch.equal(attack(ensemble, x0, labels, eps, seed=3), found)
 
 
 def test_the_full_preset_has_it_where_the_package_is_installed() -> None:

@@ -14,6 +14,8 @@ from maite.protocols import ArrayLike, DatasetMetadata, DatumMetadata, MetricMet
 from maite.protocols import image_classification as ic
 from maite.tasks import evaluate
 from torch import Tensor
+from verification.attacks.augmentation import AttackAugmentation
+from verification.attacks.gradient_attack import GradientAttack
 
 from dverge_serve.engine import Engine
 from training.models.ensemble import Ensemble
@@ -88,3 +90,28 @@ def test_evaluate_takes_the_engine_as_a_model(
         expected = ensemble(images).softmax(1).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert model.metadata["index2label"] == {index: str(index) for index in range(10)}
+
+
+def test_evaluate_takes_an_attack_as_an_augmentation(
+    engine: Engine, ensemble: Ensemble, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    attack = GradientAttack(name="pgd", threat="white_box", source="target")
+    augmentation: ic.Augmentation = AttackAugmentation(attack, ensemble, 0.3)
+    dataset: ic.Dataset = Digits(images, labels)
+    result, _, augmented = evaluate(
+        model=engine,
+        dataset=dataset,
+        metric=Accuracy(),
+        augmentation=augmentation,
+        batch_size=len(images),
+        return_augmented_data=True,
+    )
+    ((found, targets, metadata),) = augmented
+    expected = attack(ensemble, images, labels, 0.3)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in found]), expected)
+    assert [int(np.argmax(target)) for target in targets] == labels.tolist()
+    assert [each["id"] for each in metadata] == list(range(64))
+    assert result == {"accuracy": accuracy(ensemble, expected, labels), "images": 64}
+    assert accuracy(ensemble, images, labels) > 0.8
+    assert result["accuracy"] < 0.1
