@@ -25,7 +25,8 @@ def test_metrics_sum_over_the_workers(strict: Server) -> None:
     headers = {**PNG, "authorization": "Bearer secret"}
     before = _predictions(strict)
     for _ in range(40):  # a connection each: the kernel spreads them over both workers
-        assert httpx.post(f"{strict.url}/predict", content=tiny.png(0), headers=headers)
+        answer = httpx.post(f"{strict.url}/predict", content=tiny.png(0), headers=headers)
+        assert answer.status_code == 200
     assert _predictions(strict) == before + 40
 
 

@@ -46,7 +46,7 @@ def test_gradient_evaluations_of_each_method(method: str, each: int) -> None:
 def test_dverge_is_timed_at_layers_spread_over_the_depth(
     every: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first two are one step: the first time warms up."""
+    """One in each part of the depth; the first is done twice, because the first time warms up."""
     config = tiny_config(dverge__layer_every=every)
     drawn: list[int] = []
 
@@ -63,7 +63,9 @@ def test_dverge_is_timed_at_layers_spread_over_the_depth(
 
     monkeypatch.setattr(estimating, "stages", watched)
     estimate(config, CPU)
-    assert drawn == [2, 2, 4, 7]
+    warm_up, *timed = drawn
+    assert warm_up == timed[0]
+    assert [(layer - 1) * len(timed) // 8 for layer in timed] == list(range(estimating.TIMED_STEPS))
 
 
 def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_everything_is_counted_of_the_runs_own_images_and_members() -> None:
     found = estimate(tiny_config(), CPU)
     assert found["training_images"] == 90
     assert found["gradient_evaluations"] == {"standard": 2 * 90 * 2, "dverge": 2 * 90 * 2 * 4}
-    assert all(0 < seconds < 60 for seconds in found["seconds"].values())
+    assert found["seconds"].keys() == found["gradient_evaluations"].keys()
     assert any(line.startswith("90 training images of 10 classes") for line in found["notes"])
 
 

@@ -269,7 +269,6 @@ def test_another_model_is_compared_image_by_image(
 def test_gradients_come_from_the_file_itself_where_they_can(
     tiny_model: Path, tiny_run: Path
 ) -> None:
-    pytest.importorskip("onnx2torch", reason="the extra that reads graphs back is not installed")
     card = Engine(tiny_model, device="cpu").card
     found = _from_file(tiny_model, card, torch.device("cpu"))
     assert found is not None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
+from training.data.splits import load_training
 from training.methods import adp, adversarial, dverge, gal
 from training.models.bn_folding import folded
 from training.models.build import build_members
@@ -20,7 +21,7 @@ from training.models.member import Member
 from training.parallel.threads import side_by_side
 from training.runs.directory import Run
 from training.schedules import Adp, Adversarial, Dverge, Gal
-from training.trainer import train
+from training.trainer import accuracy, train
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 3, 1])
@@ -252,5 +253,7 @@ def test_side_by_side_keeps_order_and_passes_errors_on() -> None:
 
 
 def test_a_standard_run_loads_back(tmp_path: Path) -> None:
-    run = train(tiny_config(method="standard", members=1), tmp_path / "run", device=CPU)
-    assert Run.open_finished(run.path).checkpoint["holdout_accuracy"] >= 0
+    config = tiny_config(method="standard", members=1)
+    found = Run.open_finished(train(config, tmp_path / "run", device=CPU).path)
+    right = accuracy(found.members(), load_training(config.data).holdout)
+    assert found.checkpoint["holdout_accuracy"] == right

@@ -45,4 +45,5 @@ def test_the_bill_of_materials_carries_every_figure_with_its_interval() -> None:
     ]
     assert metrics[1]["value"] == "0.7000"
     assert metrics[1]["confidenceInterval"] == {"lowerBound": "0.6500", "upperBound": "0.7500"}
-    assert all(isinstance(metric["slice"], str) for metric in metrics)
+    assert metrics[0]["slice"] == "d, test, 100 images"
+    assert metrics[1]["slice"] == "d, test, 100 images, Linf eps 0.1"
