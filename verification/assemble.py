@@ -41,7 +41,7 @@ def assemble(
         measured: what else was measured, merged into it.
     """
     asked, card, gradients = here.asked, here.engine.card, here.gradients
-    queries = any(attack.queries for attack in here.suite)
+    queries = any(attack.threat == "queries" for attack in here.suite)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": gates.verdict(checks),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
 from verification.attacks.attack import Attack
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
@@ -109,7 +110,7 @@ def nonzero_gradient(zero: Mask | None, broken: Mask | None) -> Gate:
 
 def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
     """Every adversarial image lay in its ball and in the box, as floats and after rounding."""
-    count = sum(outcome.outside for outcome in outcomes)
+    count = sum(outcome.violations for outcome in outcomes)
     scored = sum(outcome.scored for outcome in outcomes)
     return Gate(
         "eps-8bit", count == 0, "INVALID", f"{count} of {scored} images lay outside their ball"
@@ -156,8 +157,11 @@ def iterative_beats_single(
     outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> Gate:
     """What one step breaks, many steps break."""
-    single = [each for each in suite if each.threat == "white_box" and each.steps == 1]
-    many = [each for each in suite if each.threat == "white_box" and each.steps > 1]
+    white_box = [
+        each for each in suite if isinstance(each, GradientAttack) and each.threat == "white_box"
+    ]
+    single = [each for each in white_box if each.steps == 1]
+    many = [each for each in white_box if each.steps > 1]
     worst = _only_first_breaks(outcome, single, many, eps)
     if worst is None:
         return Gate("iterative-beats-single", None, "INCONCLUSIVE", NO_WEIGHTS)
@@ -236,7 +240,7 @@ def surrogates_close(best: float | None, clean: float) -> Gate:
     return Gate(name, best >= clean - SURROGATES_BEHIND, "INCONCLUSIVE", detail)
 
 
-def planted_found(expected: Mask, found: Mask) -> Gate:
+def self_test_found(expected: Mask, found: Mask) -> Gate:
     """The harness, turned on a model whose weak images are known, finds them and no others."""
     if expected.all() or not expected.any():
         told = "too few images, or too alike, to plant some that fall and some that stand"

@@ -1,4 +1,4 @@
-"""The checks of one evaluation: every gate, asked about what was found."""
+"""The checks of one evaluation: every gate, on what the attacks found."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import numpy as np
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
 from verification import gates
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.target import Target
 from verification.config import Setting
 from verification.gates import Gate
 from verification.gradients import flow
-from verification.metrics.robust_accuracy import clean_scores, to_float_numpy
-from verification.self_test import planted
+from verification.metrics.robust_accuracy import clean_scores
+from verification.self_test import self_test
 
 
 def check(
@@ -55,13 +57,13 @@ def check(
         gates.weaker_never_beats(mine, here.suite, here.eps),
         gates.control_falls(outcomes.get("control"), here.suite, here.eps, named),
         gates.surrogates_close(_best_surrogate(here), float(mine.clean.mean())),
-        gates.planted_found(*planted(here.split, here.asked.seed)),
+        gates.self_test_found(*self_test(here.split, here.asked.seed)),
     ]
 
 
 def _best_surrogate(here: Setting) -> float | None:
     """Return the best undefended surrogate's clean accuracy on the test images."""
-    pixels = to_float_numpy(here.split.images.cpu().numpy())
+    pixels = to_float(here.split.images.cpu().numpy())
     x, labels = torch.from_numpy(pixels).to(here.asked.device), here.split.labels.cpu().numpy()
     found = [
         float((torch_scores(each.members, x).predictions == labels).mean())
@@ -77,7 +79,7 @@ def _parity(here: Setting, model: Target, outcome: Outcomes) -> Gate:
         return gates.parity(None)
     pairs = []
     for pixels in [here.split.images.cpu().numpy(), *outcome.worst.values()]:
-        floats = to_float_numpy(pixels)
+        floats = to_float(pixels)
         x = torch.from_numpy(floats).to(here.split.images.device)
         pairs.append((torch_scores(model.members, x), here.engine.run_all(floats)))
     if (precision := here.engine.card.precision) != "fp32":

@@ -29,7 +29,7 @@ from training.device import arithmetic
 from training.estimate import gradient_evaluations
 from training.runs.directory import Run
 from training.trainer import train
-from verification.attacks.attack import Attack
+from verification.attacks import presets
 from verification.attacks.outcomes import Outcomes
 from verification.config import Evaluation
 from verification.gradients import find_gradients
@@ -75,7 +75,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
             device=device,
         )
     )
-    suite = [Attack(**attack) for attack in report["attacks"]]
+    suite = presets.from_json(report["attacks"])
     split = _test(config, protocol.images, device)
     assert split.sha256 == report["data"]["sha256"]
     engine = Engine(model, device="cpu")

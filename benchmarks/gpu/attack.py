@@ -16,8 +16,8 @@ from dverge_serve.files import sha256
 from training.data.splits import load_test, to_float
 from training.runs.directory import Run
 from verification.attacks import presets
-from verification.attacks.outcomes import Target
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.gradients import ready
 from verification.metrics.robust_accuracy import figures
 
@@ -89,7 +89,7 @@ def measure(plan: Plan, job: Job, device: torch.device) -> None:
         "figures": figures(outcomes["members"], suite, eps),
         "control": figures(outcomes["standard"], suite, eps),
         "clean_accuracy_fp16": float((clean.predictions == split.labels.cpu().numpy()).mean()),
-        "outside": sum(outcome.outside for outcome in outcomes.values()),
+        "outside": sum(outcome.violations for outcome in outcomes.values()),
         "done": True,
     }
     plan.find(job.name, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, suite
+from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 
 EPS = 0.05  # 12.75 steps of 8 bits
 
@@ -85,6 +89,15 @@ def linear_split(values: list[int]) -> Split:
 
 
 VALUES = [110 + step for step in range(35)]
+
+
+def shorter(attack: Attack, steps: int, queries: int) -> Attack:
+    """Return the attack with at most so many steps or queries."""
+    if isinstance(attack, GradientAttack):
+        return replace(attack, steps=min(attack.steps, steps))
+    if isinstance(attack, Square):
+        return replace(attack, queries=min(attack.queries, queries))
+    return attack
 
 
 def attack_linear(

@@ -14,7 +14,8 @@ from dverge_serve.engine.card import Card
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.seeds import generator
-from verification.attacks.outcomes import Outcomes, Scorer
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.target import Scorer
 from verification.report import plots
 
 SHOWN = 6
