@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from benchmarks.evidence.record import Record, unpacked
-from verification.metrics.statistics import Mask
+from verification.attacks.outcomes import Mask
 
 RESAMPLES = 10_000
 SEED = 20200930

@@ -13,9 +13,8 @@ import numpy as np
 from benchmarks.evidence.cells import Cell
 from dverge_serve.files import canonical_json, sha256
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes
+from verification.attacks.outcomes import Mask, Outcomes
 from verification.metrics.robust_accuracy import THREATS
-from verification.metrics.statistics import Mask
 
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"

@@ -15,13 +15,14 @@ from dverge_serve.engine.session import Engine
 from tests.serving.server import Server, clean_environment, free_port
 from training.data.splits import Split, load_test
 from training.recipe import load_recipe
-from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.gradient_attack import Noise
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.live import Service, attack_service, chosen
 
 EPS, REQUESTS = 0.1, 150
-NOISE = Attack(name="noise", threat="transfer", source="none", kind="noise")
+NOISE = Noise(name="noise", threat="transfer", source="none")
 
 
 @contextmanager

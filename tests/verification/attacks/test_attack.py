@@ -1,4 +1,4 @@
-"""The suite's additions to the attack core: closed forms on linear models, and properties."""
+"""The parts of gradient attacks: closed forms on linear models, and properties."""
 
 from __future__ import annotations
 
