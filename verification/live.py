@@ -169,19 +169,19 @@ def attack_service(
         the report's section `live`.
     """
     labels = split.labels.cpu().numpy()
-    asked = chosen(len(labels), service.requests, seed)
-    clean = split.images.cpu().numpy()[asked]
-    transfer = outcome.worst[eps, "transfer"][asked]
-    with Progress("attacking the live service", 2 * len(asked)) as progress:
-        right = _right(service, clean, labels[asked], progress)
-        robust = right & _right(service, transfer, labels[asked], progress)
+    sent = chosen(len(labels), service.requests, seed)
+    clean = split.images.cpu().numpy()[sent]
+    transfer = outcome.worst[eps, "transfer"][sent]
+    with Progress("attacking the live service", 2 * len(sent)) as progress:
+        right = _right(service, clean, labels[sent], progress)
+        robust = right & _right(service, transfer, labels[sent], progress)
     kept = np.flatnonzero(robust)[: max(1, service.left // SQUARE_QUERIES)]
     queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
     before = service.asked
     found = square(
         lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
         to_float(clean[kept]),
-        labels[asked][kept],
+        labels[sent][kept],
         eps=uint8_steps(eps) / 255,
         queries=queries,
         seed=derive(seed, "live", "square"),

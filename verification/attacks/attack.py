@@ -64,7 +64,7 @@ class Crafted(NamedTuple):
 
     Args:
         images: float32 `[N, C, H, W]` in `[0,1]`, inside the ball.
-        queries: int64 `[N]`, how often the model was asked about each image; None if not counted.
+        queries: int64 `[N]`, queries spent on each image; None if not counted.
     """
 
     images: Tensor

@@ -64,7 +64,7 @@ def quantize_uint8(
 
 
 def uint8_steps(eps: float) -> int:
-    """Return how many 8-bit steps fit into eps; 0.2 is 51, whatever the floating point says."""
+    """Return how many 8-bit steps fit into eps; 0.2 is 51 in spite of rounding errors."""
     return int(eps * 255 + 1e-9)
 
 
@@ -75,7 +75,7 @@ def count_norm_violations(
     eps: float,
     norm: Norm = "linf",
 ) -> int:
-    """Return how many images left the ball or the box, in either version."""
+    """Return how many images lie outside the ball or the box, in either version."""
     clean = to_float(images)
     axes = (1, 2, 3)
     steps = np.abs(quantized.astype(np.float64) - images)

@@ -45,7 +45,7 @@ class Recorder:
     """The outcomes of one target, filled in attack by attack.
 
     Args:
-        engine: scores the images; it is asked about the clean ones at once.
+        engine: scores the images; the clean ones at once.
         split: clean images and labels.
     """
 

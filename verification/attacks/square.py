@@ -63,7 +63,7 @@ class SquareResult:
 
     Args:
         images: float32 `[N, C, H, W]`: the best candidate of each image, broken or not.
-        queries: int `[N]`: how often the model was asked about each image.
+        queries: int `[N]`: queries spent on each image.
         broken: bool `[N]`: which are answered wrongly.
     """
 
