@@ -199,8 +199,8 @@ def test_twice_the_effort_must_not_change_the_figure() -> None:
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:
-    standing, chosen = attack_linear(Linear(), [0, 255, 10, 240])
-    assert gates.control_falls(standing, chosen, [EPS]).passed is False
+    robust, chosen = attack_linear(Linear(), [0, 255, 10, 240])
+    assert gates.control_falls(robust, chosen, [EPS]).passed is False
     falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
     assert gates.control_falls(falling, chosen, [EPS]).passed
     assert gates.control_falls(None, chosen, [EPS]).passed is None

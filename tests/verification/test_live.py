@@ -86,26 +86,26 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
     values = [120, kept, 250, 5]
     service = Service(url, 2, requests=160, rate=1e6, token="secret")
     Handler.full = full
-    told = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
+    live = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
     service.close()
-    assert told["requests"] == Handler.count <= 160
-    assert told["same_model"] is True
-    assert told["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
-    assert told["exposure"] == ("scores" if full else "label")
-    assert told["clean_accuracy"]["value"] == 1.0
-    assert told["transfer"]["value"] == 0.75
-    square = told["square"]
+    assert live["requests"] == Handler.count <= 160
+    assert live["same_model"] is True
+    assert live["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
+    assert live["exposure"] == ("scores" if full else "label")
+    assert live["clean_accuracy"]["value"] == 1.0
+    assert live["transfer"]["value"] == 0.75
+    square = live["square"]
     assert square["broken"] == broken
     assert (square["queries"] < 100) is bool(broken)
     assert square["queries"] == Handler.count - 8
     assert square["images"] == 1
     assert square["queries_each_at_most"] == 100
-    line = live_line(told)
+    line = live_line(live)
     assert "100.0% clean, 75.0% transferred at eps 0.05" in line
     assert f"{Handler.count} requests" in line
     assert line.endswith("it exposes scores: index, label, top" if full else "label: index, label")
     assert "ANOTHER" not in line
-    assert "ANOTHER" in live_line(told | {"same_model": False})
+    assert "ANOTHER" in live_line(live | {"same_model": False})
 
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

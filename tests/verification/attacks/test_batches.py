@@ -95,9 +95,9 @@ def test_one_graph_behind_several_members_keeps_threads_apart(
 
     class Graph(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> tuple[None, torch.Tensor]:
-            told = images.mean((1, 2, 3))[:, None, None].expand(-1, 2, 3)
-            meeting.wait()  # both have asked before either is told
-            return None, told
+            logits = images.mean((1, 2, 3))[:, None, None].expand(-1, 2, 3)
+            meeting.wait()  # both threads are here before either returns
+            return None, logits
 
     shared = _Shared(Graph())
     split = pictures(LARGEST["cpu"] + 1)
