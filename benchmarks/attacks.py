@@ -26,19 +26,18 @@ from torch import Tensor, nn
 
 from benchmarks.bench import bar, machine, ratio, say, turns
 from benchmarks.report import busy_percent, finish, parser
-from training import attacks as core
 from training.data.splits import Split, to_float
 from training.device import autocast_dtype
 from training.models.build import build_members
 from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.recipe import load_recipe
-from verification.attacks.attack import Attack, craft
+from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import ready
 
 EPS, BAR = 0.03, 2.0
 LOWERED = "product, transfer (bf16)"
-ATTACK = Attack(name="pgd", threat="white_box", source="target", loss="ce")
+ATTACK = GradientAttack(name="pgd", threat="white_box", source="target", loss="ce")
 
 
 def trained(count: int) -> list[Member]:
@@ -75,7 +74,8 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole
 
 def product(members: Sequence[nn.Module], split: Split, steps: int) -> Tensor:
     """The same attack as verification makes it."""
-    return craft(replace(ATTACK, steps=steps), members, split, EPS, 0)
+    attack, model = replace(ATTACK, steps=steps), Ensemble(members)
+    return attack.run(model, to_float(split.images), split.labels, EPS, 0).images
 
 
 def prepared(members: Sequence[Member], *, lowered: bool) -> list[Member]:
@@ -92,7 +92,7 @@ def measure(images: int, steps: int, seconds: float) -> dict[str, Any]:
     x = to_float(split.images)
     ours = prepared(members, lowered=False)
     with torch.no_grad():
-        apart = (model(x) - core.mean_logits_output(ours)(x)).abs().max()
+        apart = (model(x) - Ensemble(ours)(x)).abs().max()
     assert float(apart) < 1e-2, f"not the same model: {float(apart)}"
     cases: dict[str, Callable[[], Any]] = {
         "plain loop": lambda: plain(model, x, labels, steps, whole=True),

@@ -25,6 +25,7 @@ from export.published_checkpoint import read_published
 from training import attacks as core
 from training.config import Data
 from training.data.splits import Split, load_test, to_float
+from training.models.ensemble import Ensemble
 from training.seeds import generator
 from verification.attacks import losses
 from verification.attacks.batches import in_batches
@@ -50,9 +51,9 @@ def right_share(members: Sequence[nn.Module], x: Tensor, labels: Tensor) -> Tens
 def loss_named(name: str, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
     """Return one of `LOSSES`."""
     if name.startswith("cw"):
-        return losses.cw_margin(core.mean_logits_output(members), labels)
+        return losses.cw_margin(Ensemble(members), labels)
     if name == "ce, mean-logits":
-        return core.cross_entropy(core.mean_logits_output(members), labels)
+        return core.cross_entropy(Ensemble(members), labels)
     if name.endswith("logsumexp"):
         return core.cross_entropy(losses.mean_softmax_output(members), labels)
     if name.endswith("clamped"):

@@ -41,7 +41,7 @@ def assemble(
         measured: the other measurements, merged into it.
     """
     config, card, gradients = context.config, context.engine.card, context.gradients
-    queries = any(attack.queries for attack in context.suite)
+    queries = any(attack.threat == "queries" for attack in context.suite)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": gates.verdict(checks),

@@ -1,4 +1,4 @@
-"""The checks an evaluation must pass before its figures mean anything."""
+"""The checks an evaluation must pass before its figures can be trusted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dverge_serve.engine.outputs import Scores
 from export.parity import Parity
 from verification.attacks.attack import Attack
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
 from verification.report.report import Gate, Verdict
 
@@ -23,14 +24,14 @@ NO_WEIGHTS = "no weights to take gradients from"
 
 
 def verdict(gates: Sequence[Gate]) -> Verdict:
-    """Return what the gates make of the evaluation: the worst that any of them says."""
+    """Return the verdict on the evaluation: the worst of all gates."""
     if any(gate.passed is False and gate.failure == "INVALID" for gate in gates):
         return "INVALID"
     return "VALID" if all(gate.passed for gate in gates) else "INCONCLUSIVE"
 
 
 def allowed(n: int) -> float:
-    """Return how many of `n` images a weaker attack may break alone before it means something."""
+    """Return how many of `n` images a weaker attack may break alone without failing a gate."""
     return max(2.0, 0.01 * n)
 
 
@@ -41,13 +42,13 @@ def finite(outcomes: Sequence[Outcomes]) -> Gate:
 
 
 def deterministic(first: Scores, second: Scores) -> Gate:
-    """The same images, asked about twice, get the same outputs (small rounding aside).
+    """The same images, scored twice, get the same outputs (small rounding aside).
 
     A random defence must be attacked in expectation; figures of one draw would flatter it.
     """
     largest = max(1.0, _largest(first.logits))
     apart = np.abs(first.logits.astype(np.float64) - second.logits)
-    apart = np.where(np.isfinite(apart), apart, 0.0)  # the gate `finite` tells those
+    apart = np.where(np.isfinite(apart), apart, 0.0)  # the gate `finite` counts the others
     detail = f"asked twice, logits differ by {apart.max():.2e} (allowed {SAME * largest:.2e})"
     return Gate("deterministic", bool(apart.max() <= SAME * largest), "INVALID", detail)
 
@@ -58,8 +59,8 @@ def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:
     No gradient is taken through a foreign classifier.
     """
     if foreign:
-        told = "a foreign classifier: no gradient is taken through its outputs"
-        return Gate("not-probabilities", True, "INVALID", told)
+        detail = "a foreign classifier: no gradient is taken through its outputs"
+        return Gate("not-probabilities", True, "INVALID", detail)
     outputs = [scores.logits, *np.moveaxis(scores.member_logits, 1, 0)]
     count = sum(_looks_like_probabilities(each) for each in outputs)
     detail = f"{count} of {len(outputs)} outputs are never negative and sum to one"
@@ -67,7 +68,7 @@ def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:
 
 
 def nonzero_gradient(zero: Mask | None, broken: Mask | None) -> Gate:
-    """Hardly any image is without a gradient under every attacked loss.
+    """Almost every image has a gradient under some attacked loss.
 
     Args:
         zero: bool `[n]`: the gradient is zero on every white-box loss.
@@ -85,8 +86,8 @@ def nonzero_gradient(zero: Mask | None, broken: Mask | None) -> Gate:
 
 
 def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
-    """Every adversarial image lay in its ball and in the box, as floats and after rounding."""
-    count = sum(outcome.outside for outcome in outcomes)
+    """Every adversarial image lies in its ball and in the box, as floats and in 8 bits."""
+    count = sum(outcome.violations for outcome in outcomes)
     scored = sum(outcome.scored for outcome in outcomes)
     return Gate(
         "eps-8bit", count == 0, "INVALID", f"{count} of {scored} images lay outside their ball"
@@ -94,7 +95,7 @@ def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
 
 
 def parity(found: Sequence[Parity] | None) -> Gate:
-    """The weights that gave the gradients are the model that was scored."""
+    """The weights that gave the gradients are those of the model that was scored."""
     if not found:
         return Gate("parity", None, "INVALID", "no weights to compare with")
     worst = max(found, key=lambda each: (not each.holds, each.difference))
@@ -120,7 +121,7 @@ def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[flo
 
 
 def reaches_chance(outcome: Outcomes | None, attack: Attack, eps: float, classes: int) -> Gate:
-    """At a radius that can hide the image altogether, no more than chance is left."""
+    """At a radius that can hide the whole image, accuracy is no better than chance."""
     name = "reaches-chance"
     if outcome is None or not outcome.has(attack, eps):
         return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
@@ -132,9 +133,12 @@ def reaches_chance(outcome: Outcomes | None, attack: Attack, eps: float, classes
 def iterative_beats_single(
     outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> Gate:
-    """What one step breaks, many steps break."""
-    single = [each for each in suite if each.threat == "white_box" and each.steps == 1]
-    many = [each for each in suite if each.threat == "white_box" and each.steps > 1]
+    """Images that one step breaks are broken by many steps too."""
+    white_box = [
+        each for each in suite if isinstance(each, GradientAttack) and each.threat == "white_box"
+    ]
+    single = [each for each in white_box if each.steps == 1]
+    many = [each for each in white_box if each.steps > 1]
     worst = _only_first_breaks(outcome, single, many, eps)
     if worst is None:
         return Gate("iterative-beats-single", None, "INCONCLUSIVE", NO_WEIGHTS)
@@ -178,9 +182,9 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
 def control_falls(
     control: Outcomes | None, suite: Sequence[Attack], eps: Sequence[float], what: str = "control"
 ) -> Gate:
-    """The undefended control falls to the transfer attacks.
+    """The transfer attacks break the undefended control.
 
-    If it does not, the surrogates are too far from the model to say anything about it.
+    If they do not, the surrogates are too unlike the model to say anything about it.
     """
     name = "control-falls"
     if control is None:
@@ -197,7 +201,7 @@ def control_falls(
 def surrogates_close(best: float | None, clean: float) -> Gate:
     """Some surrogate is about as good a classifier as the model.
 
-    Poor networks make poor adversarial images: any model looks robust beside them.
+    Adversarial images of poor networks are poor: any model looks robust to them.
 
     Args:
         best: clean accuracy of the best undefended surrogate on these images; None without one.
@@ -213,11 +217,11 @@ def surrogates_close(best: float | None, clean: float) -> Gate:
     return Gate(name, best >= clean - SURROGATES_BEHIND, "INCONCLUSIVE", detail)
 
 
-def planted_found(expected: Mask, found: Mask) -> Gate:
-    """The harness, turned on a model whose weak images are known, finds them and no others."""
+def self_test_found(expected: Mask, found: Mask) -> Gate:
+    """The self-test, on a model whose breakable images are known, finds them and no others."""
     if expected.all() or not expected.any():
-        told = "too few images, or too alike, to plant some that fall and some that stand"
-        return Gate("planted-found", None, "INVALID", told)
+        detail = "too few images, or too alike, to plant some that fall and some that stand"
+        return Gate("planted-found", None, "INVALID", detail)
     missed, invented = int((expected & ~found).sum()), int((found & ~expected).sum())
     detail = (
         f"of {int(expected.sum())} planted adversarial images {missed} were missed; "

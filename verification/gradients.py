@@ -1,4 +1,4 @@
-"""Where the gradients come from: the weights behind a model file, and how much there is of them."""
+"""The weights behind a model file, and the size of the gradients that attacks begin with."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from training.models.bn_folding import folded
 from training.models.member import Member
 from training.runs.directory import Run
 from verification.attacks import losses
-from verification.attacks.attack import Attack, loss_of
+from verification.attacks.attack import Attack
 from verification.attacks.batches import in_batches
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask
 
 READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
@@ -37,9 +38,9 @@ class Gradients:
 
     Args:
         members: in evaluation mode, on the device.
-        weights: a hash of what they hold.
+        weights: a hash of their weights.
         origin: where they come from, for the report.
-        run: the run that made the model, if that is where.
+        run: the run that made the model, if they come from there.
     """
 
     members: Sequence[nn.Module]
@@ -49,11 +50,11 @@ class Gradients:
 
 
 def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Member:
-    """Return a copy to take gradients from: BatchNorm folded, channels last, no parameter's.
+    """Return a copy to take gradients from: BatchNorm folded, channels last, frozen parameters.
 
     Args:
         member: a network.
-        device: where to.
+        device: where the copy goes.
         lowered: compute in bf16 where the hardware has it. For surrogates, which only resemble
             the model anyway; gradients of the model itself stay in fp32.
     """
@@ -73,9 +74,9 @@ def find_gradients(
 ) -> Gradients | None:
     """Return the weights behind a model, from the first place that has them.
 
-    The run given; the one whose weights match, under `runs/` or beside the file; a published
-    checkpoint; the file itself, where the optional onnx2torch can read it. Precision variants carry
-    the hash of the weights of their fp32 parent, and take gradients from those.
+    These are: the run given; the run whose weights match, under `runs/` or beside the file; a
+    published checkpoint; the file itself, where the optional onnx2torch can read it. A precision
+    variant carries the hash of its fp32 parent's weights and takes gradients from those.
 
     Raises:
         UserError: the run or checkpoint given has other weights than the model.
@@ -92,7 +93,7 @@ def find_gradients(
 def find_run(card: Card, model: Path, path: Path | None) -> Run | None:
     """Return the run that made a model: the one given, or one with these weights.
 
-    Looked at are the folders under `runs/`, and those beside the model file.
+    Searches the folders under `runs/` and those beside the model file.
 
     Raises:
         UserError: the run given has other weights.
@@ -127,7 +128,7 @@ def _from_checkpoint(path: Path, card: Card, device: torch.device) -> Gradients:
 
 
 def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | None:
-    """Read an fp32 graph back into torch, where the optional onnx2torch is there and can."""
+    """Read an fp32 graph back into torch, if the optional onnx2torch is installed and able to."""
     if card.precision != "fp32" or importlib.util.find_spec("onnx2torch") is None:
         return None
     import onnx
@@ -135,13 +136,13 @@ def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | Non
 
     warnings.filterwarnings("ignore", module=r"onnx2torch\.")  # about tracing, at every call
     whole = onnx.load(model)
-    for node in whole.graph.node:  # no shape of ours has a zero; the gate `parity` would tell
+    for node in whole.graph.node:  # no shape of ours has a zero; the gate `parity` checks it
         kept = [each for each in node.attribute if each.name != "allowzero"]
         del node.attribute[:]
         node.attribute.extend(kept)
     try:
         graph = convert(onnx.version_converter.convert_version(whole, READABLE_OPSET))
-    # It refuses a graph by whatever exception the first operator it does not know raises.
+    # An operator it does not know may raise any exception.
     except Exception:
         return None
     shared = _Shared(graph.eval().requires_grad_(False).to(device))
@@ -150,23 +151,23 @@ def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | Non
 
 
 class _Shared(threading.local):
-    """One graph behind several members: asked about the same images, it is run once.
+    """One graph behind several members, run once for the same images.
 
-    What was asked last is each thread's own.
+    Each thread remembers its own last images and their logits.
     """
 
     def __init__(self, graph: nn.Module) -> None:
         self.graph = graph
-        self._asked: tuple[Tensor, bool] | None = None
-        self._told: Tensor | None = None
+        self._last: tuple[Tensor, bool] | None = None  # images, and whether with gradients
+        self._logits: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         graded = torch.is_grad_enabled()
-        asked, told = self._asked, self._told
-        if told is None or asked is None or asked[0] is not images or asked[1] is not graded:
-            told = self.graph(images)[1]
-            self._asked, self._told = (images, graded), told
-        return told
+        last, logits = self._last, self._logits
+        if logits is None or last is None or last[0] is not images or last[1] is not graded:
+            logits = self.graph(images)[1]
+            self._last, self._logits = (images, graded), logits
+        return logits
 
 
 class _View(nn.Module):
@@ -198,12 +199,12 @@ def flow(
     forms = {
         (each.loss, each.output): each
         for each in suite
-        if each.threat == "white_box" and each.kind == "gradient"
+        if isinstance(each, GradientAttack) and each.threat == "white_box"
     }
 
     def batch(part: Split, start: int) -> tuple[Tensor, Tensor, Tensor]:
         x = to_float(part.images)
-        found = [core.gradient(loss_of(each, members, part.labels), x) for each in forms.values()]
+        found = [core.gradient(each.loss_on(members, part.labels), x) for each in forms.values()]
         sizes = torch.stack([each.abs().amax((1, 2, 3)) for each in found])
         norms = torch.stack([_norm(member, x, part.labels) for member in members])
         return (sizes == 0).all(0), (~sizes.isfinite()).any(0), norms

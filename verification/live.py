@@ -1,6 +1,6 @@
-"""Attacking a running service as a stranger would: 8-bit PNGs through `/predict`, politely.
+"""Attacking a running service as any client could: 8-bit PNGs through `/predict`.
 
-Bounded in requests and in rate. Only images are sent; nothing is asked that a caller could not.
+Requests are bounded in number and in rate.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dverge_serve.errors import UserError
+from dverge_serve.images import to_float
 from dverge_serve.progress import Progress
 from training.data.splits import Split
 from training.seeds import derive
@@ -31,17 +32,17 @@ from verification.metrics.statistics import rate
 TIMEOUT_S = 30.0
 BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again
 SQUARE_QUERIES = 100  # an image, at most
-LEAST = -20.0  # log-probability of a class that the service does not name
+LEAST = -20.0  # log-probability of a class that the service leaves out
 
 
 @dataclass
 class Service:
-    """A live service: its address, and what has been asked of it.
+    """A live service: its address, and the requests made so far.
 
     Args:
         url: `http://host:port`; https works as well.
         classes: how many the model has.
-        requests: most requests, all in all.
+        requests: most requests in total.
         rate: most requests a second.
         token: sent as a bearer token, if there is one.
     """
@@ -58,11 +59,11 @@ class Service:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--url {self.url}", "http://host:port")
+            raise UserError(f"`url` {self.url}", "http://host:port")
         try:
             port = parts.port
         except ValueError as error:
-            raise UserError(f"--url {self.url}", "a port from 1 to 65535") from error
+            raise UserError(f"`url` {self.url}", "a port from 1 to 65535") from error
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
@@ -71,12 +72,12 @@ class Service:
         self._next = 0.0
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._connection.close()
 
     @property
     def exposure(self) -> str:
-        """How much the service tells its callers, in the words of its setting `DVERGE_EXPOSE`."""
+        """How much the service exposes, as a value of its setting `DVERGE_EXPOSE`."""
         if "disagreement" in self.exposed:
             return "full"
         return "scores" if "top" in self.exposed else "label"
@@ -87,10 +88,10 @@ class Service:
         return self.requests - self.asked
 
     def scores(self, images: Pixels) -> npt.NDArray[np.float32]:
-        """Ask about 8-bit images `[n, C, H, W]`, one request each.
+        """Return the service's scores of 8-bit images `[n, C, H, W]`, one request each.
 
         Returns:
-            log-probabilities `[n, classes]` as far as the service tells them; where it tells
+            log-probabilities `[n, classes]` as far as the service gives them; where it gives
             labels alone, 0 for the label and `LEAST` for the others.
         """
         return np.array([self._ask(_png(image)) for image in images], np.float32)
@@ -100,7 +101,7 @@ class Service:
             response, text = self._send(body)
             if response.status != 503 or wait is None:
                 break
-            time.sleep(wait)  # it is busy: ask again later, as a polite caller would
+            time.sleep(wait)  # it is busy: try again later
         if response.status != 200:
             raise UserError(
                 f"the service answered {response.status}",
@@ -117,7 +118,7 @@ class Service:
             ) from error
 
     def _send(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send one request within budget and rate; a connection that was idle may be gone."""
+        """Send one request within budget and rate; reopen a connection closed while idle."""
         if self.left <= 0:
             raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
         time.sleep(max(0.0, self._next - time.monotonic()))
@@ -134,7 +135,7 @@ class Service:
                 return response, response.read()
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                if idle and isinstance(error, ConnectionError):  # closed since: open another
+                if idle and isinstance(error, ConnectionError):
                     idle = False
                     continue
                 raise UserError(
@@ -144,43 +145,43 @@ class Service:
 
     def _read(self, answer: dict[str, Any]) -> npt.NDArray[np.float64]:
         self.exposed |= set(answer)
-        told = np.full(self.classes, LEAST)
-        told[int(answer["index"])] = 0.0
+        scores = np.full(self.classes, LEAST)
+        scores[int(answer["index"])] = 0.0
         for entry in answer.get("top", []):
-            told[int(entry["index"])] = math.log(max(float(entry["probability"]), 1e-9))
-        return told
+            scores[int(entry["index"])] = math.log(max(float(entry["probability"]), 1e-9))
+        return scores
 
 
 def attack_service(
     service: Service, split: Split, outcome: Outcomes, served_sha256: str, eps: float, seed: int
 ) -> dict[str, Any]:
-    """Send clean and transferred images, then attack by Square with what requests are left.
+    """Send clean and transferred images, then attack by Square with the requests that are left.
 
     Args:
-        service: to be attacked.
+        service: to attack.
         split: clean test images and labels.
         outcome: of the model file, with its worst transferred images.
         served_sha256: of that file; the service may serve another.
-        eps: the radius; images are delivered, so whole 8-bit steps are used.
+        eps: the radius; images are sent in 8 bits, so whole steps are used.
         seed: of the choice of images and of Square.
 
     Returns:
         the report's section `live`.
     """
     labels = split.labels.cpu().numpy()
-    asked = chosen(len(labels), service.requests, seed)
-    clean = split.images.cpu().numpy()[asked]
-    transfer = outcome.worst[eps, "transfer"][asked]
-    with Progress("attacking the live service", 2 * len(asked)) as progress:
-        right = _right(service, clean, labels[asked], progress)
-        standing = right & _right(service, transfer, labels[asked], progress)
-    kept = np.flatnonzero(standing)[: max(1, service.left // SQUARE_QUERIES)]
+    sent = chosen(len(labels), service.requests, seed)
+    clean = split.images.cpu().numpy()[sent]
+    transfer = outcome.worst[eps, "transfer"][sent]
+    with Progress("attacking the live service", 2 * len(sent)) as progress:
+        right = _right(service, clean, labels[sent], progress)
+        robust = right & _right(service, transfer, labels[sent], progress)
+    kept = np.flatnonzero(robust)[: max(1, service.left // SQUARE_QUERIES)]
     queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
     before = service.asked
     found = square(
         lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
-        clean[kept].astype(np.float32) / np.float32(255),
-        labels[asked][kept],
+        to_float(clean[kept]),
+        labels[sent][kept],
         eps=uint8_steps(eps) / 255,
         queries=queries,
         seed=derive(seed, "live", "square"),
@@ -194,7 +195,7 @@ def attack_service(
         "exposed": sorted(service.exposed),
         "requests": service.asked,
         "clean_accuracy": rate(right),
-        "transfer": rate(standing),
+        "transfer": rate(robust),
         "square": {
             "images": len(kept),
             "broken": int(found.broken.sum()),
@@ -205,7 +206,7 @@ def attack_service(
 
 
 def chosen(count: int, requests: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return which of `count` images are sent, in order: a quarter of the requests' worth."""
+    """Return which of `count` images are sent, in order: as many as a quarter of the requests."""
     order = np.random.default_rng(derive(seed, "live")).permutation(count)
     return np.sort(order[: max(1, requests // 4)])
 

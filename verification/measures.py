@@ -1,4 +1,4 @@
-"""What is measured besides accuracy: the alarm, the members, the ways to combine them."""
+"""Measurements besides accuracy: the alarm, the members, the ways to combine them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from training.methods.diversity import diversity
 from training.models.member import Member
-from verification.attacks.cache import keep
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.cache import cached
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
 from verification.metrics import detection as alarm
@@ -23,7 +24,7 @@ AWARE_STEPS = {"quick": 20, "standard": 50, "full": 100}
 
 
 def measure(here: Context, model: Target, outcome: Outcomes, evidence: Gathering) -> dict[str, Any]:
-    """Measure what is not accuracy: the alarm, the members' matrices, the combinations."""
+    """Measure the alarm, the members' matrices, and the ways to combine the members."""
     attacked = worst_at(outcome, max(here.eps))
     found: dict[str, Any] = {"members": None}
     if model.members is not None:
@@ -37,7 +38,7 @@ def measure(here: Context, model: Target, outcome: Outcomes, evidence: Gathering
 
         key = ["aware", eps, steps, here.config.seed, here.split.sha256, model.weights]
         if here.config.norm == "linf":
-            pixels = keep(key, aware)["pixels"]
+            pixels = cached(key, aware)["pixels"]
             attacked["detector-aware"] = (eps, pixels)
             nothing = np.zeros(pixels.shape, np.float16)
             evidence.add("detector-aware", eps, nothing, pixels)

@@ -1,9 +1,9 @@
-"""Replay: re-score the saved images; every figure must come out again."""
+"""Replay: score the saved images again and compare every figure."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from dverge_serve.errors import UserError
 from training.attacks import Norm
 from training.data.splits import Split
 from verification.assemble import nulls
-from verification.attacks.attack import Attack
-from verification.attacks.outcomes import SOFT, Outcomes, Pixels, Target
+from verification.attacks import presets
+from verification.attacks.outcomes import SOFT, Outcomes, Pixels
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
-from verification.attacks.suite import note, start
+from verification.attacks.recorder import Recorder
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
 from verification.metrics import detection as alarm
@@ -31,12 +31,12 @@ SAME = 1e-6  # relative: what rounding on another machine may do to a score
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found.
+    """The result of a replay.
 
     Args:
         images: adversarial images that were scored again.
         figures: numbers that were compared.
-        differences: where a number came out otherwise: its place, the report's, the replay's.
+        differences: numbers that differ: the place, the report's value, the replay's.
     """
 
     images: int
@@ -45,12 +45,12 @@ class Replay:
 
 
 def replay(path: Path) -> Replay:
-    """Score the images saved with a report again and compare every figure that follows.
+    """Score the images saved with a report again and compare every figure computed from them.
 
-    The model's figures are made anew from the images, which must lie in their balls; those of the
-    control, of another model and of the mean of softmax from their outcome matrices (of several
-    starts the images kept are those that broke the model), the verdict from the gates. The
-    members' matrices need the weights and are not looked at.
+    The model's figures are computed from the images, which must lie in their balls. The figures of
+    the control, of another model and of the mean of softmax are computed from their outcome
+    matrices, because of several restarts only the images that broke the model are saved; the
+    verdict from the gates. The members' matrices need the weights and are not compared.
 
     Args:
         path: `model.report.json`, with the model file and `model.report/` beside it.
@@ -78,48 +78,49 @@ def replay(path: Path) -> Replay:
         raise UserError(f"the images in {folder} are others than the report's", "its data slice")
     holdout = Split(torch.from_numpy(stored["holdout"]), torch.zeros(len(stored["holdout"])))
 
-    suite = {entry["name"]: _attack(entry) for entry in report["attacks"]}
+    suite = {attack.name: attack for attack in presets.from_json(report["attacks"])}
     eps: list[float] = report["threat_model"]["eps"]
     norm: Norm = "linf" if report["threat_model"]["norm"] == "Linf" else "l2"
-    outcome, extra, count = start(Target(engine, None), split), {}, 0
+    recorder, extra, count = Recorder(engine, split), {}, 0
     ran = Outcomes.from_json(report["outcomes"]["model"]).ran
     for entry in report["evidence"]["adversarial"]:
         arrays = read_evidence(folder, entry)
         steps = stored["images"].astype(np.int16) + arrays["delivered"]
-        delivered = steps.clip(0, 255).astype(np.uint8)
+        quantized = steps.clip(0, 255).astype(np.uint8)
         floats = decode_fp16(stored["images"], arrays["float"])
-        wrapped = int((delivered != steps).any(axis=(1, 2, 3)).sum())
-        left = max(
-            wrapped, count_norm_violations(floats, delivered, stored["images"], entry["eps"], norm)
+        wrapped = int((quantized != steps).any(axis=(1, 2, 3)).sum())
+        violations = max(
+            wrapped, count_norm_violations(floats, quantized, stored["images"], entry["eps"], norm)
         )
-        if left:
+        if violations:
             raise UserError(
-                f"{left} images of '{entry['attack']}' lie outside the ball of {entry['eps']:g}",
+                f"{violations} images of '{entry['attack']}' lie outside the ball of "
+                f"{entry['eps']:g}",
                 "images inside it",
             )
         if entry["attack"] not in suite:
-            extra[entry["attack"]] = (entry["eps"], delivered)
+            extra[entry["attack"]] = (entry["eps"], quantized)
             continue
-        attack, standing = suite[entry["attack"]], ran[entry["attack"], entry["eps"]]
-        note(outcome, engine, floats, delivered, split, attack, entry["eps"], standing)
-        count += 2 * int(standing.sum())
+        attack, chosen = suite[entry["attack"]], ran[entry["attack"], entry["eps"]]
+        recorder.record(attack, entry["eps"], floats, quantized, chosen)
+        count += 2 * int(chosen.sum())
 
-    chosen = list(suite.values())
-    again: dict[str, Any] = figures(outcome, chosen, eps)
+    outcome, attacks = recorder.outcomes, list(suite.values())
+    again: dict[str, Any] = figures(outcome, attacks, eps)
     again["outcomes"] = {"model": outcome.to_json()}
     attacked = worst_at(outcome, max(eps)) | extra
     again["disagreement"] = alarm.calibrate(engine, holdout, split) | {
         "alarm": alarm.measure(engine, holdout, split, attacked)
     }
     again["combination"] = combinations(
-        outcome, Outcomes.from_json(report["outcomes"][SOFT]), chosen, eps
+        outcome, Outcomes.from_json(report["outcomes"][SOFT]), attacks, eps
     )
     for name in ("control", "against"):
         if report[name] is not None:
             other = Outcomes.from_json(report["outcomes"][name])
-            again[name] = figures(other, chosen, eps)
+            again[name] = figures(other, attacks, eps)
             if name == "against":
-                again[name]["comparison"] = comparison(outcome, other, chosen, eps)
+                again[name]["comparison"] = comparison(outcome, other, attacks, eps)
     again["verdict"] = verdict([Gate(**gate) for gate in report["gates"]])
     differences: list[tuple[str, Any, Any]] = []
     compared = _compare(nulls(again), report, "", differences)
@@ -127,7 +128,7 @@ def replay(path: Path) -> Replay:
 
 
 def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:
-    """Return the worst delivered images of each threat with a figure of its own, at one radius."""
+    """Return the worst 8-bit images of each threat with a figure of its own, at one radius."""
     return {
         threat: (at, pixels)
         for (at, threat), pixels in outcome.worst.items()
@@ -135,13 +136,8 @@ def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:
     }
 
 
-def _attack(table: dict[str, Any]) -> Attack:
-    known = {field.name for field in fields(Attack)}
-    return Attack(**{key: value for key, value in table.items() if key in known})
-
-
 def _compare(again: Any, report: Any, place: str, differences: list[tuple[str, Any, Any]]) -> int:
-    """Compare what was made again with the report's, and return how many values that were."""
+    """Compare computed values with the report's, and return how many values were compared."""
     if isinstance(again, dict):
         return sum(
             _compare(value, (report or {}).get(key), f"{place}.{key}".lstrip("."), differences)

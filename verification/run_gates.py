@@ -1,4 +1,4 @@
-"""The checks of one evaluation: every gate, asked about what was found."""
+"""The checks of one evaluation: every gate, on what the attacks found."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import numpy as np
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
 from training.models.ensemble import Ensemble
 from verification import gates
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
-from verification.metrics.robust_accuracy import clean_scores, to_float_numpy
+from verification.metrics.robust_accuracy import clean_scores
 from verification.report.report import Gate
-from verification.self_test import planted
+from verification.self_test import self_test
 
 
 def check(
@@ -56,13 +58,13 @@ def check(
         gates.weaker_never_beats(mine, here.suite, here.eps),
         gates.control_falls(outcomes.get("control"), here.suite, here.eps, named),
         gates.surrogates_close(_best_surrogate(here), float(mine.clean.mean())),
-        gates.planted_found(*planted(here.split, here.config.seed)),
+        gates.self_test_found(*self_test(here.split, here.config.seed)),
     ]
 
 
 def _best_surrogate(here: Context) -> float | None:
     """Return the best undefended surrogate's clean accuracy on the test images."""
-    pixels = to_float_numpy(here.split.images.cpu().numpy())
+    pixels = to_float(here.split.images.cpu().numpy())
     x, labels = torch.from_numpy(pixels).to(here.device), here.split.labels.cpu().numpy()
     found = [
         float((torch_scores(Ensemble(each.members), x).predictions == labels).mean())
@@ -76,11 +78,11 @@ def _parity(here: Context, model: Target, outcome: Outcomes) -> Gate:
     """Compare torch with the engine on clean images and on the worst adversarial ones."""
     if model.members is None:
         return gates.parity(None)
-    pairs = []
+    pairs, ensemble = [], Ensemble(model.members)
     for pixels in [here.split.images.cpu().numpy(), *outcome.worst.values()]:
-        floats = to_float_numpy(pixels)
+        floats = to_float(pixels)
         x = torch.from_numpy(floats).to(here.split.images.device)
-        pairs.append((torch_scores(Ensemble(model.members), x), here.engine.run_all(floats)))
+        pairs.append((torch_scores(ensemble, x), here.engine.run_all(floats)))
     if (precision := here.engine.card.precision) != "fp32":
         same = [(torch_.predictions == found.predictions).mean() for torch_, found in pairs]
         return gates.variant_parity(float(np.mean(same)), precision)

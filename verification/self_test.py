@@ -1,7 +1,7 @@
-"""The harness's self-test: a model of which it is known exactly which images fall.
+"""A self-test of the attacks on a model whose broken images are known exactly.
 
-It answers by the mean pixel alone: class 1 above a threshold. An image falls if and only if the
-corner of its ball lies beyond the threshold.
+The model answers by the mean pixel alone: class 1 above a threshold. An image can be broken if and
+only if the corner of its ball lies beyond the threshold.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split, to_float
-from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Mask, Target
+from training.models.ensemble import Ensemble
+from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.outcomes import Mask
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 
 CHECKING = "checking the attacks"
-NEAR = 1e-3  # images this close to the line are nobody's proof
+NEAR = 1e-3  # of eps: images this close to the threshold are left out
 
 
 class MeanPixel(nn.Module):
@@ -40,31 +42,31 @@ class TorchScorer:
     """Scores with torch modules where there is no model file."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
-        self.members = members
+        self._ensemble = Ensemble(members)
 
     @torch.no_grad()
     def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
         """Return the scores of float32 images `[N, C, H, W]`."""
         x = torch.from_numpy(np.ascontiguousarray(images))
-        logits = torch.stack([member(x) for member in self.members], 1).numpy()
+        logits = self._ensemble.member_logits(x).numpy()
         return Scores(logits.mean(1), logits)
 
 
-def planted(split: Split, seed: int) -> tuple[Mask, Mask]:
-    """Attack the known model on these very images.
+def self_test(split: Split, seed: int) -> tuple[Mask, Mask]:
+    """Attack the known model on the images of an evaluation.
 
     Args:
-        split: test images; their labels are not looked at.
+        split: test images; their labels are ignored.
         seed: of the random start.
 
     Returns:
-        which images must fall, and which the harness says fell, bool `[n]`.
+        which images can be broken, and which the attack broke, bool `[n]`.
     """
     images = split.images.cpu()
     x = to_float(images)
     means = x.mean((1, 2, 3))
     threshold = float(means.median())
-    eps = float((means - threshold).abs().median())  # about half of them must fall
+    eps = float((means - threshold).abs().median())  # about half of them can be broken
     reach = torch.where(
         means > threshold,
         (x - eps).clamp(0).mean((1, 2, 3)),
@@ -74,11 +76,11 @@ def planted(split: Split, seed: int) -> tuple[Mask, Mask]:
     chosen = Split(images[clear], (means > threshold).long()[clear])
     expected = ((reach > threshold) != (means > threshold))[clear].numpy()
     model = MeanPixel(threshold)
-    attack = Attack(
-        name="planted", threat="white_box", source="target", loss="cw", steps=10, step_share=0.25
+    attack = GradientAttack(
+        name="planted", threat="white_box", source="target", loss="cw", steps=10, rel_stepsize=0.25
     )
     target = Target(TorchScorer([model]), [model])
-    outcome = run_suite(
-        [attack], {}, {"planted": target}, chosen, [eps], seed=seed, label=CHECKING
-    )["planted"]
+    outcome = run_suite([attack], {}, {"model": target}, chosen, [eps], seed=seed, label=CHECKING)[
+        "model"
+    ]
     return np.asarray(expected), ~outcome.robust([attack], eps, ["float"])

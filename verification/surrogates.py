@@ -1,4 +1,4 @@
-"""Surrogates: ensembles an attacker could train, from seeds that no run uses."""
+"""Surrogates: ensembles that an attacker could train, from seeds that no run uses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Surrogate:
     members: Sequence[Member]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the report says of it."""
+        """Return its entry in the report."""
         config = self.run.config
         return {
             "name": self.name,
@@ -59,11 +59,11 @@ class Surrogate:
 
 
 def surrogate_config(config: Config, kind: str) -> Config | None:
-    """Return how a surrogate is trained: as the defended model's own first stage was.
+    """Return the settings of a surrogate: those of the defended model's first stage.
 
     Same data, architecture and schedule, another seed: a surrogate that differs more would make
-    the model look more robust than it is. `deeper` is the one of another architecture, `dverge`
-    the defence itself from another seed, `adversarial` a lightly adversarially trained one.
+    the model look more robust than it is. `deeper` has another architecture, `dverge` is the
+    defence itself from another seed, `adversarial` a lightly adversarially trained one.
 
     Args:
         config: of the defended model.
@@ -108,9 +108,9 @@ def surrogates(
 ) -> list[Surrogate]:
     """Return the surrogates for a model trained with `config`, training those not in the cache.
 
-    The cache key is the hash of everything that shapes a surrogate. An interrupted training goes
-    on where it stopped; one that another process is at is waited for. Kinds that this version
-    cannot train are left out.
+    The cache key is the hash of everything that shapes a surrogate. An interrupted training
+    continues where it stopped; one that runs in another process is waited for. Kinds that this
+    version cannot train are left out.
     """
     found = []
     for kind in kinds:
@@ -124,7 +124,7 @@ def surrogates(
 
 
 def surrogate_folder(kind: str, wanted: Config, data: TrainingData) -> Path:
-    """Return where the cache has, or will have, the run of a surrogate."""
+    """Return the folder of a surrogate's run in the cache."""
     key = sha256(canonical_json([VERSION, wanted.to_json(), data.train.sha256]))
     return cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
 

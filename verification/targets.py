@@ -1,4 +1,4 @@
-"""What is attacked: the model, a control without the defence, and whatever it is compared with."""
+"""The models under attack: the model itself, an undefended control, and one to compare with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from dverge_serve.engine.session import Engine
 from export.exporter import export
-from verification.attacks.outcomes import Target
+from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import find_run, ready
 
 
 def find_targets(here: Context) -> tuple[dict[str, Target], str]:
-    """Return what is attacked, the model first, and what the control is.
+    """Return the models to attack, the model itself first, and what the control is.
 
     The control is the run's own standard members; without a run, the first surrogate, attacked
     from the others.

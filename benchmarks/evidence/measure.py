@@ -30,7 +30,7 @@ from training.estimate import gradient_evaluations
 from training.runs.directory import Run
 from training.trainer import train
 from verification import verify
-from verification.attacks.attack import Attack
+from verification.attacks import presets
 from verification.attacks.outcomes import Outcomes
 from verification.gradients import find_gradients
 from verification.metrics.detection import DEPLOYED
@@ -72,7 +72,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
         seed=protocol.seed,
         device=device,
     ).to_json()
-    suite = [Attack(**attack) for attack in report["attacks"]]
+    suite = presets.from_json(report["attacks"])
     split = _test(config, protocol.images, device)
     assert split.sha256 == report["data"]["sha256"]
     engine = Engine(model, device="cpu")

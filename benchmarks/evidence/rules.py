@@ -11,8 +11,9 @@ from dverge_serve.engine.outputs import Floats, Scores
 from dverge_serve.engine.session import Engine
 from training.data.splits import Split
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import Source, run_suite
+from verification.attacks.target import Target
 from verification.gradients import Gradients
 
 
@@ -62,7 +63,7 @@ def under_attack(
     that no rule meets weaker attacks than another; none aims at the vote, which has no gradient.
     Attacks that query the model are left out: each rule would be sent other images.
     """
-    pooled = [each for each in suite if each.kind != "square" and each.only_eps is None]
+    pooled = [each for each in suite if each.threat != "queries" and each.only_eps is None]
     found = {}
     for name, rule in RULES.items():  # one by one: the first target alone meets every attack
         target = Target(Combined(engine, rule), model.members, model.weights)

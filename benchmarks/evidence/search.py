@@ -25,9 +25,9 @@ from training.data.splits import TrainingData
 from training.estimate import gradient_evaluations
 from training.recipe import load_recipe
 from training.trainer import train
-from verification.attacks.outcomes import Target
 from verification.attacks.presets import Variant, suite
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.gradients import ready
 from verification.self_test import TorchScorer
 from verification.surrogates import given_surrogates

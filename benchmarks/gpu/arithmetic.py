@@ -15,7 +15,6 @@ from training.data.splits import to_float
 from training.models.ensemble import Ensemble
 from training.optimizers import RateOnDevice
 from verification.attacks import presets
-from verification.attacks.attack import craft
 from verification.attacks.perturbation import encode_fp16
 from verification.gradients import flow, ready
 from verification.metrics.detection import aware
@@ -63,12 +62,13 @@ def every_attack_makes_images(device: torch.device) -> str:
     """Two steps of every attack of the preset `full`, and of the one that knows the alarm."""
     members = [ready(member, device) for member in untrained_members("resnet8")]
     split = random_split(8).to(device)
+    ensemble, images = Ensemble(members), to_float(split.images)
     suite = presets.suite(presets.Variant(preset="full", classes=10), ["s"], (EPS,))
     crafted = [attack for attack in suite if attack.kind in ("gradient", "noise")]
     for attack in crafted:
         names = {each.name for each in fields(attack)} & {"steps", "variance_samples"}
         fewer: dict[str, Any] = {name: min(getattr(attack, name), 2) for name in names}
-        adversarial = craft(replace(attack, **fewer), members, split, EPS, 0, attack.name)
+        adversarial = replace(attack, **fewer)(ensemble, images, split.labels, EPS)
         encode_fp16(adversarial, split.images, EPS, attack.norm)
     aware(members, split, EPS, steps=2, seed=0)
     return f"{len(crafted)} attacks"

@@ -29,9 +29,11 @@ def use_nccl() -> None:
     import torch.distributed as dist
 
     torch.cuda.set_device(0)
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # on a free port
+    free_port = 0
+    store = dist.TCPStore("127.0.0.1", free_port, 1, is_master=True)  # type: ignore[attr-defined]
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     group, tensor = dist.new_group([0]), torch.ones(5, device="cuda", dtype=torch.float64)
+    assert isinstance(group, dist.ProcessGroup)
     waiting = dist.broadcast(tensor, 0, group, async_op=True)
     assert waiting is not None
     waiting.wait()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.verification.models import shorter
 from verification import Report, verify
 from verification.attacks import presets
 from verification.attacks.attack import Attack
@@ -22,10 +22,7 @@ def short() -> Iterator[None]:
     """The whole preset with fewer steps: what is tested here is not the attacks' strength."""
 
     def fewer(*positional: Any, **named: Any) -> list[Attack]:
-        return [
-            replace(attack, steps=min(attack.steps, 5), queries=min(attack.queries, 20))
-            for attack in whole(*positional, **named)
-        ]
+        return [shorter(attack, 5, 20) for attack in whole(*positional, **named)]
 
     whole = presets.suite
     with pytest.MonkeyPatch.context() as patch:

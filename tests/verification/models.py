@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,30 +11,62 @@ import torch
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, suite
+from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 
 EPS = 0.05  # 12.75 steps of 8 bits
 
 
 class Linear(torch.nn.Module):
-    """Class 1 where the mean pixel is above one half: gradients are known, so is the margin."""
+    """Class 1 where the mean pixel is above one half: gradients are known, so is the margin.
 
-    def __init__(self, scale: float = 10.0) -> None:
+    Classes from the third on are never the answer.
+    """
+
+    def __init__(self, scale: float = 10.0, classes: int = 2) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.classes = scale, classes
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         return self.scale * (x.mean((1, 2, 3)) - 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         score = self.score(x)
-        return torch.stack([-score, score], 1)
+        others = [torch.full_like(score, -5.0 - each) for each in range(self.classes - 2)]
+        return torch.stack([-score, score, *others], 1)
+
+
+class Block(torch.nn.Module):
+    """The identity as a residual block: half of the image each way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = torch.nn.Identity()
+        self.conv = torch.nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.fill_(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole: torch.Tensor = self.shortcut(x) / 2 + self.conv(x)
+        return whole
+
+
+class Residual(Linear):
+    """The same answers from a network with a residual branch."""
+
+    def __init__(self, scale: float = 10.0, classes: int = 2) -> None:
+        super().__init__(scale, classes)
+        self.block = Block()
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return super().score(self.block(x))
 
 
 class Saturated(Linear):
-    """Answers in steps: right, sure, and without a gradient."""
+    """Right and certain answers in steps, without a gradient."""
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         return 100 * torch.tanh(1e6 * super().score(x))
@@ -85,6 +118,15 @@ def linear_split(values: list[int]) -> Split:
 
 
 VALUES = [110 + step for step in range(35)]
+
+
+def shorter(attack: Attack, steps: int, queries: int) -> Attack:
+    """Return the attack with at most so many steps or queries."""
+    if isinstance(attack, GradientAttack):
+        return replace(attack, steps=min(attack.steps, steps))
+    if isinstance(attack, Square):
+        return replace(attack, queries=min(attack.queries, queries))
+    return attack
 
 
 def attack_linear(

@@ -1,4 +1,4 @@
-"""Every gate: passed by an honest evaluation, failed by a defence or a harness that is broken."""
+"""Every gate: an honest evaluation passes it, a broken defence or a broken attack does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.images import to_float
 from export.parity import Parity
 from tests.verification.models import (
     EPS,
@@ -23,15 +24,17 @@ from tests.verification.models import (
     linear_split,
 )
 from verification import gates
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.gradient_attack import Noise
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.gradients import flow
-from verification.self_test import planted
+from verification.self_test import self_test
 
 
 def asked_twice(engine: TorchEngine) -> tuple[Scores, Scores]:
-    images = linear_split(VALUES).images.numpy().astype(np.float32) / 255
+    images = to_float(linear_split(VALUES).images.numpy())
     return engine.run_all(images), engine.run_all(images)
 
 
@@ -50,7 +53,7 @@ def outcome_of(clean: list[int], **survived: list[int]) -> Outcomes:
     return Outcomes(masks, right, np.zeros(len(right), bool))
 
 
-def test_an_honest_model_passes_all_that_look_at_it() -> None:
+def test_an_honest_model_passes_every_gate_about_it() -> None:
     outcome, chosen = attack_linear(Linear(), VALUES)
     members: list[torch.nn.Module] = [Linear()]
     zero, broken, norms = flow(members, linear_split(VALUES), chosen)
@@ -82,7 +85,7 @@ def test_answers_in_steps_have_no_gradient(defence: torch.nn.Module) -> None:
     assert gates.weaker_never_beats(outcome, chosen, [EPS]).passed is False
 
 
-def test_masked_gradients_are_told_by_weaker_never_beats() -> None:
+def test_weaker_never_beats_detects_masked_gradients() -> None:
     outcome, chosen = attack_linear(Masked(), VALUES)
     zero, broken, _ = flow([Masked()], linear_split(VALUES), chosen)
     assert gates.nonzero_gradient(zero, broken).passed  # there is a gradient; it leads nowhere
@@ -91,7 +94,7 @@ def test_masked_gradients_are_told_by_weaker_never_beats() -> None:
     assert gates.verdict([gate]) == "INCONCLUSIVE"
 
 
-def test_a_random_defence_is_told_by_deterministic() -> None:
+def test_deterministic_detects_a_random_defence() -> None:
     gate = gates.deterministic(*asked_twice(TorchEngine([Linear()], noise=0.05)))
     assert gate.passed is False
     assert gates.verdict([gate]) == "INVALID"
@@ -129,7 +132,7 @@ def test_a_gradient_that_is_not_a_number_counts_as_none() -> None:
 def test_an_attack_that_leaves_its_ball_makes_it_invalid() -> None:
     outcome, _ = attack_linear(Linear(), [20, 200])
     assert gates.eps_8bit([outcome]).passed
-    outcome.outside = 1
+    outcome.violations = 1
     assert gates.verdict([gates.eps_8bit([outcome])]) == "INVALID"
 
 
@@ -145,7 +148,7 @@ def test_parity_takes_the_worst() -> None:
 
 def test_robustness_that_rises_with_eps_is_not_believed() -> None:
     _, chosen = attack_linear(Linear(), [120])
-    noise = [attack for attack in chosen if attack.kind == "noise"]
+    noise = [attack for attack in chosen if isinstance(attack, Noise)]
     outcome = outcome_of([1] * 10, noise=[0] * 10)
     falling = dict(outcome.survived)
     for version in ("float", "delivered"):
@@ -196,20 +199,20 @@ def test_twice_the_effort_must_not_change_the_figure() -> None:
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:
-    standing, chosen = attack_linear(Linear(), [0, 255, 10, 240])
-    assert gates.control_falls(standing, chosen, [EPS]).passed is False
+    robust, chosen = attack_linear(Linear(), [0, 255, 10, 240])
+    assert gates.control_falls(robust, chosen, [EPS]).passed is False
     falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
     assert gates.control_falls(falling, chosen, [EPS]).passed
     assert gates.control_falls(None, chosen, [EPS]).passed is None
 
 
-def test_the_harness_finds_what_was_planted_and_nothing_else() -> None:
+def test_the_self_test_finds_the_breakable_images_and_no_others() -> None:
     split = linear_split([0, 3, 60, 90, 100, 111, 120, 127, 128, 131, 140, 150, 170, 200, 250, 255])
-    expected, found = planted(split, seed=0)
+    expected, found = self_test(split, seed=0)
     assert expected.any()
     assert not expected.all()
-    assert gates.planted_found(expected, found).passed
+    assert gates.self_test_found(expected, found).passed
     missed: Any = found.copy()
     missed[np.flatnonzero(expected)[0]] = False
-    assert gates.verdict([gates.planted_found(expected, missed)]) == "INVALID"
-    assert gates.planted_found(expected, np.ones_like(found)).passed is False
+    assert gates.verdict([gates.self_test_found(expected, missed)]) == "INVALID"
+    assert gates.self_test_found(expected, np.ones_like(found)).passed is False

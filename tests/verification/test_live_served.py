@@ -15,13 +15,14 @@ from dverge_serve.engine.session import Engine
 from tests.serving.server import Server, clean_environment, free_port
 from training.data.splits import Split, load_test
 from training.recipe import load_recipe
-from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Outcomes, Target
+from verification.attacks.gradient_attack import Noise
+from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.live import Service, attack_service, chosen
 
 EPS, REQUESTS = 0.1, 150
-NOISE = Attack(name="noise", threat="transfer", source="none", kind="noise")
+NOISE = Noise(name="noise", threat="transfer", source="none")
 
 
 @contextmanager
@@ -52,17 +53,17 @@ def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
     engine, split, outcome = attacked
     with served(tiny_model, tmp_path, DVERGE_EXPOSE=exposure, DVERGE_TOKEN="secret") as server:
         service = Service(server.url, 10, requests=REQUESTS, rate=1e6, token="secret")
-        told = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
+        live = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
         service.close()
         headers = {"authorization": "Bearer secret"}
         counted = httpx.get(f"{server.url}/metrics", headers=headers).text
-    assert (told["same_model"], told["exposure"]) == (True, exposure)
-    assert ("agreement" in told["exposed"]) is (exposure == "full")
-    assert ("probability" in told["exposed"]) is (exposure != "label")
+    assert (live["same_model"], live["exposure"]) == (True, exposure)
+    assert ("agreement" in live["exposed"]) is (exposure == "full")
+    assert ("probability" in live["exposed"]) is (exposure != "label")
     # Whatever the file answers rightly, the service does: the same decoder and the same engine.
     asked = chosen(len(split), REQUESTS, seed=0)
-    assert told["clean_accuracy"]["value"] == outcome.clean[asked].mean()
+    assert live["clean_accuracy"]["value"] == outcome.clean[asked].mean()
     survived = outcome.robust([NOISE], EPS, ["delivered"])[asked]
-    assert told["transfer"]["value"] == survived.mean()
+    assert live["transfer"]["value"] == survived.mean()
     answered = re.findall(r"dverge_predictions_total\{[^}]*\} (\S+)", counted)
-    assert told["requests"] == sum(map(float, answered)) <= REQUESTS
+    assert live["requests"] == sum(map(float, answered)) <= REQUESTS

@@ -1,1 +1,1 @@
-"""Attacks, the suites made of them, and what they came to for each image."""
+"""Attacks, the suites made of them, and the outcome of each image under each attack."""

@@ -1,155 +1,183 @@
-"""One attack with all its parameters, and the adversarial images it makes."""
+"""The contract of every attack, and the parameters that all kinds share.
+
+An attack of your own is a subclass with a `run`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Grey(Attack):
+        threat: Threat = "transfer"
+        source: str = "none"
+
+        def run(self, model, images, labels, eps, *seed):
+            return Crafted(images + (0.5 - images).clamp(-eps, eps))
+
+Give `Grey(name="grey")` to `run_suite` beside the others, or call it as it is:
+`attack(model, images, labels, eps)`.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from training import attacks as core
-from training.data.splits import Split, to_float
-from training.seeds import generator
-from verification.attacks import losses, transforms
-from verification.attacks.batches import in_batches
-from verification.attacks.skip_gradient import skip_gradient
+from training.attacks import Norm
+from training.models.ensemble import Ensemble
+from verification.attacks.target import Target
 
 Threat = Literal["transfer", "queries", "white_box"]
-Kind = Literal["noise", "gradient", "square", "autoattack"]
-Loss = Literal["ce", "cw", "dlr", "reweighted", "none"]
-Output = Literal["mean-logits", "mean-softmax", "logsumexp"]
-LARGEST_HALF_DELTA = 127  # 8-bit steps that fit into int8
+Model = Callable[[Tensor], Tensor]  # images [N, C, H, W] in [0,1] -> logits [N, classes]
+NOTHING = Ensemble([])  # the model of attacks whose source is `none`
+# The JSON form has the same keys for every kind of attack: each key's attribute, and the value
+# of kinds without that attribute. Reports and cache keys are made of it.
+JSON_FORM: dict[str, tuple[str, Any]] = {
+    "name": ("name", None),
+    "threat": ("threat", None),
+    "source": ("source", None),
+    "kind": ("kind", None),
+    "loss": ("loss", "none"),
+    "output": ("output", "mean-logits"),
+    "norm": ("norm", None),
+    "steps": ("steps", 0),
+    "step_share": ("rel_stepsize", 0.2),
+    "decay": ("momentum", None),
+    "restarts": ("restarts", None),
+    "random_start": ("random_start", True),
+    "diversity": ("diversity", 0.0),
+    "skip_gamma": ("skip_gamma", 1.0),
+    "variance_samples": ("variance_samples", 0),
+    "queries": ("queries", 0),
+    "standing_only": ("skip_broken", None),
+    "control": ("control", None),
+    "only_eps": ("only_eps", None),
+    "gate": ("gate", None),
+}
+
+
+class Crafted(NamedTuple):
+    """What an attack made of a set of images.
+
+    Args:
+        images: float32 `[N, C, H, W]` in `[0,1]`, inside the ball.
+        queries: int64 `[N]`, queries spent on each image; None if not counted.
+    """
+
+    images: Tensor
+    queries: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
+class Attack(ABC):
     """One attack with all its parameters.
 
+    A subclass that ships here names its kind, which identifies it in reports and in the cache;
+    every other is of the kind `own`, and its images are never cached.
+
     Args:
-        name: unique within the suite.
-        threat: `transfer` needs nothing of the model, `queries` its answers, `white_box` its
+        name: unique within the suite; the random draws follow from it.
+        threat: `transfer` needs nothing of the target, `queries` its answers, `white_box` its
             weights.
-        source: whose gradients: a surrogate's name, `target` (the attacked model itself), or
-            `none` for random noise.
-        kind: `gradient` for all that follow one; Square and AutoAttack have code of their own.
-        loss: what is raised.
-        output: how the source's members are combined into the attacked output.
+        source: the model that `run` is given: a surrogate's name, `target` (the attacked model
+            itself), or `none`.
         norm: of the ball.
-        steps: gradient steps; each has size `eps * step_share`.
-        decay: of the accumulated gradient; None takes plain steps.
-        restarts: random starts; an image must survive them all.
-        random_start: begin at a random point of the ball, else at the clean image.
-        diversity: probability of a random resize and padding at each step (DI2).
-        skip_gamma: factor on the gradient of residual branches (SGM); 1 leaves them.
-        variance_samples: neighbours for variance tuning (VMI); 0 for none.
-        queries: most queries an image (Square).
-        standing_only: skip images that have already fallen at this eps: to this threat, or with
-            `queries`, which has no figure of its own, to any.
+        restarts: repetitions with other draws; an image must survive them all.
+        skip_broken: leave out images already broken at this eps: by this threat, or with
+            `queries`, which has no figure of its own, by any.
         control: whether an undefended control is attacked too, where the source is the target.
         only_eps: run at this radius alone.
         gate: the check this attack was added for; it counts like any other.
     """
 
+    kind: ClassVar[str]
+
     name: str
     threat: Threat
     source: str
-    kind: Kind = "gradient"
-    loss: Loss = "none"
-    output: Output = "mean-logits"
-    norm: core.Norm = "linf"
-    steps: int = 0
-    step_share: float = 0.2
-    decay: float | None = None
+    norm: Norm = "linf"
     restarts: int = 1
-    random_start: bool = True
-    diversity: float = 0.0
-    skip_gamma: float = 1.0
-    variance_samples: int = 0
-    queries: int = 0
-    standing_only: bool = False
+    skip_broken: bool = False
     control: bool = True
     only_eps: float | None = None
     gate: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return every parameter, for the report."""
-        return asdict(self)
+    def __init_subclass__(cls, kind: str = "own") -> None:
+        cls.kind = kind
+
+    @abstractmethod
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
+    ) -> Crafted:
+        """Craft one adversarial version of every image.
+
+        Args:
+            model: the source in evaluation mode, on the images' device: an `Ensemble` where its
+                weights are known, else a plain function.
+            images: clean, float32 `[N, C, H, W]` in `[0,1]`.
+            labels: int64 `[N]`.
+            eps: radius of the ball.
+            seed: names the random draws; the same names give the same images.
+        """
+
+    def __call__(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0
+    ) -> Tensor:
+        """Return adversarial images `[N, C, H, W]`: attack without a suite.
+
+        Of several restarts, each image is the first that the model answers wrongly, else the last
+        one tried.
+
+        Args:
+            model: any classifier in evaluation mode, from images in `[0,1]` to logits.
+            images: clean, float32 `[N, C, H, W]` in `[0,1]`.
+            labels: int64 `[N]`.
+            eps: radius of the ball.
+            seed: of every random draw.
+        """
+        best, right = images, torch.ones_like(labels, dtype=torch.bool)
+        for restart in range(self.restarts):
+            made = self.run(model, images, labels, eps, seed, self.name, str(eps), restart).images
+            best = torch.where(right.view(-1, 1, 1, 1), made.to(images.device), best)
+            with torch.no_grad():
+                right = right & (model(best).argmax(1) == labels)
+        return best
+
+    def access(self, target: Target) -> tuple[Model, str] | None:
+        """Return what an attack on the target itself is run on, and a hash of it.
+
+        None where the target does not have it, here its weights; an empty hash where nothing
+        identifies it.
+        """
+        return (Ensemble(target.members), target.weights) if target.members else None
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the JSON form says all that shapes the images."""
+        return self.kind != "own"
 
     @property
     def work(self) -> int:
         """Passes through the source, for progress."""
-        return max(self.steps * (1 + self.variance_samples), self.queries, 1)
+        return 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every parameter, for the report."""
+        return {
+            key: getattr(self, attribute, default)
+            for key, (attribute, default) in JSON_FORM.items()
+        }
 
 
-def craft(
-    attack: Attack,
-    members: Sequence[nn.Module],
-    split: Split,
-    eps: float,
-    *seed: int | str,
-) -> Tensor:
-    """Return one adversarial version of every image, float32 `[N, C, H, W]`, inside the ball.
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Attack):
+    """An attack of a kind of its user's own, as far as a report knows it: it cannot be run."""
 
-    Args:
-        attack: of kind `noise` or `gradient`.
-        members: the source, in evaluation mode, on the split's device.
-        split: clean images and their labels.
-        eps: radius, pixels in `[0,1]`.
-        seed: names of the random draws; each image's draws depend on its batch alone.
-    """
-
-    def batch(part: Split, start: int) -> Tensor:
-        draw = generator(*seed, start, device=part.images.device)
-        return _craft_batch(attack, members, part, eps, draw)
-
-    skips = attack.skip_gamma != 1
-    with skip_gradient(members, attack.skip_gamma) if skips else contextlib.nullcontext():
-        return torch.cat(in_batches(batch, split))
-
-
-def _craft_batch(
-    attack: Attack, members: Sequence[nn.Module], part: Split, eps: float, draw: torch.Generator
-) -> Tensor:
-    x0 = to_float(part.images)
-    start = core.random_start(x0, eps, draw, attack.norm) if attack.random_start else x0
-    if not attack.steps:
-        return start
-    loss = loss_of(attack, members, part.labels)
-    if attack.diversity:
-        loss = transforms.diverse_inputs(loss, draw, probability=attack.diversity)
-    estimate: core.Estimate = core.gradient
-    if attack.variance_samples:
-        estimate = transforms.variance_tuned(
-            eps, draw, samples=attack.variance_samples, norm=attack.norm
-        )
-    if attack.decay is not None:
-        rule = core.momentum_rule(attack.decay, attack.norm)
-    else:
-        rule = core.sign_rule() if attack.norm == "linf" else transforms.l2_rule()
-    return core.pgd_loop(
-        loss,
-        x0,
-        eps=eps,
-        step_size=eps * attack.step_share,
-        steps=attack.steps,
-        rule=rule,
-        start=start,
-        estimate=estimate,
-        norm=attack.norm,
-    )
-
-
-def loss_of(attack: Attack, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
-    """Return the per-image loss that `attack` raises on these members."""
-    if attack.loss == "reweighted":
-        return losses.member_reweighted(members, labels)
-    outputs: dict[str, Callable[[Sequence[nn.Module]], core.Output]] = {
-        "mean-logits": core.mean_logits_output,
-        "mean-softmax": losses.mean_softmax_output,
-        "logsumexp": losses.logsumexp_output,
-    }
-    chosen = {"ce": core.cross_entropy, "cw": losses.cw_margin, "dlr": losses.dlr}
-    return chosen[attack.loss](outputs[attack.output](members), labels)
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
+    ) -> Crafted:
+        """Raise NotImplementedError: the code of this attack is not in the report."""
+        raise NotImplementedError(f"the report does not hold the code of '{self.name}'")

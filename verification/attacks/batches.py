@@ -1,13 +1,15 @@
 """Test images in batches, one thread for each batch.
 
-Attacks on different images have nothing to do with each other, so whole batches are what threads
-are given: inside one operation on small images they would mostly wait for one another.
+Images are attacked independently of one another, so each thread is given whole batches: inside one
+operation on small images threads would mostly wait for one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
 
 from training.data.splits import Split
 from training.parallel.threads import side_by_side
@@ -21,26 +23,33 @@ LARGEST_ELSEWHERE = 512
 def in_batches(work: Callable[[Split, int], Result], split: Split) -> list[Result]:
     """Return `work(batch, start)` of every batch of the images, in their order.
 
-    What comes out depends neither on how many threads there are nor on which is first.
-
     Args:
         work: takes a batch and the position of its first image, which names its random draws.
         split: images and labels.
     """
-    count, device = len(split), split.images.device
+    return in_slices(lambda part: work(split.take(part), part.start), len(split), split.device)
+
+
+def in_slices(work: Callable[[slice], Result], count: int, device: torch.device) -> list[Result]:
+    """Return `work(part)` of every batch of `count` images, in their order.
+
+    The result depends neither on the number of threads nor on their timing.
+
+    Args:
+        work: takes the positions of a batch; `part.start` names its random draws.
+        count: how many images there are.
+        device: where they are.
+    """
     size = batch_size(count, LARGEST.get(device.type, LARGEST_ELSEWHERE))
-
-    def at(start: int) -> Result:
-        return work(split.take(slice(start, start + size)), start)
-
-    return side_by_side(at, range(0, count, size), device)
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    return side_by_side(work, parts, device)
 
 
 def batch_size(count: int, largest: int) -> int:
-    """Return the size that makes batches of `count` images few, alike and, unless one, even.
+    """Return the size of few, alike batches of `count` images, an even number of them unless one.
 
-    Two cores then end together. The machine has no say: random draws and rounding belong to a
-    batch.
+    Two cores then end together. The size does not depend on the machine, because random draws and
+    rounding depend on the batch.
     """
     batches = max(1, -(-count // largest))
     if batches > 1:

@@ -1,6 +1,6 @@
-"""The vault: finished pieces of an evaluation by content hash, so that nothing is made twice.
+"""A cache of finished pieces of an evaluation by content hash, so that nothing is made twice.
 
-An interrupted evaluation goes on where it stopped, and transfer images serve every model that is
+An interrupted evaluation continues where it stopped, and transfer images serve every model that is
 attacked with the same surrogates and data.
 """
 
@@ -28,8 +28,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
 
 
-def keep(key: Any, make: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays kept under `key`, making and keeping them where they are not there yet.
+def cached(key: Any, make: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays stored under `key`; on a miss, make and store them.
 
     Args:
         key: everything that shapes the arrays, as JSON.
@@ -47,7 +47,7 @@ def keep(key: Any, make: Callable[[], Arrays]) -> Arrays:
 
 
 def prune(limit: int = LIMIT_BYTES) -> None:
-    """Forget the attack results longest unused, until those left fit into `limit` bytes."""
+    """Delete the oldest attack results until the rest fit into `limit` bytes."""
     files = [(each.stat(), each) for each in (cache_folder() / "attacks").glob("*.npz")]
     files.sort(key=lambda item: item[0].st_mtime)
     total = sum(stat.st_size for stat, _ in files)

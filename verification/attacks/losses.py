@@ -16,7 +16,7 @@ from training.attacks import Loss, Output, member_logits
 
 
 def cw_margin(output: Output, labels: Tensor) -> Loss:
-    """Return how far the best wrong class stands above the right one (Carlini & Wagner, 2017)."""
+    """Return the margin of the best wrong class over the right one (Carlini & Wagner, 2017)."""
     return lambda x: margins(output(x), labels)
 
 
@@ -45,9 +45,10 @@ def dlr(output: Output, labels: Tensor) -> Loss:
 def member_reweighted(members: Sequence[nn.Module], labels: Tensor) -> Loss:
     """Return the members' margins, weighed by how nearly each is fooled, after MORA.
 
-    The idea of Gao et al. (2022): an ensemble falls when enough members do, so the gradient goes
-    to those nearest to it. Each margin is over the member's own spread of scores, and the weights
-    are a softmax of them, held constant: `sum_i w_i m_i`, `w = softmax_i(-|m_i| / mean |m|)`.
+    The idea of Gao et al. (2022): an ensemble is fooled when enough members are, so the gradient
+    goes to those nearest to it. Each margin is divided by the member's own spread of scores, and
+    the weights are a softmax of them, held constant: `sum_i w_i m_i`,
+    `w = softmax_i(-|m_i| / mean |m|)`.
     """
 
     def loss(x: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""Who survived what: the per-image outcome matrix of one attacked model."""
+"""The outcome of every image under every attack, for one attacked model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from dverge_serve.engine.outputs import Scores, softmax
 from verification.attacks.attack import Attack
@@ -19,37 +18,16 @@ Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
 
-class Scorer(Protocol):
-    """What scores images: the engine, or anything that answers like it."""
-
-    def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
-        """Return the scores of float32 images `[N, C, H, W]` in `[0,1]`."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model under attack: what scores it, and its weights where we have them.
-
-    Args:
-        engine: scores every image that counts.
-        members: for gradients, in evaluation mode; None where there are none.
-        weights: a hash of what the gradients come from.
-    """
-
-    engine: Scorer
-    members: Sequence[nn.Module] | None
-    weights: str = ""
-
-
 @dataclass
 class Outcomes:
-    """Who survived what, for one target.
+    """Which images survived which attacks, for one target.
 
     `survived[attack, eps, version]` is bool `[n]`: every restart's answer was still the label.
-    `ran[attack, eps]` is bool `[n]`: images the attack was run on; the others had fallen before.
+    `ran[attack, eps]` is bool `[n]`: images the attack was run on; the others were broken before.
     `invalid` marks images with an output that was not finite at any time.
     `soft` is `survived` by the mean of softmax, had the members been combined so.
-    `worst[eps, threat]` are 8-bit images: the first delivered one that broke, else the last tried.
+    `worst[eps, threat]` are 8-bit images: the first that broke the target, else the last tried;
+    `broken` says which broke it.
     """
 
     survived: dict[tuple[str, float, str], Mask]
@@ -58,11 +36,50 @@ class Outcomes:
     ran: dict[tuple[str, float], Mask] = field(default_factory=dict)
     queries: dict[tuple[str, float], npt.NDArray[np.int64]] = field(default_factory=dict)
     worst: dict[tuple[float, str], Pixels] = field(default_factory=dict)
-    broken: dict[tuple[float, str], Mask] = field(default_factory=dict)  # of `worst`
+    broken: dict[tuple[float, str], Mask] = field(default_factory=dict)
     soft: dict[tuple[str, float, str], Mask] = field(default_factory=dict)
     soft_clean: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    outside: int = 0  # adversarial images outside their ball or box: a bug of the harness
+    violations: int = 0  # adversarial images outside their ball or box: a bug of the attack
     scored: int = 0
+
+    def add(
+        self,
+        key: tuple[str, float, str],
+        scores: Scores,
+        labels: npt.NDArray[np.int64],
+        ran: Mask,
+    ) -> Mask:
+        """Add the scores of one attack's images.
+
+        Args:
+            key: the attack's name, its radius, and the version of the images that was scored.
+            scores: of all images.
+            labels: `[n]`.
+            ran: bool `[n]`: images the attack was run on; the others survive.
+
+        Returns:
+            which were answered wrongly, bool `[n]`.
+        """
+        self.invalid |= ~np.isfinite(scores.logits).all(axis=1)
+        wrong: Mask = (scores.predictions != labels) & ran
+        self.survived[key] = ~wrong & self.survived.get(key, np.True_)
+        soft = (soft_answers(scores) == labels) | ~ran
+        self.soft[key] = soft & self.soft.get(key, np.True_)
+        self.ran[key[:2]] = np.asarray(ran | self.ran.get(key[:2], np.False_))
+        return wrong
+
+    def keep_worst(
+        self, eps: float, threat: str, quantized: Pixels, wrong: Mask, ran: Mask
+    ) -> None:
+        """Keep 8-bit images that broke the target, or the last tried, under this threat."""
+        key = (eps, threat)
+        broken = self.broken.get(key)
+        if broken is None:
+            self.worst[key], self.broken[key] = quantized.copy(), wrong.copy()
+            return
+        fresh = ~broken & ran
+        self.worst[key][fresh] = quantized[fresh]
+        self.broken[key] = broken | wrong
 
     def has(self, attack: Attack, eps: float) -> bool:
         """Return whether the attack was run at this radius."""
@@ -99,7 +116,7 @@ class Outcomes:
     def to_json(self) -> dict[str, Any]:
         """Return the per-image matrix: one character an image, in test order.
 
-        1 right, 0 wrong, - not run (it had already fallen to another attack).
+        1 right, 0 wrong, - not run (another attack had already broken it).
         """
         return {
             "clean": line(self.clean),
@@ -119,7 +136,7 @@ class Outcomes:
 def soft_answers(scores: Scores) -> npt.NDArray[np.int64]:
     """Return the answers had the members' softmax outputs been averaged, `[n]`."""
     members = scores.member_logits
-    known = np.where(np.isfinite(members), members, 0)  # the gate `finite` tells the others
+    known = np.where(np.isfinite(members), members, 0)  # the gate `finite` counts the others
     return np.asarray(softmax(known).mean(axis=1).argmax(axis=-1))
 
 
@@ -129,5 +146,5 @@ def _mask(text: str, true: str = "1") -> Mask:
 
 def line(mask: Mask, ran: Mask | None = None) -> str:
     """Return one character for each image."""
-    told = np.where(mask, "1", "0")
-    return "".join(told if ran is None else np.where(ran, told, "-"))
+    marks = np.where(mask, "1", "0")
+    return "".join(marks if ran is None else np.where(ran, marks, "-"))

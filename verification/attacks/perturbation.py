@@ -1,4 +1,4 @@
-"""Perturbations: rounded to 8 bits as a server receives them, kept as float16, checked."""
+"""Perturbations: rounded to 8 bits as a server receives them, stored as float16, checked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from dverge_serve.images import to_float
 from training.attacks import Norm
+
+LARGEST_HALF_DELTA = 127  # 8-bit steps that fit into int8
 
 
 def encode_fp16(
     adversarial: Tensor, images: Tensor, eps: float, norm: Norm
 ) -> npt.NDArray[np.float16]:
-    """Return what is kept of float adversarial images: the change, in float16, inside the ball.
+    """Return the changes that adversarial images make, in float16, inside the ball.
 
-    Images are rounded to what is kept before they are scored, so that a replay scores the same.
+    Images are rounded to this form before they are scored, so that a replay scores the same.
 
     Args:
         adversarial: float32 `[N, C, H, W]`.
@@ -22,20 +25,18 @@ def encode_fp16(
         eps: the ball's radius; a change that rounding would push out is rounded inward.
         norm: of the ball.
     """
-    clean = images.cpu().numpy().astype(np.float32) / np.float32(255)
-    exact = adversarial.cpu().numpy() - clean
-    halves = exact.astype(np.float16)
-    over = np.abs(halves.astype(np.float32)) > (eps if norm == "linf" else np.abs(exact))
-    halves[over] = np.nextafter(halves[over], np.float16(0))
-    return np.asarray(halves)
+    exact = adversarial.cpu().numpy() - to_float(images.cpu().numpy())
+    deltas = exact.astype(np.float16)
+    over = np.abs(deltas.astype(np.float32)) > (eps if norm == "linf" else np.abs(exact))
+    deltas[over] = np.nextafter(deltas[over], np.float16(0))
+    return np.asarray(deltas)
 
 
 def decode_fp16(
-    images: npt.NDArray[np.uint8], halves: npt.NDArray[np.float16]
+    images: npt.NDArray[np.uint8], deltas: npt.NDArray[np.float16]
 ) -> npt.NDArray[np.float32]:
-    """Return the float32 images `[N, C, H, W]` in `[0,1]` that `encode_fp16` stands for."""
-    clean = images.astype(np.float32) / np.float32(255)
-    return np.asarray(np.clip(clean + halves.astype(np.float32), 0, 1))
+    """Return the float32 images `[N, C, H, W]` in `[0,1]` that `encode_fp16` encoded."""
+    return np.asarray(np.clip(to_float(images) + deltas.astype(np.float32), 0, 1))
 
 
 def quantize_uint8(
@@ -63,21 +64,21 @@ def quantize_uint8(
 
 
 def uint8_steps(eps: float) -> int:
-    """Return how many 8-bit steps fit into eps; 0.2 is 51, whatever the floating point says."""
+    """Return how many 8-bit steps fit into eps; 0.2 is 51 in spite of rounding errors."""
     return int(eps * 255 + 1e-9)
 
 
 def count_norm_violations(
     floats: npt.NDArray[np.float32],
-    delivered: npt.NDArray[np.uint8],
+    quantized: npt.NDArray[np.uint8],
     images: npt.NDArray[np.uint8],
     eps: float,
     norm: Norm = "linf",
 ) -> int:
-    """Return how many images left the ball or the box, in either version."""
-    clean = images.astype(np.float32) / np.float32(255)
+    """Return how many images lie outside the ball or the box, in either version."""
+    clean = to_float(images)
     axes = (1, 2, 3)
-    steps = np.abs(delivered.astype(np.float64) - images)
+    steps = np.abs(quantized.astype(np.float64) - images)
     if norm == "linf":
         bad = (np.abs(floats - clean) > eps + 1e-6).any(axis=axes)
         bad |= (steps > eps * 255 + 1e-6).any(axis=axes)

@@ -1,17 +1,22 @@
-"""The presets: which attacks `quick`, `standard` and `full` are made of."""
+"""The presets: the attacks of `quick`, `standard` and `full`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from training.attacks import Norm
-from verification.attacks.attack import Attack, Loss, Output
+from verification.attacks.attack import JSON_FORM, Attack, Recorded
+from verification.attacks.autoattack import AutoAttack
+from verification.attacks.gradient_attack import GradientAttack, Loss, Noise, Output
+from verification.attacks.square import Square
 
 PRESETS = ("quick", "standard", "full")
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
-MPGD = Attack(name="mpgd", threat="transfer", source="none", decay=1.0)
-PGD = Attack(name="pgd", threat="white_box", source="target")
+KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
+MPGD = GradientAttack(name="mpgd", threat="transfer", source="none", momentum=1.0)
+PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
 
 
@@ -24,7 +29,7 @@ class Variant:
         norm: of every ball. Square is an Linf attack and is left out of the others.
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
-        reference: whether pyautoattack is there to be run.
+        reference: whether pyautoattack is installed.
     """
 
     preset: str
@@ -60,15 +65,15 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     """
     preset, norm = variant.preset, variant.norm
     middle = sorted(eps)[len(eps) // 2]
-    chosen = [
-        Attack(name="noise", threat="transfer", source="none", kind="noise"),
-        Attack(
+    chosen: list[Attack] = [
+        Noise(name="noise", threat="transfer", source="none"),
+        GradientAttack(
             name="fgsm-ce on mean-logits",
             threat="white_box",
             source="target",
             loss="ce",
             steps=1,
-            step_share=1.0,
+            rel_stepsize=1.0,
             random_start=False,
             control=False,
         ),
@@ -83,25 +88,24 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
         chosen += _full(surrogates, variant.reference)
     if SQUARE_QUERIES[preset] and norm == "linf":
         chosen.append(
-            Attack(
+            Square(
                 name="square",
                 threat="queries",
                 source="target",
-                kind="square",
                 queries=SQUARE_QUERIES[preset],
-                standing_only=True,
+                skip_broken=True,
                 control=False,
             )
         )
     return [replace(attack, norm=norm) for attack in chosen]
 
 
-def large(norm: Norm, pixels: int) -> tuple[Attack, float]:
+def large(norm: Norm, pixels: int) -> tuple[GradientAttack, float]:
     """Return the attack, and its radius, that must leave no more than chance.
 
     Half the pixel range lets every image become the same grey one.
     """
-    attack = Attack(
+    attack = GradientAttack(
         name="pgd-cw at a radius that hides the image",
         threat="white_box",
         source="target",
@@ -114,9 +118,27 @@ def large(norm: Norm, pixels: int) -> tuple[Attack, float]:
     return attack, LARGE_EPS[norm] * (1 if norm == "linf" else pixels**0.5)
 
 
-def _quick(surrogates: Sequence[str]) -> list[Attack]:
-    """The honest core: momentum PGD from every surrogate with both losses; white-box PGD on both
-    ways of combining the members, because a saturated softmax hides the gradient.
+def from_json(tables: Sequence[dict[str, Any]]) -> list[Attack]:
+    """Return the suite that a report describes.
+
+    Args:
+        tables: each as `Attack.to_json` gives it.
+    """
+    return [_read(table) for table in tables]
+
+
+def _read(table: dict[str, Any]) -> Attack:
+    kind = next((each for each in KINDS if each.kind == table["kind"]), Recorded)
+    known = {field.name for field in fields(kind)}
+    settings = {JSON_FORM[key][0]: value for key, value in table.items() if key in JSON_FORM}
+    return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
+    """Return the smallest set that still finds masked gradients.
+
+    Momentum PGD from every surrogate with both losses; white-box PGD on both ways of combining the
+    members, because a saturated softmax hides the gradient.
     """
     white_box = replace(PGD, steps=20, restarts=2)
     return [
@@ -126,8 +148,8 @@ def _quick(surrogates: Sequence[str]) -> list[Attack]:
     ]
 
 
-def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[Attack]:
-    """The paper's black-box protocol (section 4.2): 5 versions an image, surrogate and loss."""
+def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[GradientAttack]:
+    """Return the paper's black-box protocol (4.2): 5 versions an image, surrogate and loss."""
     whole = replace(MPGD, steps=100, restarts=3)
     once = replace(whole, restarts=1, random_start=False)
     chosen = [whole, replace(once, name="m-di2", diversity=0.5)]
@@ -136,8 +158,8 @@ def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[Attack]:
     return [attack for each in chosen for attack in _from_each(surrogates, each)]
 
 
-def _white_box_protocol(classes: int) -> list[Attack]:
-    """The paper's white-box protocol: PGD-50, 5 random starts; on every form of the ensemble."""
+def _white_box_protocol(classes: int) -> list[GradientAttack]:
+    """Return the paper's white-box protocol on all forms of the ensemble: PGD-50, 5 starts."""
     forms: list[tuple[Loss, Output]] = [
         ("ce", "mean-softmax"),
         ("ce", "mean-logits"),
@@ -149,7 +171,7 @@ def _white_box_protocol(classes: int) -> list[Attack]:
     return _on_each(forms, replace(PGD, steps=50, restarts=5))
 
 
-def _from_each(surrogates: Sequence[str], attack: Attack) -> list[Attack]:
+def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[GradientAttack]:
     """Return the attack from every surrogate, with both losses."""
     losses: tuple[Loss, ...] = ("ce", "cw")
     return [
@@ -159,7 +181,7 @@ def _from_each(surrogates: Sequence[str], attack: Attack) -> list[Attack]:
     ]
 
 
-def _on_each(forms: Sequence[tuple[Loss, Output]], attack: Attack) -> list[Attack]:
+def _on_each(forms: Sequence[tuple[Loss, Output]], attack: GradientAttack) -> list[GradientAttack]:
     """Return the attack with every loss on every way of combining the members named."""
     return [
         replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
@@ -167,14 +189,18 @@ def _on_each(forms: Sequence[tuple[Loss, Output]], attack: Attack) -> list[Attac
     ]
 
 
-def _doubled(chosen: Sequence[Attack], eps: float) -> Attack:
-    """Twice the steps and restarts of the strongest white-box attack, at one radius."""
-    (strong,) = [attack for attack in chosen if attack.name == "pgd-cw on mean-logits"]
+def _doubled(chosen: Sequence[Attack], eps: float) -> GradientAttack:
+    """Return the strongest white-box attack with twice the steps and restarts, at one radius."""
+    (strong,) = [
+        attack
+        for attack in chosen
+        if isinstance(attack, GradientAttack) and attack.name == "pgd-cw on mean-logits"
+    ]
     return replace(
         strong,
         name=f"{strong.name}, twice the steps and restarts",
         steps=2 * strong.steps,
-        step_share=strong.step_share / 2,
+        rel_stepsize=strong.rel_stepsize / 2,
         restarts=2 * strong.restarts,
         control=False,
         only_eps=eps,
@@ -183,31 +209,31 @@ def _doubled(chosen: Sequence[Attack], eps: float) -> Attack:
 
 
 def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
+    """Return what `full` adds: VMI, the re-weighted members and AutoAttack."""
     vmi = replace(
-        MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, standing_only=True
+        MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
     )
-    chosen = _from_each(surrogates, vmi)
+    chosen: list[Attack] = [*_from_each(surrogates, vmi)]
     chosen.append(
-        Attack(
+        GradientAttack(
             name="reweighted members",
             threat="white_box",
             source="target",
             loss="reweighted",
             steps=100,
-            step_share=0.1,
-            decay=0.75,
+            rel_stepsize=0.1,
+            momentum=0.75,
             restarts=5,
-            standing_only=True,
+            skip_broken=True,
         )
     )
     if reference:
         chosen.append(
-            Attack(
+            AutoAttack(
                 name="autoattack",
                 threat="white_box",
                 source="target",
-                kind="autoattack",
-                standing_only=True,
+                skip_broken=True,
                 control=False,
             )
         )

@@ -1,4 +1,4 @@
-"""Square (Andriushchenko et al., 2020): sees scores only; batched, every query counted."""
+"""Square (Andriushchenko et al., 2020), which sees scores alone: batched, every query counted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,62 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from training.seeds import derive
+from verification.attacks.attack import Attack, Crafted, Model
+from verification.attacks.target import Target
 
 Floats = npt.NDArray[np.float32]
 Score = Callable[[Floats], npt.NDArray[np.floating]]  # images [n, C, H, W] -> logits [n, classes]
 SHARES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: where it halves
 
 
-@dataclass(frozen=True)
-class Found:
-    """What Square found.
+@dataclass(frozen=True, kw_only=True)
+class Square(Attack, kind="square"):
+    """Square as an attack on the target's answers; Linf.
 
     Args:
-        images: float32 `[N, C, H, W]`: the best of each image, broken or not.
-        queries: int `[N]`: how often the model was asked about each image.
+        queries: most queries an image.
+    """
+
+    queries: int
+
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
+    ) -> Crafted:
+        """Craft one adversarial version of every image; see `Attack.run`."""
+
+        @torch.no_grad()
+        def score(pixels: Floats) -> Floats:
+            return model(torch.from_numpy(pixels).to(images.device)).cpu().numpy()
+
+        clean, wanted = images.cpu().numpy(), labels.cpu().numpy()
+        found = square(score, clean, wanted, eps=eps, queries=self.queries, seed=derive(*seed))
+        return Crafted(torch.from_numpy(found.images).to(images.device), found.queries)
+
+    def access(self, target: Target) -> tuple[Model, str] | None:
+        """Return the target's answers as a function of images, and the hash of its engine."""
+
+        def answers(images: Tensor) -> Tensor:
+            return torch.from_numpy(target.engine.run_all(images.cpu().numpy()).logits)
+
+        return answers, str(getattr(target.engine, "sha256", ""))
+
+    @property
+    def work(self) -> int:
+        """Queries an image, for progress."""
+        return max(self.queries, 1)
+
+
+@dataclass(frozen=True)
+class SquareResult:
+    """The outcome of one search.
+
+    Args:
+        images: float32 `[N, C, H, W]`: the best candidate of each image, broken or not.
+        queries: int `[N]`: queries spent on each image.
         broken: bool `[N]`: which are answered wrongly.
     """
 
@@ -38,14 +81,14 @@ def square(
     queries: int,
     seed: int,
     share: float = 0.8,
-) -> Found:
+) -> SquareResult:
     """Search for adversarial images by random squares of +-eps (algorithm 1 and 2, Linf).
 
-    An image is asked about until its answer is wrong or `queries` are spent. Every image has
-    random numbers of its own: its result does not depend on its neighbours.
+    Each image is tried until its answer is wrong or `queries` are spent. Every image has random
+    numbers of its own: its result does not depend on its neighbours.
 
     Args:
-        score: asked about images still standing, each call counted for each of them.
+        score: called with the images not yet broken; each call counts for each of them.
         clean: `[N, C, H, W]` in `[0,1]`.
         labels: `[N]`.
         eps: Linf radius.
@@ -60,26 +103,26 @@ def square(
     for index, draw in enumerate(draws):
         stripes = draw.choice([-eps, eps], size=(channels, 1, width))
         best[index] = np.clip(clean[index] + stripes, 0, 1)
-    standing = np.arange(len(clean))
+    left = np.arange(len(clean))
     if not queries or not len(clean):
-        return Found(best, spent, np.zeros(len(clean), dtype=bool))
+        return SquareResult(best, spent, np.zeros(len(clean), dtype=bool))
     margin = _margins(score(best), labels)
     spent += 1
-    standing = standing[margin[standing] > 0]
+    left = left[margin[left] > 0]
     for step in range(1, queries):
-        if not len(standing):
+        if not len(left):
             break
         side = _side(share, step, queries, height, width)
-        tried = best[standing]
-        for row, at in enumerate(standing):
+        tried = best[left]
+        for row, at in enumerate(left):
             _paint(tried[row], clean[at], draws[at], side, eps)
-        found = _margins(score(tried), labels[standing])
-        spent[standing] += 1
-        better = found < margin[standing]
-        best[standing[better]] = tried[better]
-        margin[standing[better]] = found[better]
-        standing = standing[margin[standing] > 0]
-    return Found(best, spent, margin <= 0)
+        found = _margins(score(tried), labels[left])
+        spent[left] += 1
+        better = found < margin[left]
+        best[left[better]] = tried[better]
+        margin[left[better]] = found[better]
+        left = left[margin[left] > 0]
+    return SquareResult(best, spent, margin <= 0)
 
 
 def _paint(image: Floats, clean: Floats, draw: np.random.Generator, side: int, eps: float) -> None:

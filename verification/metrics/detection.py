@@ -1,4 +1,4 @@
-"""Disagreement as an alarm: how well the members' quarrel tells attacked images from clean ones."""
+"""Detection of adversarial images by the disagreement of the members."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dverge_serve import images
 from dverge_serve.engine.outputs import Scores, softmax
 from training import attacks as core
 from training.data.splits import Split, to_float
 from training.seeds import generator
 from verification.attacks import losses
 from verification.attacks.batches import in_batches
-from verification.attacks.outcomes import Mask, Pixels, Scorer
+from verification.attacks.outcomes import Mask, Pixels
 from verification.attacks.perturbation import decode_fp16, encode_fp16, quantize_uint8
+from verification.attacks.target import Scorer
+from verification.metrics.robust_accuracy import clean_scores
 from verification.metrics.statistics import auroc, quantile_above, rate
 
 Floats = npt.NDArray[np.float64]
 DEPLOYED = "jensen-shannon"
 RATES = (0.01, 0.05)
-SURE = 1.0  # a margin the detector-aware attacker is content with
+SURE = 1.0  # the margin beyond which the detector-aware attack raises it no further
 
 
 def vote_split(scores: Scores) -> Floats:
@@ -56,16 +59,16 @@ SCORES: dict[str, Callable[[Scores], Floats]] = {
 
 
 def calibrate(engine: Scorer, holdout: Split, split: Split) -> dict[str, Any]:
-    """Choose the disagreement over which the service calls an image suspicious.
+    """Choose the threshold of disagreement above which the service calls an image suspicious.
 
     Args:
         engine: scores the images.
         holdout: clean images that no training saw, for the threshold.
-        split: clean test images, to see how often it really raises the alarm.
+        split: clean test images, for the false-positive rate.
 
     Returns:
         the threshold that at most 5% of the held-out images exceed (1% from 1,000 images on), and
-        the share of the test images that do. None where there is nothing to choose it from.
+        the share of the test images that do. None without held-out images.
     """
     share = 0.05 if len(holdout) < 1000 else 0.01
     found: dict[str, Any] = {
@@ -77,7 +80,7 @@ def calibrate(engine: Scorer, holdout: Split, split: Split) -> dict[str, Any]:
     }
     if not len(holdout):
         return found
-    held, clean = (_clean(engine, each).disagreement for each in (holdout, split))
+    held, clean = (clean_scores(engine, each).disagreement for each in (holdout, split))
     if np.isfinite(held).all():
         found["threshold"] = quantile_above(held, share)
         found["measured_false_positive_rate"] = rate(clean > found["threshold"])
@@ -90,7 +93,7 @@ def measure(
     """Measure every score on every kind of attack.
 
     Only images that fool the model are counted: an attack that fails needs no alarm. Thresholds
-    come from held-out clean images; the false-positive rate they really give is told.
+    come from held-out clean images; the false-positive rate is measured on clean test images.
 
     Args:
         engine: scores the images.
@@ -101,10 +104,10 @@ def measure(
     labels = split.labels.cpu().numpy()
     if not len(holdout):
         return []
-    held, clean = _clean(engine, holdout), _clean(engine, split)
+    held, clean = clean_scores(engine, holdout), clean_scores(engine, split)
     rows = []
     for name, (eps, pixels) in attacked.items():
-        scores = engine.run_all(pixels.astype(np.float32) / np.float32(255))
+        scores = engine.run_all(images.to_float(pixels))
         fooled: Mask = (scores.predictions != labels) & (clean.predictions == labels)
         for score, of in SCORES.items():
             if not all(np.isfinite(of(each)).all() for each in (held, clean, scores)):
@@ -123,11 +126,11 @@ def measure(
 def aware(
     members: Sequence[nn.Module], split: Split, eps: float, *, steps: int, seed: int
 ) -> Pixels:
-    """Return delivered images of an attacker who knows the alarm, uint8 `[N, C, H, W]`.
+    """Return 8-bit images of an attacker who knows the alarm, uint8 `[N, C, H, W]`.
 
-    The attacker raises the margin until it is won by `SURE`, and all the while lowers the members'
-    Jensen-Shannon divergence: `min(margin, 1) - 5 JS`, sign steps from a random start. Of the
-    images tried on the way the one that fools the model with the least disagreement is kept.
+    The attack raises the margin up to `SURE` and lowers the members' Jensen-Shannon divergence:
+    `min(margin, 1) - 5 JS`, sign steps from a random start. Of all steps' images, the one that
+    fools the model with the least disagreement is kept.
 
     Args:
         members: the attacked model's, in evaluation mode.
@@ -143,8 +146,8 @@ def aware(
 
     made = torch.cat(in_batches(batch, split))
     pixels = split.images.cpu().numpy()
-    halves = encode_fp16(made, split.images, eps, "linf")
-    return quantize_uint8(decode_fp16(pixels, halves), pixels, eps)
+    deltas = encode_fp16(made, split.images, eps, "linf")
+    return quantize_uint8(decode_fp16(pixels, deltas), pixels, eps)
 
 
 def _aware_batch(
@@ -166,14 +169,14 @@ def _aware_batch(
         )
         with torch.no_grad():
             stack = core.member_logits(members, x)
-            told = torch.where(
+            found = torch.where(
                 losses.margins(stack.mean(0), part.labels) > 0,
                 _divergence(stack),
                 torch.full_like(least, torch.inf),
             )
-        better = told < least
+        better = found < least
         best = torch.where(better[:, None, None, None], x, best)
-        least = torch.minimum(told, least)
+        least = torch.minimum(found, least)
     return torch.where(least.isfinite()[:, None, None, None], best, x)
 
 
@@ -184,10 +187,6 @@ def _divergence(stack: Tensor) -> Tensor:
     mean = shares.mean(0)
     entropy = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
     return entropy + (shares * logs).sum(-1).mean(0)
-
-
-def _clean(engine: Scorer, split: Split) -> Scores:
-    return engine.run_all(to_float(split.images).cpu().numpy())
 
 
 def _log(shares: Floats) -> Floats:

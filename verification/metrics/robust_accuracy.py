@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from dverge_serve.engine.outputs import Scores
-from training.data.splits import Split, to_float
+from dverge_serve.images import to_float
+from training.data.splits import Split
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import VERSIONS, Mask, Outcomes, Pixels, Scorer
+from verification.attacks.outcomes import VERSIONS, Mask, Outcomes
+from verification.attacks.target import Scorer
 from verification.metrics.statistics import mcnemar, rate
 
 THREATS = ("transfer", "white_box")  # those with a figure of their own
@@ -19,7 +19,8 @@ THREATS = ("transfer", "white_box")  # those with a figure of their own
 def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> dict[str, Any]:
     """Return clean and robust accuracy, per radius, threat and attack, with intervals.
 
-    `value` counts images robust as floats and as delivered; `delivered` and `float` each alone.
+    `value` counts images robust both as floats and in 8 bits (`delivered`); `float` and `delivered`
+    count one version each.
     A threat none of whose attacks was run is null.
     """
 
@@ -94,10 +95,10 @@ def comparison(
 def combinations(
     outcome: Outcomes, soft: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Set mean-logits beside mean-softmax, clean and under each threat: the very same attacks.
+    """Compare mean-logits with mean-softmax under the same attacks, clean and for each threat.
 
     An image counts for a rule as it does in the report's accuracies: answered rightly when clean
-    and after every attack, as floats and as delivered.
+    and after every attack, as floats and in 8 bits.
 
     Args:
         outcome: of the model as it is, by the mean of logits.
@@ -105,17 +106,17 @@ def combinations(
         suite: the attacks.
         eps: the radii.
     """
-    rows = [_beside("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
+    rows = [_row("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
     for threat in THREATS:
         attacks = [attack for attack in suite if attack.threat == threat]
         for each in eps:
             if any(outcome.has(attack, each) for attack in attacks):
                 masks = outcome.robust(attacks, each), soft.robust(attacks, each)
-                rows.append(_beside(threat, each, *masks))
+                rows.append(_row(threat, each, *masks))
     return rows
 
 
-def _beside(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
+def _row(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
     return {
         "what": what,
         "eps": eps,
@@ -125,11 +126,6 @@ def _beside(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
     }
 
 
-def to_float_numpy(pixels: Pixels) -> Any:
-    """Return 8-bit images as the float32 in `[0,1]` that engines take."""
-    return pixels.astype(np.float32) / np.float32(255)
-
-
 def clean_scores(engine: Scorer, split: Split) -> Scores:
     """Return the scores of the clean images."""
-    return engine.run_all(to_float(split.images).cpu().numpy())
+    return engine.run_all(to_float(split.images.cpu().numpy()))

@@ -1,4 +1,4 @@
-"""Rates with intervals, paired comparisons, and how well a score tells two groups apart."""
+"""Rates with intervals, paired comparisons, and areas under the ROC curve."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def mcnemar(ours: Mask, theirs: Mask) -> dict[str, Any]:
         least this uneven would be if neither were better.
     """
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    told = only_ours + only_theirs
-    p_value = float(binomtest(only_ours, told, 0.5).pvalue) if told else 1.0
+    differ = only_ours + only_theirs
+    p_value = float(binomtest(only_ours, differ, 0.5).pvalue) if differ else 1.0
     return {"only_this": only_ours, "only_other": only_theirs, "p_value": p_value}
 
 

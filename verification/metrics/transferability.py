@@ -1,4 +1,4 @@
-"""What the members share: the paper's transferability matrix."""
+"""The paper's transferability matrix: how often one member's adversarial images fool another."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from training import attacks as core
 from training.data.splits import Split, to_float
+from training.models.ensemble import Ensemble
 from training.seeds import generator
-from verification.attacks.outcomes import Outcomes, Scorer
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.target import Scorer
 from verification.report import plots
 from verification.report.report import Report
 
@@ -71,7 +73,7 @@ def plane(
         class indices `[images, members + 1, POINTS, POINTS]`, the ensemble last.
     """
     x0 = to_float(split.images)
-    loss = core.cross_entropy(core.mean_logits_output(members), split.labels)
+    loss = core.cross_entropy(Ensemble(members), split.labels)
     draw = generator("plane", device=x0.device)
     along = core.gradient(loss, x0).sign()
     aside = torch.randn(x0.shape, generator=draw, device=x0.device).sign()

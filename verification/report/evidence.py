@@ -15,7 +15,7 @@ import psutil
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from training.data.splits import Split
-from verification.attacks.attack import LARGEST_HALF_DELTA
+from verification.attacks.perturbation import LARGEST_HALF_DELTA
 
 IMAGES = "images.npz"
 Arrays = dict[str, npt.NDArray[Any]]

@@ -1,4 +1,4 @@
-"""The suite's additions to the attack core: closed forms on linear models, and properties."""
+"""The parts of gradient attacks: closed forms on linear models, and properties."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from training import attacks as core
+from training.models.ensemble import Ensemble
 from training.models.member import Member as Network
 from training.models.resnet import resnet_stages
 from verification.attacks import losses, transforms
@@ -211,7 +212,7 @@ def test_sgm_finds_every_block_of_our_members() -> None:
     eps=st.floats(0.01, 0.5),
     seed=st.integers(0, 2**32),
     loss=st.sampled_from(["dlr", "reweighted", "ce"]),
-    form=st.sampled_from([losses.logsumexp_output, core.mean_logits_output]),
+    form=st.sampled_from([losses.logsumexp_output, Ensemble]),
     variance=st.booleans(),
     diverse=st.booleans(),
     norm=st.sampled_from(["linf", "l2"]),

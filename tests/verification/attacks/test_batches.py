@@ -1,4 +1,4 @@
-"""Batches side by side: the images made do not depend on threads, nor on other images."""
+"""Batches in threads: adversarial images depend neither on threads nor on other images."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.verification.models import linear_split
-from training.data.splits import Split
+from training.data.splits import Split, to_float
 from training.models.bn_folding import folded
+from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
-from verification.attacks.attack import Attack, craft
 from verification.attacks.batches import LARGEST, batch_size, in_batches
+from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import _Shared
 
-ATTACK = Attack(
+ATTACK = GradientAttack(
     name="all of it",
     threat="white_box",
     source="target",
     loss="cw",
     steps=3,
-    decay=1.0,
+    momentum=1.0,
     diversity=0.5,
     skip_gamma=0.2,
     variance_samples=2,
@@ -68,14 +69,15 @@ def test_batches_are_few_alike_and_even(count: int, largest: int) -> None:
 
 
 def test_threads_change_no_bit_of_an_attack(threads: Callable[[int], None]) -> None:
-    members, split = [network(1), network(2)], pictures(LARGEST["cpu"] + 9)
-    made = []
+    model, split = Ensemble([network(1), network(2)]), pictures(LARGEST["cpu"] + 9)
+    images, made = to_float(split.images), []
     for count in (1, 2, 3):
         threads(count)
-        made.append(craft(ATTACK, members, split, 0.05, 0, "x"))
+        made.append(ATTACK.run(model, images, split.labels, 0.05, 0, "x").images)
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
-    assert not torch.equal(made[0], craft(ATTACK, members, split, 0.05, 1, "x"))
+    other = ATTACK.run(model, images, split.labels, 0.05, 1, "x").images
+    assert not torch.equal(made[0], other)
 
 
 def test_batches_run_at_the_same_time(threads: Callable[[int], None]) -> None:
@@ -93,9 +95,9 @@ def test_one_graph_behind_several_members_keeps_threads_apart(
 
     class Graph(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> tuple[None, torch.Tensor]:
-            told = images.mean((1, 2, 3))[:, None, None].expand(-1, 2, 3)
-            meeting.wait()  # both have asked before either is told
-            return None, told
+            logits = images.mean((1, 2, 3))[:, None, None].expand(-1, 2, 3)
+            meeting.wait()  # both threads are here before either returns
+            return None, logits
 
     shared = _Shared(Graph())
     split = pictures(LARGEST["cpu"] + 1)

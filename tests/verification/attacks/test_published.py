@@ -1,4 +1,4 @@
-"""The published checkpoint under white-box attack, set beside what is known of it.
+"""The published checkpoint under white-box attack, compared with what is known of it.
 
 Surrogates for CIFAR-10 take hours to train well, and badly trained ones flatter the model: the
 transfer figures of the published checkpoint are not measured here.
@@ -17,12 +17,12 @@ from training.config import Data
 from training.data.splits import Split, load_test
 from training.models.bn_folding import folded
 from training.models.member import Member
-from verification.attacks.attack import Attack
-from verification.attacks.outcomes import Target
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.self_test import TorchScorer
 
-LOGITS = Attack(
+LOGITS = GradientAttack(
     name="pgd-cw on mean-logits",
     threat="white_box",
     source="target",

@@ -1,4 +1,4 @@
-"""Disagreement as an alarm, and the members' matrices, where the answers are known."""
+"""Detection by disagreement, and the members' matrices, where the answers are known."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.images import to_float
 from tests.verification.models import Linear, TorchEngine, linear_split
 from training.data.splits import Split
 from training.methods.diversity import diversity
@@ -53,14 +54,14 @@ def test_the_threshold_is_exceeded_by_one_in_twenty() -> None:
     members: list[torch.nn.Module] = [Linear(20), Linear(-30)]
     engine: Any = TorchEngine(members)
     found = alarm.calibrate(engine, holdout, holdout)
-    told = engine.run_all(holdout.images.numpy().astype(np.float32) / 255)
-    assert 0.04 <= (told.disagreement > found["threshold"]).mean() <= 0.05
+    scored = engine.run_all(to_float(holdout.images.numpy()))
+    assert 0.04 <= (scored.disagreement > found["threshold"]).mean() <= 0.05
     assert found["calibration_images"] == 200
     assert found["measured_false_positive_rate"]["value"] <= 0.05
 
 
 class Corner(Linear):
-    """Looks at the first pixel as well, so that members can be made to quarrel."""
+    """Looks at the first pixel as well, so that members can be made to disagree."""
 
     def __init__(self, weight: float) -> None:
         super().__init__(20.0)
@@ -77,13 +78,13 @@ def test_the_detector_aware_attacker_still_fools_and_hides_better() -> None:
     eps = 0.1
     pixels = alarm.aware(members, split, eps, steps=20, seed=0)
     assert np.abs(pixels.astype(int) - split.images.numpy()).max() <= 25
-    aware = engine.run_all(pixels.astype(np.float32) / 255)
+    aware = engine.run_all(to_float(pixels))
     assert (aware.predictions != split.labels.numpy()).all()
     blunt = split.images.numpy().astype(int) + np.where(split.labels == 1, -25, 25).reshape(
         -1, 1, 1, 1
     )
-    blunt[:, 0, 0, 0] = 255  # an attack that does not mind the quarrel it makes
-    loud = engine.run_all(blunt.astype(np.float32) / 255)
+    blunt[:, 0, 0, 0] = 255  # an attack that ignores the disagreement it causes
+    loud = engine.run_all(to_float(blunt.astype(np.uint8)))
     assert aware.disagreement.mean() < 0.2 * loud.disagreement.mean()
     rows = alarm.measure(
         engine, split, split, {"loud": (eps, blunt.astype(np.uint8)), "aware": (eps, pixels)}
@@ -116,7 +117,7 @@ def test_members_that_share_nothing_do_not_fool_one_another() -> None:
     same = [Member([Stage(0)], [0.0], [1.0]) for _ in range(2)]
     shared = matrices.transferability(same, split, 0.1, seed=0)
     assert shared["success"] == [[1.0] * 3] * 2
-    # Distilled all the way to another class: the one who looks elsewhere still sees the source.
+    # Distilled into another class: a member that looks elsewhere still sees the source image.
     settings, far = Dverge(eps=0.8, step_size=0.02, steps=40), linear_split([51] * 4 + [204] * 4)
     apart = diversity(members, far, settings, 0)
     together = diversity(same, far, settings, 0)

@@ -1,0 +1,132 @@
+"""The presets: their protocol, and that every kind of attack in them works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from tests.verification.models import (
+    EPS,
+    Linear,
+    Residual,
+    TorchEngine,
+    linear_split,
+    shorter,
+)
+from verification.attacks import presets
+from verification.attacks.attack import Attack
+from verification.attacks.autoattack import AutoAttack
+from verification.attacks.gradient_attack import GradientAttack, Noise
+from verification.attacks.presets import Variant, suite
+from verification.attacks.skip_gradient import residual_ends
+from verification.attacks.square import Square
+from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
+
+
+def gradients(attacks: Sequence[Attack]) -> list[GradientAttack]:
+    return [attack for attack in attacks if isinstance(attack, GradientAttack)]
+
+
+@pytest.mark.parametrize("preset", ["quick", "standard", "full"])
+def test_presets_are_what_they_say(preset: str) -> None:
+    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"], [0.1, 0.2])
+    names = [attack.name for attack in chosen]
+    assert len(set(names)) == len(names)
+    skipping = {"vmi", "square", "reweighted", "autoattack"}
+    for attack in chosen:
+        assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
+        assert attack.skip_broken or not any(
+            each.skip_broken for each in chosen[: chosen.index(attack)]
+        )
+    (doubled,) = [attack for attack in gradients(chosen) if attack.gate == "converged"]
+    (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
+    assert (doubled.steps, doubled.restarts) == (2 * base.steps, 2 * base.restarts)
+    if preset != "quick":  # the paper: 5 versions for each surrogate and loss, 30 in all
+        protocol = [
+            attack
+            for attack in gradients(chosen)
+            if attack.source in "abc" and not attack.skip_broken
+        ]
+        assert sum(attack.restarts for attack in protocol) == 30
+        assert {attack.steps for attack in protocol} == {100}
+        assert {attack.rel_stepsize for attack in protocol} == {0.2}
+        assert (base.steps, base.restarts) == (50, 5)
+    if preset == "full":
+        (square,) = [attack for attack in chosen if isinstance(attack, Square)]
+        assert square.queries == 5000
+    two = suite(Variant(preset=preset, classes=2), ["a"], [0.1])
+    assert not any(attack.loss == "dlr" for attack in gradients(two))
+    in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
+    assert {attack.norm for attack in in_l2} == {"l2"}
+    assert not any(isinstance(attack, Square) for attack in in_l2)
+
+
+def test_a_suite_comes_back_from_its_json() -> None:
+    chosen = suite(Variant(preset="full", classes=10, reference=True), ["a", "b"], [0.1, 0.2])
+    tables = [attack.to_json() for attack in chosen]
+    assert presets.from_json(tables) == chosen
+    # Reports and the keys of the cache are made of this form: it must not change.
+    assert all(list(table) == list(tables[0]) for table in tables)
+    assert tables[0] == {
+        "name": "noise",
+        "threat": "transfer",
+        "source": "none",
+        "kind": "noise",
+        "loss": "none",
+        "output": "mean-logits",
+        "norm": "linf",
+        "steps": 0,
+        "step_share": 0.2,
+        "decay": None,
+        "restarts": 1,
+        "random_start": True,
+        "diversity": 0.0,
+        "skip_gamma": 1.0,
+        "variance_samples": 0,
+        "queries": 0,
+        "standing_only": False,
+        "control": True,
+        "only_eps": None,
+        "gate": "",
+    }
+    (vmi,) = [table for table in tables if table["name"] == "vmi-ce from b"]
+    assert (vmi["decay"], vmi["variance_samples"], vmi["standing_only"]) == (1.0, 20, True)
+
+
+def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
+    """Run attacks on a model of which 125 is a weak image and 200 is not."""
+    members = [Linear(classes=4), Linear(5.0, classes=4)]
+    target = Target(TorchEngine([*members]), members)
+    sources = {"s": ([Residual(classes=4)], "s")}
+    split = linear_split([125, 200])
+    outcome = run_suite(attacks, sources, {"m": target}, split, [EPS], seed=0)["m"]
+    return {attack.name: outcome.robust([attack], EPS).tolist() for attack in attacks}
+
+
+def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None:
+    assert residual_ends([Residual()])
+    chosen = [
+        replace(shorter(attack, 6, 60), restarts=1, skip_broken=False)
+        for attack in suite(Variant(preset="full", classes=4), ["s"], [EPS])
+    ]
+    ours = gradients(chosen)
+    assert {attack.loss for attack in ours} == {"ce", "cw", "dlr", "reweighted"}
+    assert {attack.output for attack in ours} == {"mean-logits", "mean-softmax", "logsumexp"}
+    assert {attack.skip_gamma for attack in ours} == {0.2, 1.0}
+    assert any(attack.diversity for attack in ours)
+    assert any(attack.variance_samples for attack in ours)
+    assert any(isinstance(attack, Square) for attack in chosen)
+    found = robust(chosen)
+    for attack in chosen:
+        if not isinstance(attack, Noise):
+            assert found[attack.name] == [False, True], attack.name
+
+
+def test_autoattack_breaks_the_weak_image() -> None:
+    pytest.importorskip("pyautoattack")
+    whole = suite(Variant(preset="full", classes=4, reference=True), ["s"], [EPS])
+    (attack,) = [attack for attack in whole if isinstance(attack, AutoAttack)]
+    assert robust([replace(attack, skip_broken=False)])[attack.name] == [False, True]
