@@ -6,7 +6,7 @@ MAITE's protocols are structural: nothing is imported from it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,18 @@ import torch
 
 from verification.attacks.attack import Attack, Model
 
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly
+
 Batch = tuple[Sequence[Any], Sequence[Any], Sequence[Mapping[str, Any]]]
-Attacked = tuple[list[npt.NDArray[np.float32]], list[Any], list[dict[str, Any]]]
+# Any metadata has an `id` at least; the other keys are the data set's own.
+Attacked = tuple[list[npt.NDArray[np.float32]], list[Any], list[Any]]
+
+
+class AugmentationMetadata(TypedDict):
+    """Metadata of an augmentation, as MAITE's protocols define it."""
+
+    id: ReadOnly[str]
 
 
 class AttackAugmentation:
@@ -38,7 +48,9 @@ class AttackAugmentation:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.metadata = {"id": f"{attack.name}, {attack.norm} eps {eps:g}, seed {seed}"}
+        self.metadata: AugmentationMetadata = {
+            "id": f"{attack.name}, {attack.norm} eps {eps:g}, seed {seed}"
+        }
         self._attack, self._model, self._eps = attack, model, eps
         self._seed, self._device = seed, device
 
