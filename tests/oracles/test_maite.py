@@ -14,11 +14,11 @@ from maite.protocols import ArrayLike, DatasetMetadata, DatumMetadata, MetricMet
 from maite.protocols import image_classification as ic
 from maite.tasks import evaluate
 from torch import Tensor
-from verification.attacks.augmentation import AttackAugmentation
-from verification.attacks.gradient_attack import GradientAttack
 
 from dverge_serve.engine import Engine
 from training.models.ensemble import Ensemble
+from verification.attacks.augmentation import AttackAugmentation
+from verification.attacks.gradient_attack import GradientAttack
 
 Array = npt.NDArray[np.float32]
 
