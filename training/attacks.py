@@ -133,11 +133,6 @@ def member_logits(members: Sequence[nn.Module], x: Tensor) -> Tensor:
     return torch.stack([member(x) for member in members])
 
 
-def mean_logits_output(members: Sequence[nn.Module]) -> Output:
-    """Return the mean of the members' logits, as the served graph computes it."""
-    return lambda x: member_logits(members, x).mean(0)
-
-
 def _length(images: Tensor) -> Tensor:
     """Return each image's L2 norm, `[N, 1, 1, 1]`, never zero."""
     length = images.square().sum((1, 2, 3), keepdim=True).sqrt()

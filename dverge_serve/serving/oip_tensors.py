@@ -151,7 +151,8 @@ def _values(tensor: dict[str, Any], shape: tuple[int, int, int, int], blob: Any)
         raise _bad(
             f"'data' has shape {list(values.shape)}; expected {list(shape)}, or it flattened"
         )
-    return values.astype(np.float32).reshape(shape)
+    with np.errstate(over="ignore"):  # too large is infinite, which the engine refuses
+        return values.astype(np.float32).reshape(shape)
 
 
 def _outputs(request: dict[str, Any], known: Sequence[str]) -> dict[str, bool]:

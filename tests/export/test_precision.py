@@ -104,7 +104,11 @@ def test_agreement_counts_answers() -> None:
     assert not found.holds
 
 
-def test_fp16_needs_no_images(tiny_run: Path, tmp_path: Path) -> None:
+def test_fp16_needs_no_images(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On noise a network of few epochs is often undecided; how often depends on the processor.
+    monkeypatch.setitem(precisions.AGREES, "fp16", 0.95)
     source = from_run(Run.open_finished(tiny_run))
     gone = source.config.overridden({"data.name": "imagefolder", "data.path": "/gone"})
     assert at_hand(source.config)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training import attacks
 from training.attacks import momentum_rule, pgd_loop, project, random_start, sign_rule
+from training.models.ensemble import Ensemble
 from verification.attacks import losses
 
 SHAPE = (3, 1, 4, 4)
@@ -138,9 +139,7 @@ def test_cross_entropy_is_of_each_image() -> None:
 def test_the_combinations_are_mean_logits_and_the_log_of_the_mean_softmax() -> None:
     members, x0 = [Linear(4, 0), Linear(4, 1), Linear(4, 2)], images()
     logits = [member(x0) for member in members]
-    torch.testing.assert_close(
-        attacks.mean_logits_output(members)(x0), (logits[0] + logits[1] + logits[2]) / 3
-    )
+    torch.testing.assert_close(Ensemble(members)(x0), (logits[0] + logits[1] + logits[2]) / 3)
     softmax = losses.mean_softmax_output(members)(x0)
     expected = sum((each.softmax(1) for each in logits), torch.zeros(())) / 3
     torch.testing.assert_close(softmax, expected.log())

@@ -22,9 +22,10 @@ from dverge_serve.errors import UserError
 from export.exporter import export
 from tests.conftest import TINY
 from tests.verification.conftest import EPS
-from training.attacks import gradient, mean_logits_output, member_logits
+from training.attacks import gradient, member_logits
 from training.data.splits import Split, load_training
 from training.models.bn_folding import folded
+from training.models.ensemble import Ensemble
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
@@ -278,8 +279,8 @@ def test_gradients_come_from_the_file_itself_where_they_can(
         member_logits(found.members, x), member_logits(members, x), rtol=1e-4, atol=1e-4
     )
     labels = torch.arange(4)
-    one = gradient(cw_margin(mean_logits_output(found.members), labels), x)
-    other = gradient(cw_margin(mean_logits_output(members), labels), x)
+    one = gradient(cw_margin(Ensemble(found.members), labels), x)
+    other = gradient(cw_margin(Ensemble(members), labels), x)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert _from_file(tiny_model, replace(card, precision="int8"), torch.device("cpu")) is None
 

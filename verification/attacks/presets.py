@@ -12,7 +12,6 @@ from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Loss, Noise, Output
 from verification.attacks.square import Square
 
-PRESETS = ("quick", "standard", "full")
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
 MPGD = GradientAttack(name="mpgd", threat="transfer", source="none", momentum=1.0)

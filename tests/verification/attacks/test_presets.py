@@ -126,7 +126,6 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
 
 
 def test_autoattack_breaks_the_weak_image() -> None:
-    pytest.importorskip("pyautoattack")
     whole = suite(Variant(preset="full", classes=4, reference=True), ["s"], [EPS])
     (attack,) = [attack for attack in whole if isinstance(attack, AutoAttack)]
     assert robust([replace(attack, skip_broken=False)])[attack.name] == [False, True]

@@ -110,9 +110,12 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
     assert len(made) == crafted  # none of the first four twice
     assert run() == whole
     assert len(made) == crafted
-    for damaged in (tmp_path / "attacks").glob("*.npz"):
+    files = sorted((tmp_path / "attacks").glob("*.npz"))
+    assert len(files) == crafted
+    for damaged in files:
         damaged.write_bytes(b"cut short")
     assert run() == whole
+    assert len(made) == 2 * crafted  # every damaged one again
     for number, damaged in enumerate(sorted((tmp_path / "attacks").glob("*.npz"))):
         data = bytearray(damaged.read_bytes())
         data[len(data) // 3 + number] ^= 0xFF
