@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench import say
 from export.published_checkpoint import read_published
-from training import attacks as core
+from training import pgd
 from training.config import Data
 from training.data.splits import Split, load_test, to_float
 from training.models.ensemble import Ensemble
@@ -44,18 +44,18 @@ LOSSES = (
 
 def right_share(members: Sequence[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
     """Return the mean softmax probability of the right class, `[N]`."""
-    mean = core.member_logits(members, x).softmax(-1).mean(0)
+    mean = pgd.member_logits(members, x).softmax(-1).mean(0)
     return mean.gather(1, labels[:, None])[:, 0]
 
 
-def loss_named(name: str, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
+def loss_named(name: str, members: Sequence[nn.Module], labels: Tensor) -> pgd.Loss:
     """Return one of `LOSSES`."""
     if name.startswith("cw"):
         return losses.cw_margin(Ensemble(members), labels)
     if name == "ce, mean-logits":
-        return core.cross_entropy(Ensemble(members), labels)
+        return pgd.cross_entropy(Ensemble(members), labels)
     if name.endswith("logsumexp"):
-        return core.cross_entropy(losses.mean_softmax_output(members), labels)
+        return pgd.cross_entropy(losses.mean_softmax_output(members), labels)
     if name.endswith("clamped"):
         return lambda x: -right_share(members, x, labels).clamp(CLAMP, 1 - CLAMP).log()
     return lambda x: -right_share(members, x, labels).log()
@@ -66,14 +66,14 @@ def attacked(name: str, members: Sequence[nn.Module], split: Split, steps: int) 
 
     def batch(part: Split, start: int) -> Tensor:
         x0 = to_float(part.images)
-        adversarial = core.pgd_loop(
+        adversarial = pgd.pgd_loop(
             loss_named(name, members, part.labels),
             x0,
             eps=EPS,
             step_size=EPS / 5,
             steps=steps,
-            rule=core.sign_rule(),
-            start=core.random_start(x0, EPS, generator(0, "losses", start)),
+            rule=pgd.sign_rule(),
+            start=pgd.random_start(x0, EPS, generator(0, "losses", start)),
         )
         return right(members, x0, part.labels) & right(members, adversarial, part.labels)
 
@@ -83,7 +83,7 @@ def attacked(name: str, members: Sequence[nn.Module], split: Split, steps: int) 
 @torch.no_grad()
 def right(members: Sequence[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
     """Return which images the mean of logits, and of softmax, gets right, bool `[2, N]`."""
-    each = core.member_logits(members, x)
+    each = pgd.member_logits(members, x)
     return torch.stack([of.mean(0).argmax(1) == labels for of in (each, each.softmax(-1))])
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dverge_serve.images import Preprocess
 from training.config_parsing import assign, build, check
-from training.registry import METHODS
+from training.method_registry import METHODS
 from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
@@ -102,7 +102,7 @@ class Config:
     """All settings of one training run."""
 
     name: str
-    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or your own: `training.registry`
+    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or one of your own
     method: str = "dverge"
     # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -leaky behind it, or torchvision:<name>;
     # or a list with one for each member

@@ -13,11 +13,11 @@ import torch
 from training.config import Config
 from training.data import splits as datasets
 from training.data.class_counts import balance
+from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge import draw_layer
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
-from training.registry import METHODS
 from training.trainer import prepare
 
 TIMED_STEPS = 3

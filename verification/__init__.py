@@ -16,7 +16,7 @@ from verification.report.report import Report
 if TYPE_CHECKING:
     import torch
 
-    from training.attacks import Norm
+    from training.pgd import Norm
     from training.runs.directory import Run
     from verification.attacks.attack import Attack
 

@@ -12,7 +12,7 @@ from dverge_serve.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from training.attacks import Norm
+    from training.pgd import Norm
     from verification.attacks.attack import Attack
 
 PRESETS = ("quick", "standard", "full")

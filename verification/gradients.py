@@ -17,7 +17,7 @@ from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from export.published_checkpoint import read_published
-from training import attacks as core
+from training import pgd
 from training.data.splits import Split, to_float
 from training.device import autocast_dtype
 from training.models.bn_folding import folded
@@ -204,7 +204,7 @@ def flow(
 
     def batch(part: Split, start: int) -> tuple[Tensor, Tensor, Tensor]:
         x = to_float(part.images)
-        found = [core.gradient(each.loss_on(members, part.labels), x) for each in forms.values()]
+        found = [pgd.gradient(each.loss_on(members, part.labels), x) for each in forms.values()]
         sizes = torch.stack([each.abs().amax((1, 2, 3)) for each in found])
         norms = torch.stack([_norm(member, x, part.labels) for member in members])
         return (sizes == 0).all(0), (~sizes.isfinite()).any(0), norms
@@ -218,5 +218,5 @@ def flow(
 
 
 def _norm(member: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    found = core.gradient(losses.cw_margin(member, labels), x)
+    found = pgd.gradient(losses.cw_margin(member, labels), x)
     return found.square().sum((1, 2, 3)).sqrt()

@@ -12,6 +12,7 @@ from dverge_serve.engine.report_reader import page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from verification.assemble import assemble, nulls
+from verification.attacked_models import find_targets
 from verification.attacks import presets
 from verification.attacks.cache import prune
 from verification.attacks.suite import run_suite
@@ -25,7 +26,6 @@ from verification.report.page import page
 from verification.report.report import Report
 from verification.run_gates import check
 from verification.self_test import CHECKING
-from verification.targets import find_targets
 
 
 def attack_and_report(config: VerificationConfig) -> Report:

@@ -12,8 +12,8 @@ import torch
 
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
-from training.attacks import Norm
 from training.data.splits import Split
+from training.pgd import Norm
 from verification.assemble import nulls
 from verification.attacks import presets
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels

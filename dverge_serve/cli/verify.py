@@ -12,7 +12,7 @@ from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
-    from training.attacks import Norm
+    from training.pgd import Norm
     from verification import Report
     from verification.report.report import Rate
 

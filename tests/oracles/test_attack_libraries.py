@@ -18,8 +18,8 @@ from foolbox.models.pytorch import PyTorchModel
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from training.attacks import cross_entropy, pgd_loop, sign_rule
 from training.models.ensemble import Ensemble
+from training.pgd import cross_entropy, pgd_loop, sign_rule
 
 EPS, STEP_SIZE, STEPS = 0.3, 0.06, 10
 

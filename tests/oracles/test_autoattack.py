@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.attacks import Norm
 from training.models.ensemble import Ensemble
+from training.pgd import Norm
 from verification.attacks.autoattack import AutoAttack, available
 from verification.attacks.presets import Variant, left_out, suite
 

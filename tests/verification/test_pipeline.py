@@ -22,10 +22,10 @@ from dverge_serve.errors import UserError
 from export.exporter import export
 from tests.conftest import TINY
 from tests.verification.conftest import EPS
-from training.attacks import gradient, member_logits
 from training.data.splits import Split, load_training
 from training.models.bn_folding import folded
 from training.models.ensemble import Ensemble
+from training.pgd import gradient, member_logits
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked

@@ -1,4 +1,4 @@
-"""The stages a run goes through, and the batches of their steps; `training.registry` lists methods.
+"""Stages of a run, and the batches of their steps; `training.method_registry` lists the methods.
 
 Each method is a module with a `MakeStep`.
 """
@@ -14,9 +14,9 @@ from torch.optim import SGD
 from training.config import Config
 from training.data.splits import Split, batches
 from training.data.streaming import Streamed
+from training.method_registry import METHODS
 from training.models.member import Member
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
-from training.registry import METHODS
 from training.schedules import Schedule
 
 Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> own losses [members]

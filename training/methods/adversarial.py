@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from training.attacks import cross_entropy, pgd_loop, random_start, sign_rule
 from training.config import Config
 from training.methods import Step
 from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.threads import side_by_side
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
+from training.pgd import cross_entropy, pgd_loop, random_start, sign_rule
 from training.schedules import Adversarial
 from training.seeds import generator
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from training.attacks import momentum_rule, pgd_loop
 from training.config import Config
 from training.methods import Step, adversarial
 from training.methods.standard import descend
@@ -20,6 +19,7 @@ from training.models.member import Member
 from training.parallel import cuda_graphs as graphs
 from training.parallel.threads import side_by_side
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
+from training.pgd import momentum_rule, pgd_loop
 from training.schedules import Dverge
 from training.seeds import generator
 

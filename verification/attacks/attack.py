@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from training.attacks import Norm
 from training.models.ensemble import Ensemble
+from training.pgd import Norm
 from verification.attacks.target import Target
 
 Threat = Literal["transfer", "queries", "white_box"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from training import attacks as core
+from training import pgd
 from training.models.ensemble import Ensemble
 from training.seeds import generator
 from verification.attacks import losses, transforms
@@ -21,12 +21,12 @@ from verification.attacks.skip_gradient import skip_gradient
 Loss = Literal["ce", "cw", "dlr", "reweighted"]
 OwnLoss = Callable[[Tensor, Tensor], Tensor]  # outputs [N, classes], labels [N] -> loss [N]
 Output = Literal["mean-logits", "mean-softmax", "logsumexp"]
-LOSSES: dict[str, Callable[[core.Output, Tensor], core.Loss]] = {
-    "ce": core.cross_entropy,
+LOSSES: dict[str, Callable[[pgd.Output, Tensor], pgd.Loss]] = {
+    "ce": pgd.cross_entropy,
     "cw": losses.cw_margin,
     "dlr": losses.dlr,
 }
-OUTPUTS: dict[str, Callable[[Sequence[nn.Module]], core.Output]] = {
+OUTPUTS: dict[str, Callable[[Sequence[nn.Module]], pgd.Output]] = {
     "mean-logits": Ensemble,
     "mean-softmax": losses.mean_softmax_output,
     "logsumexp": losses.logsumexp_output,
@@ -44,7 +44,7 @@ class Noise(Attack, kind="noise"):
 
         def batch(part: slice) -> Tensor:
             draw = generator(*seed, part.start, device=images.device)
-            return core.random_start(images[part], eps, draw, self.norm)
+            return pgd.random_start(images[part], eps, draw, self.norm)
 
         return Crafted(torch.cat(in_slices(batch, len(images), images.device)))
 
@@ -94,7 +94,7 @@ class GradientAttack(Attack, kind="gradient"):
         with skip_gradient(members, self.skip_gamma) if skips else contextlib.nullcontext():
             return Crafted(torch.cat(in_slices(batch, len(images), images.device)))
 
-    def loss_on(self, members: Sequence[nn.Module], labels: Tensor) -> core.Loss:
+    def loss_on(self, members: Sequence[nn.Module], labels: Tensor) -> pgd.Loss:
         """Return the per-image loss to raise on these members, a function of the images."""
         loss = self.loss
         if loss == "reweighted":
@@ -127,20 +127,20 @@ class GradientAttack(Attack, kind="gradient"):
         eps: float,
         draw: torch.Generator,
     ) -> Tensor:
-        start = core.random_start(x0, eps, draw, self.norm) if self.random_start else x0
+        start = pgd.random_start(x0, eps, draw, self.norm) if self.random_start else x0
         loss = self.loss_on(members, labels)
         if self.diversity:
             loss = transforms.diverse_inputs(loss, draw, probability=self.diversity)
-        estimate: core.Estimate = core.gradient
+        estimate: pgd.Estimate = pgd.gradient
         if self.variance_samples:
             estimate = transforms.variance_tuned(
                 eps, draw, samples=self.variance_samples, norm=self.norm
             )
         if self.momentum is not None:
-            rule = core.momentum_rule(self.momentum, self.norm)
+            rule = pgd.momentum_rule(self.momentum, self.norm)
         else:
-            rule = core.sign_rule() if self.norm == "linf" else transforms.l2_rule()
-        return core.pgd_loop(
+            rule = pgd.sign_rule() if self.norm == "linf" else transforms.l2_rule()
+        return pgd.pgd_loop(
             loss,
             x0,
             eps=eps,

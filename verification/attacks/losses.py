@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from training.attacks import Loss, Output, member_logits
+from training.pgd import Loss, Output, member_logits
 
 
 def cw_margin(output: Output, labels: Tensor) -> Loss:

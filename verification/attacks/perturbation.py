@@ -7,7 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dverge_serve.images import to_float
-from training.attacks import Norm
+from training.pgd import Norm
 
 LARGEST_HALF_DELTA = 127  # 8-bit steps that fit into int8
 

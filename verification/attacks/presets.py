@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from training.attacks import Norm
+from training.pgd import Norm
 from verification.attacks.attack import JSON_FORM, Attack, Recorded
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Loss, Noise, Output

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.attacks import Estimate, Loss, Norm, StepRule, gradient, normalize, random_change
+from training.pgd import Estimate, Loss, Norm, StepRule, gradient, normalize, random_change
 
 
 def l2_rule() -> StepRule:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dverge_serve import images
 from dverge_serve.engine.outputs import Scores, softmax
-from training import attacks as core
+from training import pgd
 from training.data.splits import Split, to_float
 from training.seeds import generator
 from verification.attacks import losses
@@ -155,20 +155,18 @@ def _aware_batch(
 ) -> Tensor:
     """Return the best float images `[N, C, H, W]` of one batch."""
     x0 = to_float(part.images)
-    x = core.random_start(x0, eps, draw)
+    x = pgd.random_start(x0, eps, draw)
     best, least = x, torch.full_like(part.labels, torch.inf, dtype=torch.float32)
 
     def loss(x: Tensor) -> Tensor:
-        stack = core.member_logits(members, x)
+        stack = pgd.member_logits(members, x)
         return losses.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
 
     for step in range(steps):
         size = eps * (0.2 if step < steps // 2 else 0.05)
-        x = core.pgd_loop(
-            loss, x0, eps=eps, step_size=size, steps=1, rule=core.sign_rule(), start=x
-        )
+        x = pgd.pgd_loop(loss, x0, eps=eps, step_size=size, steps=1, rule=pgd.sign_rule(), start=x)
         with torch.no_grad():
-            stack = core.member_logits(members, x)
+            stack = pgd.member_logits(members, x)
             found = torch.where(
                 losses.margins(stack.mean(0), part.labels) > 0,
                 _divergence(stack),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import attacks as core
+from training import pgd
 from training.data.splits import Split, to_float
 from training.models.member import Member
 from training.seeds import generator
@@ -34,7 +34,7 @@ def transferability(members: Sequence[Member], split: Split, eps: float, seed: i
 
     def right(part: Split, start: int) -> Tensor:
         with torch.no_grad():
-            answers = core.member_logits(members, to_float(part.images)).argmax(-1)
+            answers = pgd.member_logits(members, to_float(part.images)).argmax(-1)
         return (answers == part.labels).all(0)
 
     chosen = split.take(torch.cat(in_batches(right, split)).nonzero()[:, 0])
@@ -44,17 +44,17 @@ def transferability(members: Sequence[Member], split: Split, eps: float, seed: i
         def fooled(part: Split, start: int, index: int = index, source: Member = source) -> Tensor:
             x0 = to_float(part.images)
             draw = generator(seed, "transferability", index, start, device=x0.device)
-            adversarial = core.pgd_loop(
-                core.cross_entropy(source, part.labels),
+            adversarial = pgd.pgd_loop(
+                pgd.cross_entropy(source, part.labels),
                 x0,
                 eps=eps,
                 step_size=eps / 5,
                 steps=STEPS,
-                rule=core.momentum_rule(1.0),
-                start=core.random_start(x0, eps, draw),
+                rule=pgd.momentum_rule(1.0),
+                start=pgd.random_start(x0, eps, draw),
             )
             with torch.no_grad():
-                stack = core.member_logits(members, adversarial)
+                stack = pgd.member_logits(members, adversarial)
             answers = torch.cat([stack, stack.mean(0, keepdim=True)]).argmax(-1)
             return answers != part.labels
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from training import attacks as core
+from training import pgd
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
 from training.seeds import generator
@@ -73,9 +73,9 @@ def plane(
         class indices `[images, members + 1, POINTS, POINTS]`, the ensemble last.
     """
     x0 = to_float(split.images)
-    loss = core.cross_entropy(Ensemble(members), split.labels)
+    loss = pgd.cross_entropy(Ensemble(members), split.labels)
     draw = generator("plane", device=x0.device)
-    along = core.gradient(loss, x0).sign()
+    along = pgd.gradient(loss, x0).sign()
     aside = torch.randn(x0.shape, generator=draw, device=x0.device).sign()
     axis = np.linspace(-reach, reach, POINTS, dtype=np.float32)
     answers = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training import attacks as core
+from training import pgd
 from training.models.ensemble import Ensemble
 from training.models.member import Member as Network
 from training.models.resnet import resnet_stages
@@ -43,7 +43,7 @@ def direction(seed: int = 1) -> Tensor:
     return torch.randn(SHAPE, generator=draw, dtype=torch.float64)
 
 
-def along(w: Tensor) -> core.Loss:
+def along(w: Tensor) -> pgd.Loss:
     return lambda x: (x * w).flatten(1).sum(1)
 
 
@@ -53,35 +53,35 @@ def lengths(delta: Tensor) -> Tensor:
 
 def test_fgsm_is_one_whole_step_to_the_corner() -> None:
     x0, w = images(), direction()
-    found = core.pgd_loop(along(w), x0, eps=0.1, step_size=0.1, steps=1, rule=core.sign_rule())
+    found = pgd.pgd_loop(along(w), x0, eps=0.1, step_size=0.1, steps=1, rule=pgd.sign_rule())
     torch.testing.assert_close(found, (x0 + 0.1 * w.sign()).clamp(0, 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [transforms.l2_rule(), core.momentum_rule(1.0, "l2")])
-def test_on_a_linear_loss_l2_ends_where_the_gradient_leaves_the_ball(rule: core.StepRule) -> None:
+@pytest.mark.parametrize("rule", [transforms.l2_rule(), pgd.momentum_rule(1.0, "l2")])
+def test_on_a_linear_loss_l2_ends_where_the_gradient_leaves_the_ball(rule: pgd.StepRule) -> None:
     x0, w = images(low=0.4, high=0.6), direction()
-    found = core.pgd_loop(along(w), x0, eps=0.3, step_size=0.1, steps=5, rule=rule, norm="l2")
+    found = pgd.pgd_loop(along(w), x0, eps=0.3, step_size=0.1, steps=5, rule=rule, norm="l2")
     expected = x0 + 0.3 * w / lengths(w).view(-1, 1, 1, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(eps=st.floats(0.01, 4.0), seed=st.integers(0, 2**32), norm=st.sampled_from(["linf", "l2"]))
-def test_starts_and_projections_lie_in_ball_and_box(eps: float, seed: int, norm: core.Norm) -> None:
+def test_starts_and_projections_lie_in_ball_and_box(eps: float, seed: int, norm: pgd.Norm) -> None:
     x0 = images(seed).mul(1.4).sub(0.2).clamp(0, 1)
     far = x0 + 3 * direction(seed + 1)
     draw = torch.Generator().manual_seed(seed)
-    for found in (core.project(far, x0, eps, norm), core.random_start(x0, eps, draw, norm)):
+    for found in (pgd.project(far, x0, eps, norm), pgd.random_start(x0, eps, draw, norm)):
         size = lengths(found - x0) if norm == "l2" else (found - x0).flatten(1).abs().amax(1)
         assert float(size.max()) <= eps + 1e-9
         assert float(found.min()) >= 0
         assert float(found.max()) <= 1
-        torch.testing.assert_close(core.project(found, x0, eps, norm), found, rtol=0, atol=1e-9)
+        torch.testing.assert_close(pgd.project(found, x0, eps, norm), found, rtol=0, atol=1e-9)
 
 
 def test_l2_starts_fill_the_ball_evenly() -> None:
     x0 = torch.full((4000, 1, 1, 2), 0.5)
-    found = core.random_start(x0, 0.4, torch.Generator().manual_seed(0), "l2")
+    found = pgd.random_start(x0, 0.4, torch.Generator().manual_seed(0), "l2")
     inside = (lengths(found - x0) < 0.2).double().mean()  # half the radius: a quarter of the disc
     assert abs(float(inside) - 0.25) < 0.03
 
@@ -97,8 +97,8 @@ def test_dlr_is_the_ratio_and_no_scale_hides_it() -> None:
 def test_dlr_climbs_from_the_right_class_to_the_best_wrong_one() -> None:
     model, x0 = Linear(), images()
     top = model(x0).argmax(1)
-    gradient = core.gradient(losses.dlr(model, top), x0)
-    margin = core.gradient(losses.cw_margin(model, top), x0)
+    gradient = pgd.gradient(losses.dlr(model, top), x0)
+    margin = pgd.gradient(losses.cw_margin(model, top), x0)
     assert bool(((gradient * margin).flatten(1).sum(1) > 0).all())
 
 
@@ -190,9 +190,9 @@ def test_sgm_scales_residual_branches_and_nothing_else(gamma: float) -> None:
     with skip_gradient([network], gamma) as branches:
         assert branches == 2
         torch.testing.assert_close(network(x0), before, rtol=0, atol=0)
-        found = core.gradient(loss, x0)
+        found = pgd.gradient(loss, x0)
     torch.testing.assert_close(found, torch.full(SHAPE, (1 + 3 * gamma) * (1 - 2 * gamma)).double())
-    torch.testing.assert_close(core.gradient(loss, x0), torch.full(SHAPE, -4.0).double())
+    torch.testing.assert_close(pgd.gradient(loss, x0), torch.full(SHAPE, -4.0).double())
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -200,11 +200,11 @@ def test_sgm_finds_every_block_of_our_members() -> None:
     member = Network(resnet_stages("resnet14", 1, 2, 3), [0.5], [0.5]).eval()
     assert len(residual_ends([member])) == 6
     x0 = images().float()
-    whole = core.gradient(core.cross_entropy(member, LABELS), x0)
+    whole = pgd.gradient(pgd.cross_entropy(member, LABELS), x0)
     with skip_gradient([member], 1.0):
-        torch.testing.assert_close(core.gradient(core.cross_entropy(member, LABELS), x0), whole)
+        torch.testing.assert_close(pgd.gradient(pgd.cross_entropy(member, LABELS), x0), whole)
     with skip_gradient([member], 0.2):
-        assert not torch.allclose(core.gradient(core.cross_entropy(member, LABELS), x0), whole)
+        assert not torch.allclose(pgd.gradient(pgd.cross_entropy(member, LABELS), x0), whole)
 
 
 @settings(max_examples=25, deadline=None)
@@ -221,10 +221,10 @@ def test_every_new_piece_keeps_ball_box_model_and_seed(
     eps: float,
     seed: int,
     loss: str,
-    form: Callable[[Sequence[nn.Module]], core.Output],
+    form: Callable[[Sequence[nn.Module]], pgd.Output],
     variance: bool,
     diverse: bool,
-    norm: core.Norm,
+    norm: pgd.Norm,
 ) -> None:
     members = [Linear(seed=seed), Linear(seed=seed + 1)]
     x0 = images(seed)
@@ -235,19 +235,19 @@ def test_every_new_piece_keeps_ball_box_model_and_seed(
         output = form(members)
         known = {
             "dlr": losses.dlr(output, LABELS),
-            "ce": core.cross_entropy(output, LABELS),
+            "ce": pgd.cross_entropy(output, LABELS),
             "reweighted": losses.member_reweighted(members, LABELS),
         }
         chosen = known[loss]
-        return core.pgd_loop(
+        return pgd.pgd_loop(
             transforms.diverse_inputs(chosen, draw) if diverse else chosen,
             x0,
             eps=eps,
             step_size=eps / 3,
             steps=3,
-            rule=core.momentum_rule(1.0, norm),
-            start=core.random_start(x0, eps, draw, norm),
-            estimate=transforms.variance_tuned(eps, draw, samples=2) if variance else core.gradient,
+            rule=pgd.momentum_rule(1.0, norm),
+            start=pgd.random_start(x0, eps, draw, norm),
+            estimate=transforms.variance_tuned(eps, draw, samples=2) if variance else pgd.gradient,
             norm=norm,
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from dverge_serve.images import to_float
 from tests.verification.models import EPS, Linear, TorchEngine, attack_linear, linear_split
-from training.attacks import Norm
+from training.pgd import Norm
 from verification.attacks.attack import NOTHING, Attack, Crafted
 from verification.attacks.cache import cached, prune
 from verification.attacks.gradient_attack import GradientAttack, Noise

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training import attacks
-from training.attacks import momentum_rule, pgd_loop, project, random_start, sign_rule
+from training import pgd
 from training.models.ensemble import Ensemble
+from training.pgd import momentum_rule, pgd_loop, project, random_start, sign_rule
 from verification.attacks import losses
 
 SHAPE = (3, 1, 4, 4)
@@ -130,7 +130,7 @@ def test_the_cw_margin_climbs_from_the_right_class_to_the_best_wrong_one() -> No
 def test_cross_entropy_is_of_each_image() -> None:
     model, x0, labels = Linear(4, 0), images(), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        found = attacks.cross_entropy(model, labels)(x0)
+        found = pgd.cross_entropy(model, labels)(x0)
         shares = model(x0).softmax(1).tolist()
     expected = [-math.log(shares[row][label]) for row, label in enumerate(labels.tolist())]
     assert found.tolist() == pytest.approx(expected)
@@ -182,7 +182,7 @@ def test_every_attack_stays_in_ball_and_box_and_leaves_all_else_alone(
     model, labels = Linear(4, seed).to(dtype), torch.tensor([0, 1, 2])
     x0 = images(seed).mul(1.4).sub(0.2).clamp(0, 1).to(dtype)
     kept_x0, kept_weight = x0.clone(), model.weight.detach().clone()
-    loss = (losses.cw_margin if margin else attacks.cross_entropy)(model, labels)
+    loss = (losses.cw_margin if margin else pgd.cross_entropy)(model, labels)
 
     def attack() -> Tensor:
         draw = torch.Generator().manual_seed(seed)
@@ -238,7 +238,7 @@ def test_pgd_raises_the_loss_of_a_network_more_with_more_steps() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).double()
     x0, labels = images(), torch.tensor([0, 1, 2])
-    loss = attacks.cross_entropy(model, labels)
+    loss = pgd.cross_entropy(model, labels)
     clean = F.cross_entropy(model(x0), labels, reduction="none")
     one = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.3, steps=1, rule=sign_rule()))
     many = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.03, steps=30, rule=sign_rule()))

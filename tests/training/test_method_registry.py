@@ -17,11 +17,11 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training.config import Config, differences
 from training.estimate import gradient_evaluations
+from training.method_registry import METHODS, Method, register
 from training.methods import Step
 from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.topology import Batch, ProcessTopology
-from training.registry import METHODS, Method, register
 from training.runs.directory import Run
 from training.schedules import Schedule
 from training.trainer import train
