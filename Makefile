@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= demo/model.onnx
 PART ?=
+JOBS ?= 2
 
 .PHONY: install demo test check lint types imports docs reference evidence long serve lock clean
 
@@ -33,7 +34,7 @@ imports: install
 
 # Ends with the 25 slowest tests, and the lines of the four packages that no test ran.
 test: install
-	$(BIN)/python -m pytest -m 'not long' --durations=25 --cov --cov-report=term
+	$(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist loadfile --durations=25 --cov --cov-report=term
 
 # The help of every command, the keys of recipes, the routes, the Python API: from the code.
 reference: install
