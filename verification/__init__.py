@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verification.config import VerificationConfig
+from verification.config import VerificationConfig, radii
 from verification.report.report import Report
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def verify(
     *,
     run: Run | str | Path | None = None,
     preset: str = "quick",
-    eps: Iterable[float] = (),
+    eps: float | Iterable[float] = (),
     norm: Norm = "linf",
     data: str | Path | None = None,
     images: int | None = None,
@@ -49,25 +49,25 @@ def verify(
     Args:
         model: the ONNX file; `model.onnx` gets `model.report.json`, `model.report.html` and
             `model.report/`.
-        run: it was exported from, for white-box attacks; by default the one with these weights,
-            under `runs/` or beside the file.
+        run: the training run that the model was exported from, for white-box attacks; by default
+            the one with these weights, under `runs/` or beside the file.
         preset: the attack suite: `quick`, `standard` (the paper's protocol) or `full`.
-        eps: radii, pixels in `[0,1]`; by default the recipe's.
+        eps: one radius or several, pixels in `[0,1]`; by default the recipe's.
         norm: of the radii: `linf` or `l2`.
         data: a folder of images or a data set's name; by default the run's own.
         images: number of test images; by default the recipe's limit.
-        checkpoint: of the paper's published code, for gradients instead of a run.
+        checkpoint: a checkpoint of the paper's published code, for gradients instead of a run.
         labels: file with the class names of a foreign classifier, which is attacked as a black
             box.
         surrogates: a folder of runs to attack from; by default trained once and cached.
         against: another model file, attacked alike and compared image by image.
         url: a live service of this model, attacked through `/predict` as well.
-        requests: to it at most, all in all.
-        requests_a_second: to it at most.
+        requests: most requests to the service in total.
+        requests_a_second: most requests per second.
         seed: of the attacks' random draws.
         device: `auto`, `cpu`, `cuda` or a torch device; the model itself runs in ONNX Runtime.
         at_eps: a radius that must be among those evaluated.
-        attacks: further attacks, run after the preset's.
+        attacks: further attacks, run after the preset's, in the same norm.
 
     Raises:
         UserError: a setting out of range; no such model, no data for it, data with other classes;
@@ -82,7 +82,7 @@ def verify(
         model=Path(model),
         run=path(run if run is None or isinstance(run, str | Path) else run.path),
         preset=preset,
-        eps=tuple(eps),
+        eps=radii(eps),
         norm=norm,
         data=None if data is None else str(data),
         images=images,

@@ -11,6 +11,7 @@ from dverge_serve.engine.report_reader import SCHEMA_VERSION
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
+from verification.config import NORMS
 from verification.context import Context
 from verification.metrics.robust_accuracy import comparison, figures
 from verification.report.report import Gate
@@ -59,7 +60,7 @@ def assemble(
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",
-            "norm": "Linf" if config.norm == "linf" else "L2",
+            "norm": NORMS[config.norm],
             "eps": list(context.eps),
             "transfer": "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model for scores; tried on images that nothing else broke, and "

@@ -12,23 +12,23 @@ from verification.context import Context
 from verification.gradients import find_run, ready
 
 
-def find_targets(here: Context) -> tuple[dict[str, Target], str]:
+def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     """Return the models to attack, the model itself first, and what the control is.
 
     The control is the run's own standard members; without a run, the first surrogate, attacked
     from the others.
     """
-    found, device = here.gradients, here.device
+    found, device = context.gradients, context.device
     targets = {
         "model": Target(
-            here.engine,
+            context.engine,
             found.members if found else None,
-            found.weights if found else here.engine.card.weights_sha256,
+            found.weights if found else context.engine.card.weights_sha256,
         )
     }
     control, what = (found.run, "standard") if found and found.run else (None, "members")
-    if control is None and len(here.surrogates) > 1:
-        control = here.surrogates[0].run
+    if control is None and len(context.surrogates) > 1:
+        control = context.surrogates[0].run
     with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
         if control is not None:
             path = Path(folder) / "control.onnx"
@@ -36,14 +36,14 @@ def find_targets(here: Context) -> tuple[dict[str, Target], str]:
             members = [ready(member, device) for member in control.members(what)]
             weights = str(control.checkpoint[f"{what}_sha256"])
             targets["control"] = Target(Engine(path, device="cpu"), members, weights)
-    if here.against is not None:
-        targets["against"] = _against(here, here.against)
+    if context.against is not None:
+        targets["against"] = _against(context, context.against)
     if control is None:
         return targets, "none"
-    return targets, "own" if what == "standard" else here.surrogates[0].name
+    return targets, "own" if what == "standard" else context.surrogates[0].name
 
 
-def _against(here: Context, engine: Engine) -> Target:
+def _against(context: Context, engine: Engine) -> Target:
     run = find_run(engine.card, engine.path, None)
-    members = [ready(member, here.device) for member in run.members()] if run else None
+    members = [ready(member, context.device) for member in run.members()] if run else None
     return Target(engine, members, engine.card.weights_sha256)

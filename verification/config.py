@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dverge_serve.errors import UserError
 
@@ -15,7 +16,53 @@ if TYPE_CHECKING:
     from training.pgd import Norm
     from verification.attacks.attack import Attack
 
-PRESETS = ("quick", "standard", "full")
+NORMS: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}  # as reports and AutoAttack write them
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a preset; `attacks.presets` has its attacks.
+
+    Args:
+        surrogates: kinds: method and members.
+        square_queries: most queries of Square for an image; 0 leaves it out.
+        aware_steps: steps of the attack that knows the detector.
+    """
+
+    surrogates: tuple[str, ...]
+    square_queries: int
+    aware_steps: int
+
+
+# The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
+# comes closest to the model itself, and what differs from it in kind.
+PAPER = ("standard-3", "standard-5", "standard-8")
+PRESETS = {
+    "quick": Preset(PAPER[:2], square_queries=100, aware_steps=20),
+    "standard": Preset(PAPER, square_queries=0, aware_steps=50),
+    "full": Preset(
+        (*PAPER, "dverge-3", "deeper-3", "adversarial-3"), square_queries=5000, aware_steps=100
+    ),
+}
+
+
+def radii(eps: Any) -> tuple[float, ...]:
+    """Return one or several radii as floats; random draws follow from how a radius is written.
+
+    Raises:
+        UserError: not a number.
+    """
+    given = eps if isinstance(eps, Iterable) and not isinstance(eps, str) else (eps,)
+    try:
+        return tuple(map(float, given))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`eps` {eps!r}", "a radius or several, e.g. 0.1 or (0.05, 0.1)") from error
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return the names as an error lists them: `a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +81,8 @@ class VerificationConfig:
     labels: str | None = None  # file or set of class names of a foreign classifier: black-box only
     surrogates: Path | None = None  # a folder of runs; by default trained and cached
     url: str | None = None  # a live service of this model, attacked as well
-    requests: int = 2000  # at most, to the live service
-    requests_a_second: float = 50.0  # at most
+    requests: int = 2000  # most requests to the live service
+    requests_a_second: float = 50.0  # most requests per second
     against: Path | None = None  # another model, attacked alike
     eps: tuple[float, ...] = ()  # radii, pixels in [0,1]; by default the recipe's
     norm: Norm = "linf"
@@ -43,22 +90,32 @@ class VerificationConfig:
     seed: int = 0
     device: str | torch.device = "auto"
     at_eps: float | None = None  # a radius that must be among those evaluated
-    attacks: tuple[Attack, ...] = ()  # run after the preset's
+    attacks: tuple[Attack, ...] = ()  # run after the preset's, in the same norm
 
     def __post_init__(self) -> None:
-        radii = ",".join(f"{eps:g}" for eps in self.eps)
+        given = ",".join(f"{eps:g}" for eps in self.eps)
         if self.preset not in PRESETS:
-            raise UserError(f"preset '{self.preset}'", "quick, standard or full")
-        if self.norm not in ("linf", "l2"):
-            raise UserError(f"norm '{self.norm}'", "linf or l2")
+            raise UserError(f"preset '{self.preset}'", one_of(PRESETS))
+        if self.norm not in NORMS:
+            raise UserError(f"norm '{self.norm}'", one_of(NORMS))
+        for attack in self.attacks:
+            if attack.norm != self.norm:
+                raise UserError(
+                    f"the attack '{attack.name}' has norm {attack.norm}",
+                    f"the evaluation's, {self.norm}",
+                )
         if self.norm == "l2" and self.url is not None:
             raise UserError("`url` with `norm` l2", "linf: Square is an Linf attack")
         if self.norm == "l2" and not self.eps:
             raise UserError("`norm` l2 without `eps`", "L2 radii, e.g. `eps` 0.25,0.5")
         most = 1.0 if self.norm == "linf" else math.inf
         if not all(0 < eps <= most and math.isfinite(eps) for eps in self.eps):
-            raise UserError(f"`eps` {radii}", "radii above 0 with commas between, e.g. 0.05,0.1")
+            raise UserError(f"`eps` {given}", "radii above 0 with commas between, e.g. 0.05,0.1")
         if self.images is not None and self.images < 1:
             raise UserError(f"`images` {self.images}", "1 or more")
         if self.at_eps is not None and self.eps and self.at_eps not in self.eps:
-            raise UserError(f"`at_eps` {self.at_eps:g}", f"one of `eps` {radii}")
+            raise UserError(f"`at_eps` {self.at_eps:g}", f"one of `eps` {given}")
+        if self.requests < 10:
+            raise UserError(f"`requests` {self.requests}", "10 or more")
+        if not self.requests_a_second >= 0.1:  # NaN is refused, too
+            raise UserError(f"`requests_a_second` {self.requests_a_second:g}", "0.1 or more")

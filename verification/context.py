@@ -19,16 +19,17 @@ from training.config import DOWNLOADED, EMBEDDED, Config, Data
 from training.data.splits import Split, TrainingData, load_rest, load_test, load_training
 from training.device import pick_device
 from training.recipe import data_overrides
-from verification.attacks import autoattack as reference
-from verification.attacks import presets
+from verification.attacks import autoattack, presets
 from verification.attacks.attack import Attack
 from verification.attacks.presets import Variant
 from verification.attacks.skip_gradient import residual_ends
-from verification.config import VerificationConfig
+from verification.attacks.suite import check_suite
+from verification.config import PRESETS, VerificationConfig
 from verification.foreign_model import ForeignEngine
+from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
 from verification.live import Service
-from verification.surrogates import KINDS, Surrogate, given_surrogates, surrogate_config, surrogates
+from verification.surrogates import Surrogate, given_surrogates, surrogate_configs, surrogates
 
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
@@ -61,11 +62,10 @@ def find_context(config: VerificationConfig) -> Context:
 
     Raises:
         UserError: no such model, no data for it, data with other classes, a folder that cannot be
-            written, a service that does not answer.
+            written, a service that does not answer, two attacks of one name, an attack with a
+            source that is not there.
     """
-    device = config.device
-    if not isinstance(device, torch.device):
-        device = pick_device(device)
+    device = pick_device(config.device)
     engine: Engine | ForeignEngine
     gradients = None
     if config.labels is not None:
@@ -78,7 +78,7 @@ def find_context(config: VerificationConfig) -> Context:
             engine.card, config.model, run=config.run, checkpoint=config.checkpoint, device=device
         )
         if gradients is None:
-            say("no weights of this model were found: no white-box attacks. Give --run DIR")
+            say("no weights of this model were found (no `run` has them): no white-box attacks")
     check_writable(report_path(config.model))
     training = training_config(engine.card, gradients, config.data)
     eps = tuple(sorted(set(config.eps or training.verification.eps)))
@@ -93,23 +93,22 @@ def find_context(config: VerificationConfig) -> Context:
     known = engine.card.training.get("train_sha256") == data.train.sha256
     holdout = data.holdout if known else load_rest(attacked)
     service = _service(config, engine.card, split)
-    if config.surrogates is not None:
-        made = given_surrogates(config.surrogates, engine.card, device)
-    else:
-        made = surrogates(training, data, device, KINDS[config.preset])
     variant = Variant(
         preset=config.preset,
         norm=config.norm,
         classes=len(engine.card.labels),
-        skips=all(residual_ends(surrogate.members) for surrogate in made),
-        reference=reference.available(),
+        reference=autoattack.available(),
     )
-    suite = [
-        *presets.suite(variant, [surrogate.name for surrogate in made], eps),
-        *config.attacks,
-    ]
-    if len({attack.name for attack in suite}) < len(suite):
-        raise UserError("two attacks of one name", "names that the preset does not use")
+    kinds = PRESETS[config.preset].surrogates
+    if config.surrogates is not None:
+        made = given_surrogates(config.surrogates, engine.card, device)
+        names = [surrogate.name for surrogate in made]
+    else:
+        made, names = [], [each.name for each in surrogate_configs(training, kinds).values()]
+    check_suite([*presets.suite(variant, names, eps), *config.attacks], names)
+    made = made or surrogates(training, data, device, kinds)
+    variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
+    suite = [*presets.suite(variant, names, eps), *config.attacks]
     return Context(
         config=config,
         device=device,
@@ -146,7 +145,8 @@ def _service(config: VerificationConfig, card: Card, split: Split) -> Service | 
     if config.url is None:
         return None
     service = Service(config.url, len(card.labels), config.requests, config.requests_a_second)
-    service.scores(split.images[:1].cpu().numpy())
+    with service:
+        service.scores(split.images[:1].cpu().numpy())
     return service
 
 
@@ -156,13 +156,14 @@ def _left_out(
     """Return the parts of the preset that are not run, each with the reason."""
     missing = presets.left_out(variant)
     if config.surrogates is None:
+        kinds = PRESETS[config.preset].surrogates
         missing |= {
             f"surrogate {kind}": f"none of its kind for {training.architecture}"
-            for kind in KINDS[config.preset]
-            if surrogate_config(training, kind) is None
+            for kind in kinds
+            if kind not in surrogate_configs(training, kinds)
         }
     if gradients is None:
-        missing["white-box attacks"] = "no weights to take gradients from"
+        missing["white-box attacks"] = NO_WEIGHTS
     return [{"what": what, "why": why} for what, why in missing.items()]
 
 

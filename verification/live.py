@@ -12,7 +12,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -38,6 +38,8 @@ LEAST = -20.0  # log-probability of a class that the service leaves out
 @dataclass
 class Service:
     """A live service: its address, and the requests made so far.
+
+    As a context manager it closes its connection at the end; a later request opens another.
 
     Args:
         url: `http://host:port`; https works as well.
@@ -71,8 +73,10 @@ class Service:
         self._path = parts.path.rstrip("/") + "/predict"
         self._next = 0.0
 
-    def close(self) -> None:
-        """Close the connection."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._connection.close()
 
     @property

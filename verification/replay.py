@@ -13,15 +13,15 @@ import torch
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from training.data.splits import Split
-from training.pgd import Norm
 from verification.assemble import nulls
 from verification.attacks import presets
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
-from verification.attacks.recorder import Recorder
+from verification.attacks.recorder import OutcomeRecorder
+from verification.config import NORMS
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
-from verification.metrics import detection as alarm
+from verification.metrics import detection
 from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
 from verification.report.evidence import evidence_folder, read_evidence
 from verification.report.report import Gate, Report
@@ -80,8 +80,8 @@ def replay(path: Path) -> Replay:
 
     suite = {attack.name: attack for attack in presets.from_json(report["attacks"])}
     eps: list[float] = report["threat_model"]["eps"]
-    norm: Norm = "linf" if report["threat_model"]["norm"] == "Linf" else "l2"
-    recorder, extra, count = Recorder(engine, split), {}, 0
+    norm = {text: norm for norm, text in NORMS.items()}[report["threat_model"]["norm"]]
+    recorder, extra, count = OutcomeRecorder(engine, split), {}, 0
     ran = Outcomes.from_json(report["outcomes"]["model"]).ran
     for entry in report["evidence"]["adversarial"]:
         arrays = read_evidence(folder, entry)
@@ -109,8 +109,8 @@ def replay(path: Path) -> Replay:
     again: dict[str, Any] = figures(outcome, attacks, eps)
     again["outcomes"] = {"model": outcome.to_json()}
     attacked = worst_at(outcome, max(eps)) | extra
-    again["disagreement"] = alarm.calibrate(engine, holdout, split) | {
-        "alarm": alarm.measure(engine, holdout, split, attacked)
+    again["disagreement"] = detection.calibrate(engine, holdout, split) | {
+        "alarm": detection.measure(engine, holdout, split, attacked)
     }
     again["combination"] = combinations(
         outcome, Outcomes.from_json(report["outcomes"][SOFT]), attacks, eps

@@ -24,16 +24,6 @@ from verification.attacks.cache import cache_folder
 from verification.gradients import ready
 
 VERSION = 1  # raise when training changes what the same settings give
-# The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
-# comes closest to the model itself, and what differs from it in kind.
-KINDS = {
-    "quick": ("standard-3", "standard-5"),
-    "standard": ("standard-3", "standard-5", "standard-8"),
-    "full": (
-        *("standard-3", "standard-5", "standard-8"),
-        *("dverge-3", "deeper-3", "adversarial-3"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,12 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
     return None
 
 
+def surrogate_configs(config: Config, kinds: Sequence[str]) -> dict[str, Config]:
+    """Return the settings of the surrogates that this version can train, by kind."""
+    found = {kind: surrogate_config(config, kind) for kind in kinds}
+    return {kind: wanted for kind, wanted in found.items() if wanted is not None}
+
+
 def surrogates(
     config: Config, data: TrainingData, device: torch.device, kinds: Sequence[str]
 ) -> list[Surrogate]:
@@ -113,10 +109,7 @@ def surrogates(
     version cannot train are left out.
     """
     found = []
-    for kind in kinds:
-        wanted = surrogate_config(config, kind)
-        if wanted is None:
-            continue
+    for kind, wanted in surrogate_configs(config, kinds).items():
         folder = surrogate_folder(kind, wanted, data)
         run = train(wanted, folder, device=device, resume=True, data=data, wait=True)
         found.append(_opened(wanted.name, run, device))

@@ -17,7 +17,7 @@ from training.optimizers import RateOnDevice
 from verification.attacks import presets
 from verification.attacks.perturbation import encode_fp16
 from verification.gradients import flow, ready
-from verification.metrics.detection import aware
+from verification.metrics.detection import detector_aware
 
 EPS = 0.03
 
@@ -70,7 +70,7 @@ def every_attack_makes_images(device: torch.device) -> str:
         fewer: dict[str, Any] = {name: min(getattr(attack, name), 2) for name in names}
         adversarial = replace(attack, **fewer)(ensemble, images, split.labels, EPS)
         encode_fp16(adversarial, split.images, EPS, attack.norm)
-    aware(members, split, EPS, steps=2, seed=0)
+    detector_aware(members, split, EPS, steps=2, seed=0)
     return f"{len(crafted)} attacks"
 
 

@@ -85,10 +85,9 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
     url: str, full: bool, kept: int, broken: int
 ) -> None:
     values = [120, kept, 250, 5]
-    service = Service(url, 2, requests=160, rate=1e6, token="secret")
-    Handler.full = full
-    live = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
-    service.close()
+    with Service(url, 2, requests=160, rate=1e6, token="secret") as service:
+        Handler.full = full
+        live = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
     assert live["requests"] == Handler.count <= 160
     assert live["same_model"] is True
     assert live["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
@@ -113,13 +112,12 @@ def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch)
     slept: list[float] = []
     monkeypatch.setattr("verification.live.time.sleep", slept.append)
     monkeypatch.setattr("verification.live.time.monotonic", lambda: 10.0)
-    service = Service(url, 2, requests=3, rate=4.0, token="secret")
-    images = linear_split([10, 20, 30]).images.numpy()
-    service.scores(images)
-    assert slept == [0.0, 0.25, 0.25]
-    with pytest.raises(UserError, match="3 requests is spent"):
-        service.scores(images[:1])
-    service.close()
+    with Service(url, 2, requests=3, rate=4.0, token="secret") as service:
+        images = linear_split([10, 20, 30]).images.numpy()
+        service.scores(images)
+        assert slept == [0.0, 0.25, 0.25]
+        with pytest.raises(UserError, match="3 requests is spent"):
+            service.scores(images[:1])
     assert Handler.count == 3
 
 
@@ -127,33 +125,32 @@ def test_a_busy_service_is_asked_again_later(url: str, monkeypatch: pytest.Monke
     slept: list[float] = []
     monkeypatch.setattr("verification.live.time.sleep", slept.append)
     images = linear_split([10]).images.numpy()
-    service = Service(url, 2, rate=1e6, token="secret")
-    Handler.busy = 2
-    assert service.scores(images).shape == (1, 2)
-    assert (service.asked, Handler.count) == (3, 3)  # all of them counted
-    assert [each for each in slept if each >= 1] == [1.0, 2.0]
-    Handler.busy = 9
-    with pytest.raises(UserError, match="answered 503"):
-        service.scores(images)
-    service.close()
+    with Service(url, 2, rate=1e6, token="secret") as service:
+        Handler.busy = 2
+        assert service.scores(images).shape == (1, 2)
+        assert (service.asked, Handler.count) == (3, 3)  # all of them counted
+        assert [each for each in slept if each >= 1] == [1.0, 2.0]
+        Handler.busy = 9
+        with pytest.raises(UserError, match="answered 503"):
+            service.scores(images)
 
 
 def test_a_connection_that_was_hung_up_while_idle_is_opened_again(url: str) -> None:
     Handler.hangs_up = True
-    service = Service(url, 2, rate=1e6, token="secret")
-    for _ in range(3):
-        service.scores(linear_split([10]).images.numpy())
-        time.sleep(0.05)
-    service.close()
+    with Service(url, 2, rate=1e6, token="secret") as service:
+        for _ in range(3):
+            service.scores(linear_split([10]).images.numpy())
+            time.sleep(0.05)
     assert Handler.count == 3
 
 
 def test_a_service_that_refuses_or_is_not_there_is_a_users_error(url: str) -> None:
     images = linear_split([10]).images.numpy()
-    service = Service(url, 2, token="wrong")
-    with pytest.raises(UserError, match="DVERGE_TOKEN"):
+    with (
+        Service(url, 2, token="wrong") as service,
+        pytest.raises(UserError, match="DVERGE_TOKEN"),
+    ):
         service.scores(images)
-    service.close()
     with pytest.raises(UserError, match="http://host:port"):
         Service("ftp://somewhere", 2)
     with pytest.raises(UserError, match="a port"):

@@ -52,9 +52,8 @@ def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
 ) -> None:
     engine, split, outcome = attacked
     with served(tiny_model, tmp_path, DVERGE_EXPOSE=exposure, DVERGE_TOKEN="secret") as server:
-        service = Service(server.url, 10, requests=REQUESTS, rate=1e6, token="secret")
-        live = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
-        service.close()
+        with Service(server.url, 10, requests=REQUESTS, rate=1e6, token="secret") as service:
+            live = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
         headers = {"authorization": "Bearer secret"}
         counted = httpx.get(f"{server.url}/metrics", headers=headers).text
     assert (live["same_model"], live["exposure"]) == (True, exposure)

@@ -30,9 +30,9 @@ from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
 from verification import Report, verify
-from verification.attacks import presets
+from verification.attacks.gradient_attack import Noise
 from verification.attacks.losses import cw_margin
-from verification.attacks.presets import Variant
+from verification.config import radii
 from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
@@ -102,6 +102,10 @@ def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
     assert not list(model.parent.glob(".*.part"))
 
 
+def named(name: str, **settings: Any) -> Noise:
+    return Noise(**({"name": name, "threat": "transfer", "source": "none"} | settings))
+
+
 def test_what_cannot_work_is_refused_before_anything_is_trained(
     tiny_model: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +127,15 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
         ({"images": 0}, "`images` 0"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"labels": "labels.txt"}, "without `data`"),
+        ({"eps": "small"}, "`eps` 'small'; expected a radius or several"),
+        ({"eps": (0.1, None)}, r"`eps` \(0.1, None\)"),
+        ({"requests": 0}, "`requests` 0; expected 10 or more"),
+        ({"requests_a_second": 0}, "`requests_a_second` 0; expected 0.1 or more"),
+        ({"attacks": [named("noise")]}, "2 attacks are named 'noise'"),
+        ({"attacks": [named("a"), named("a")]}, "2 attacks are named 'a'"),
+        ({"attacks": [named("a", source="nobody")]}, "source 'nobody'; expected one of none, t"),
+        ({"attacks": [named("a", norm="l2")]}, "'a' has norm l2; expected the evaluation's, linf"),
+        ({"norm": "l2", "attacks": [named("a")]}, "'a' has norm linf; expected .* l2"),
     )
     right = {"model": tiny_model, "run": tiny_run, "eps": EPS, "images": 8}
     for change, words in wrong:
@@ -130,6 +143,11 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
             verify(**(right | change))  # type: ignore[arg-type]
     assert not report_path(tiny_model).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_radii_are_floats_however_they_are_given() -> None:
+    for given in (1, 1.0, "1", np.float32(1), (1,), [1.0], np.array([1]), iter("1")):
+        assert str(radii(given)) == "(1.0,)"  # random draws follow from how it is written
 
 
 def test_same_seed_same_report(
@@ -149,9 +167,7 @@ def test_without_the_run_the_white_box_is_not_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("verification.gradients._from_file", lambda *_: None)
     shutil.copy(tiny_model, "model.onnx")
-    noise = presets.suite(Variant(preset="quick", classes=10), [], [0.1])[0]
-    more = replace(noise, name="more noise")
-    report = verify("model.onnx", eps=[0.1], images=32, attacks=[more])
+    report = verify("model.onnx", eps=0.1, images=32, attacks=[named("more noise")])
     assert report.verdict == "INCONCLUSIVE"
     assert report.robust_accuracy[0.1].white_box is None
     assert report.control is not None
@@ -160,8 +176,6 @@ def test_without_the_run_the_white_box_is_not_run(
     assert report.robust_accuracy[0.1].all is not None
     assert "more noise" in report.robust_accuracy[0.1].all.attacks
     assert replay(report_path(Path("model.onnx"))).differences == []
-    with pytest.raises(UserError, match="two attacks of one name"):
-        verify("model.onnx", eps=[0.1], images=32, attacks=[noise])
 
 
 def test_the_matching_run_under_runs_is_found(

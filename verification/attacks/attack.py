@@ -17,22 +17,24 @@ Give `Grey(name="grey")` to `run_suite` beside the others, or call it as it is:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dverge_serve.errors import UserError
 from training.models.ensemble import Ensemble
 from training.pgd import Norm
 from verification.attacks.target import Target
+from verification.config import NORMS, one_of
 
 Threat = Literal["transfer", "queries", "white_box"]
 Model = Callable[[Tensor], Tensor]  # images [N, C, H, W] in [0,1] -> logits [N, classes]
-NOTHING = Ensemble([])  # the model of attacks whose source is `none`
+NOTHING = Ensemble([]).eval()  # the model of attacks whose source is `none`
 # The JSON form has the same keys for every kind of attack: each key's attribute, and the value
 # of kinds without that attribute. Reports and cache keys are made of it.
 JSON_FORM: dict[str, tuple[str, Any]] = {
@@ -84,7 +86,7 @@ class Attack(ABC):
             weights.
         source: the model that `run` is given: a surrogate's name, `target` (the attacked model
             itself), or `none`.
-        norm: of the ball.
+        norm: of the ball; `verify` wants the evaluation's.
         restarts: repetitions with other draws; an image must survive them all.
         skip_broken: leave out images already broken at this eps: by this threat, or with
             `queries`, which has no figure of its own, by any.
@@ -107,6 +109,15 @@ class Attack(ABC):
 
     def __init_subclass__(cls, kind: str = "own") -> None:
         cls.kind = kind
+
+    def __post_init__(self) -> None:
+        self.check("threat", get_args(Threat))
+        self.check("norm", NORMS)
+
+    def check(self, setting: str, known: Iterable[str]) -> None:
+        """Raise UserError where a setting is none of the known names."""
+        if (value := getattr(self, setting)) not in known:
+            raise UserError(f"the attack '{self.name}' has {setting} '{value}'", one_of(known))
 
     @abstractmethod
     def run(
@@ -140,7 +151,8 @@ class Attack(ABC):
         """
         best, right = images, torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts):
-            made = self.run(model, images, labels, eps, seed, self.name, str(eps), restart).images
+            names = (seed, self.name, str(float(eps)), restart)
+            made = self.run(model, images, labels, eps, *names).images
             best = torch.where(right.view(-1, 1, 1, 1), made.to(images.device), best)
             with torch.no_grad():
                 right = right & (model(best).argmax(1) == labels)
@@ -149,10 +161,16 @@ class Attack(ABC):
     def access(self, target: Target) -> tuple[Model, str] | None:
         """Return what an attack on the target itself is run on, and a hash of it.
 
-        None where the target does not have it, here its weights; an empty hash where nothing
-        identifies it.
+        That is the answers of its engine, as a plain function, for the threat `queries`, else its
+        weights. None where those are not known; an empty hash where nothing identifies it.
         """
-        return (Ensemble(target.members), target.weights) if target.members else None
+        if self.threat != "queries":
+            return (Ensemble(target.members).eval(), target.weights) if target.members else None
+
+        def answers(images: Tensor) -> Tensor:
+            return torch.from_numpy(target.engine.run_all(images.detach().cpu().numpy()).logits)
+
+        return answers, str(getattr(target.engine, "sha256", ""))
 
     @property
     def cacheable(self) -> bool:
@@ -173,7 +191,7 @@ class Attack(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(Attack):
+class ReportedAttack(Attack):
     """An attack of a kind of its user's own, as far as a report knows it: it cannot be run."""
 
     def run(

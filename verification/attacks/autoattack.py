@@ -11,8 +11,7 @@ from torch import Tensor
 
 from training.seeds import derive
 from verification.attacks.attack import Attack, Crafted, Model
-
-NORMS = {"linf": "Linf", "l2": "L2"}
+from verification.config import NORMS
 
 
 def available() -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dverge_serve.errors import UserError
 from training import pgd
 from training.models.ensemble import Ensemble
 from training.seeds import generator
@@ -18,9 +19,9 @@ from verification.attacks.attack import Attack, Crafted, Model
 from verification.attacks.batches import in_slices
 from verification.attacks.skip_gradient import skip_gradient
 
-Loss = Literal["ce", "cw", "dlr", "reweighted"]
+LossName = Literal["ce", "cw", "dlr", "reweighted"]
 OwnLoss = Callable[[Tensor, Tensor], Tensor]  # outputs [N, classes], labels [N] -> loss [N]
-Output = Literal["mean-logits", "mean-softmax", "logsumexp"]
+OutputName = Literal["mean-logits", "mean-softmax", "logsumexp"]
 LOSSES: dict[str, Callable[[pgd.Output, Tensor], pgd.Loss]] = {
     "ce": pgd.cross_entropy,
     "cw": losses.cw_margin,
@@ -67,8 +68,8 @@ class GradientAttack(Attack, kind="gradient"):
         variance_samples: neighbours for variance tuning (VMI); 0 for none.
     """
 
-    loss: Loss | OwnLoss = "ce"
-    output: Output = "mean-logits"
+    loss: LossName | OwnLoss = "ce"
+    output: OutputName = "mean-logits"
     steps: int = 10
     rel_stepsize: float = 0.2
     momentum: float | None = None
@@ -76,6 +77,14 @@ class GradientAttack(Attack, kind="gradient"):
     diversity: float = 0.0
     skip_gamma: float = 1.0
     variance_samples: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.loss):
+            self.check("loss", get_args(LossName))
+        self.check("output", OUTPUTS)
+        if self.source == "none":
+            raise UserError(f"the attack '{self.name}' has no source", "a model with gradients")
 
     def run(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str

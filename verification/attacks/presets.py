@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from training.pgd import Norm
-from verification.attacks.attack import JSON_FORM, Attack, Recorded
+from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
-from verification.attacks.gradient_attack import GradientAttack, Loss, Noise, Output
+from verification.attacks.gradient_attack import GradientAttack, LossName, Noise, OutputName
 from verification.attacks.square import Square
+from verification.config import PRESETS
 
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
-KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
-MPGD = GradientAttack(name="mpgd", threat="transfer", source="none", momentum=1.0)
+ATTACK_KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
+MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
-SQUARE_QUERIES = {"quick": 100, "standard": 0, "full": 5000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def left_out(variant: Variant) -> dict[str, str]:
         if variant.preset != "full" or variant.reference
         else "pyautoattack is not installed: pip install 'dverge-serve[audit]'",
         "Square": ""
-        if not SQUARE_QUERIES[variant.preset] or variant.norm == "linf"
+        if not PRESETS[variant.preset].square_queries or variant.norm == "linf"
         else "it is an Linf attack",
     }
     return {what: why for what, why in found.items() if why}
@@ -85,13 +85,14 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     chosen.append(_doubled(chosen, middle))
     if preset == "full":
         chosen += _full(surrogates, variant.reference)
-    if SQUARE_QUERIES[preset] and norm == "linf":
+    queries = PRESETS[preset].square_queries
+    if queries and norm == "linf":
         chosen.append(
             Square(
                 name="square",
                 threat="queries",
                 source="target",
-                queries=SQUARE_QUERIES[preset],
+                queries=queries,
                 skip_broken=True,
                 control=False,
             )
@@ -127,7 +128,9 @@ def from_json(tables: Sequence[dict[str, Any]]) -> list[Attack]:
 
 
 def _read(table: dict[str, Any]) -> Attack:
-    kind = next((each for each in KINDS if each.kind == table["kind"]), Recorded)
+    kind = next((each for each in ATTACK_KINDS if each.kind == table["kind"]), ReportedAttack)
+    if kind is GradientAttack and table["loss"] not in get_args(LossName):  # a loss of one's own
+        kind = ReportedAttack
     known = {field.name for field in fields(kind)}
     settings = {JSON_FORM[key][0]: value for key, value in table.items() if key in JSON_FORM}
     return kind(**{name: value for name, value in settings.items() if name in known})
@@ -159,7 +162,7 @@ def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[GradientA
 
 def _white_box_protocol(classes: int) -> list[GradientAttack]:
     """Return the paper's white-box protocol on all forms of the ensemble: PGD-50, 5 starts."""
-    forms: list[tuple[Loss, Output]] = [
+    forms: list[tuple[LossName, OutputName]] = [
         ("ce", "mean-softmax"),
         ("ce", "mean-logits"),
         ("cw", "mean-logits"),
@@ -172,7 +175,7 @@ def _white_box_protocol(classes: int) -> list[GradientAttack]:
 
 def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[GradientAttack]:
     """Return the attack from every surrogate, with both losses."""
-    losses: tuple[Loss, ...] = ("ce", "cw")
+    losses: tuple[LossName, ...] = ("ce", "cw")
     return [
         replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
         for surrogate in surrogates
@@ -180,7 +183,9 @@ def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[Gradie
     ]
 
 
-def _on_each(forms: Sequence[tuple[Loss, Output]], attack: GradientAttack) -> list[GradientAttack]:
+def _on_each(
+    forms: Sequence[tuple[LossName, OutputName]], attack: GradientAttack
+) -> list[GradientAttack]:
     """Return the attack with every loss on every way of combining the members named."""
     return [
         replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)

@@ -41,7 +41,7 @@ class Scored:
         return Scored(deltas, quantized, (as_float | self.broken[0], as_8bit | self.broken[1]))
 
 
-class Recorder:
+class OutcomeRecorder:
     """The outcomes of one target, filled in attack by attack.
 
     Args:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from training.seeds import derive
 from verification.attacks.attack import Attack, Crafted, Model
-from verification.attacks.target import Target
 
 Floats = npt.NDArray[np.float32]
 Score = Callable[[Floats], npt.NDArray[np.floating]]  # images [n, C, H, W] -> logits [n, classes]
@@ -42,14 +41,6 @@ class Square(Attack, kind="square"):
         clean, wanted = images.cpu().numpy(), labels.cpu().numpy()
         found = square(score, clean, wanted, eps=eps, queries=self.queries, seed=derive(*seed))
         return Crafted(torch.from_numpy(found.images).to(images.device), found.queries)
-
-    def access(self, target: Target) -> tuple[Model, str] | None:
-        """Return the target's answers as a function of images, and the hash of its engine."""
-
-        def answers(images: Tensor) -> Tensor:
-            return torch.from_numpy(target.engine.run_all(images.cpu().numpy()).logits)
-
-        return answers, str(getattr(target.engine, "sha256", ""))
 
     @property
     def work(self) -> int:

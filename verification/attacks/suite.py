@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from verification.attacks.attack import NOTHING, Attack, Model
 from verification.attacks.cache import cached
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
-from verification.attacks.recorder import Deltas, Recorder, Scored
+from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
 from verification.attacks.target import Target
 
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
@@ -88,14 +88,14 @@ def run_suite(
     Raises:
         UserError: two attacks of one name, or one whose source is not there.
     """
-    _check(suite, sources)
-    recorders = {name: Recorder(target.engine, split) for name, target in targets.items()}
+    check_suite(suite, sources)
+    recorders = {name: OutcomeRecorder(target.engine, split) for name, target in targets.items()}
     first = next(iter(targets))
     jobs = [
         Job(attack, eps, *chosen)
         for attack in suite
         for chosen in _pairs(attack, sources, targets)
-        for eps in ([attack.only_eps] if attack.only_eps is not None else eps_grid)
+        for eps in ([attack.only_eps] if attack.only_eps is not None else map(float, eps_grid))
     ]
     work = sum(job.work * job.attack.restarts for job in jobs)
     with Progress(f"{label}, {len(split)} images", work) as progress:
@@ -118,7 +118,8 @@ def run_suite(
     return {name: recorder.outcomes for name, recorder in recorders.items()}
 
 
-def _check(suite: Sequence[Attack], sources: Mapping[str, Source]) -> None:
+def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:
+    """Raise UserError for two attacks of one name, or one whose source is none of these."""
     for name, count in Counter(attack.name for attack in suite).items():
         if count > 1:
             raise UserError(f"{count} attacks are named '{name}'", "a name of its own for each")
@@ -140,7 +141,7 @@ def _pairs(
     if attack.source != "target":
         members, weights = sources[attack.source]
         names = [name for name, target in targets.items() if target.weights != weights]
-        return [(names, Ensemble(members), weights)] if names else []
+        return [(names, Ensemble(members).eval(), weights)] if names else []
     chosen = list(targets) if attack.control else list(targets)[:1]
     return [
         ([name], *access) for name in chosen if (access := attack.access(targets[name])) is not None
@@ -195,7 +196,11 @@ def _crafted(
         queries = np.zeros(len(split), dtype=np.int64)
         if len(part):
             names = (seed[0], attack.name, str(eps), seed[1])
-            made = attack.run(job.model, to_float(part.images), part.labels, eps, *names)
+            try:
+                made = attack.run(job.model, to_float(part.images), part.labels, eps, *names)
+            finally:
+                if isinstance(job.model, Ensemble):
+                    job.model.eval()  # whatever an attack of a user's own left it in
             deltas[ran] = encode_fp16(made.images, part.images, eps, attack.norm)
             queries[ran] = 0 if made.queries is None else made.queries
         return {"halves": deltas, "queries": queries}

@@ -26,7 +26,7 @@ from verification.metrics.statistics import auroc, quantile_above, rate
 Floats = npt.NDArray[np.float64]
 DEPLOYED = "jensen-shannon"
 RATES = (0.01, 0.05)
-SURE = 1.0  # the margin beyond which the detector-aware attack raises it no further
+MARGIN_CAP = 1.0  # the margin beyond which the detector-aware attack raises it no further
 
 
 def vote_split(scores: Scores) -> Floats:
@@ -105,32 +105,33 @@ def measure(
     if not len(holdout):
         return []
     held, clean = clean_scores(engine, holdout), clean_scores(engine, split)
+    known = {score: (of(held), of(clean)) for score, of in SCORES.items()}
     rows = []
     for name, (eps, pixels) in attacked.items():
         scores = engine.run_all(images.to_float(pixels))
         fooled: Mask = (scores.predictions != labels) & (clean.predictions == labels)
         for score, of in SCORES.items():
-            if not all(np.isfinite(of(each)).all() for each in (held, clean, scores)):
+            (of_held, of_clean), of_all = known[score], of(scores)
+            if not all(np.isfinite(each).all() for each in (of_held, of_clean, of_all)):
                 continue
-            there = of(scores)[fooled]
-            row = {"attack": name, "eps": eps, "score": score}
-            row["auroc"] = auroc(of(clean), there)
+            there = of_all[fooled]
+            row = {"attack": name, "eps": eps, "score": score, "auroc": auroc(of_clean, there)}
             for share in RATES:
-                threshold = quantile_above(of(held), share)
+                threshold = quantile_above(of_held, share)
                 row[f"tpr_at_{share:g}"] = rate(there > threshold)
-                row[f"fpr_at_{share:g}"] = rate(of(clean) > threshold)
+                row[f"fpr_at_{share:g}"] = rate(of_clean > threshold)
             rows.append(row)
     return rows
 
 
-def aware(
+def detector_aware(
     members: Sequence[nn.Module], split: Split, eps: float, *, steps: int, seed: int
 ) -> Pixels:
     """Return 8-bit images of an attacker who knows the alarm, uint8 `[N, C, H, W]`.
 
-    The attack raises the margin up to `SURE` and lowers the members' Jensen-Shannon divergence:
-    `min(margin, 1) - 5 JS`, sign steps from a random start. Of all steps' images, the one that
-    fools the model with the least disagreement is kept.
+    The attack raises the margin up to `MARGIN_CAP` and lowers the members' Jensen-Shannon
+    divergence: `min(margin, 1) - 5 JS`, sign steps from a random start. Of all steps' images, the
+    one that fools the model with the least disagreement is kept.
 
     Args:
         members: the attacked model's, in evaluation mode.
@@ -160,7 +161,8 @@ def _aware_batch(
 
     def loss(x: Tensor) -> Tensor:
         stack = pgd.member_logits(members, x)
-        return losses.margins(stack.mean(0), part.labels).clamp(max=SURE) - 5 * _divergence(stack)
+        margin = losses.margins(stack.mean(0), part.labels).clamp(max=MARGIN_CAP)
+        return margin - 5 * _divergence(stack)
 
     for step in range(steps):
         size = eps * (0.2 if step < steps // 2 else 0.05)

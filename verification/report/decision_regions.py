@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from dverge_serve import images
 from training import pgd
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
@@ -51,7 +52,7 @@ def illustrate(
         answers = plane(engine, members, split.take(torch.from_numpy(right)), 2 * eps)
         found["regions"] = plots.regions(answers, 2 * eps, labels, truth[right].tolist())
     for (radius, _), pixels in sorted(outcome.worst.items(), key=lambda item: item[0]):
-        answered = engine.run_all(pixels.astype(np.float32) / np.float32(255)).predictions
+        answered = engine.run_all(images.to_float(pixels)).predictions
         fooled = np.flatnonzero(outcome.clean & (answered != truth))[:SHOWN]
         if len(fooled) == min(SHOWN, len(truth)) or (len(fooled) and radius == eps):
             told = [(labels[truth[at]], labels[answered[at]]) for at in fooled]

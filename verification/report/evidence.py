@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ def evidence_folder(model: Path) -> Path:
     return model.with_name(f"{model.stem}.report")
 
 
-class Gathering:
-    """Writer of the evidence, into a temporary folder that is renamed at the end.
+class EvidenceWriter:
+    """Writer of the evidence, into a temporary folder that `finish` renames.
+
+    A context manager, at whose end a folder that was not renamed is deleted.
 
     Args:
         folder: the final folder.
@@ -52,6 +54,12 @@ class Gathering:
             "images": {"file": IMAGES, "sha256": self._write(IMAGES, images)},
             "adversarial": [],
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.part, ignore_errors=True)
 
     def add(
         self,

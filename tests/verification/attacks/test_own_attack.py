@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from tests.verification.models import EPS, Linear, TorchEngine, linear_split, sh
 from training.data.splits import to_float
 from training.models.ensemble import Ensemble
 from verification.attacks import presets
-from verification.attacks.attack import Attack, Crafted, Model, Recorded, Threat
+from verification.attacks.attack import (
+    NOTHING,
+    Attack,
+    Crafted,
+    Model,
+    ReportedAttack,
+    Threat,
+)
 from verification.attacks.augmentation import AttackAugmentation
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.outcomes import Outcomes
@@ -110,12 +118,89 @@ def test_a_report_describes_attacks_and_losses_of_ones_own() -> None:
     assert Shift().to_json()["kind"] == "own"
     assert own.to_json()["loss"] == "right_minus_wrong"
     shift, loss = presets.from_json([Shift(gate="g").to_json(), own.to_json()])
-    assert isinstance(shift, Recorded)
+    assert isinstance(shift, ReportedAttack)
     assert (shift.name, shift.threat, shift.gate) == ("shift", "white_box", "g")
     assert shift.to_json() == Shift(gate="g").to_json()
-    assert loss.to_json() == own.to_json()
+    assert isinstance(loss, ReportedAttack)
+    assert (loss.name, loss.threat, loss.norm) == ("own loss", "white_box", "l2")
     with pytest.raises(NotImplementedError, match="does not hold the code of 'shift'"):
         attacked(shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(Shift):
+    """Leaves the model in training mode, as it may do, and then fails."""
+
+    fails: bool = False
+
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
+    ) -> Crafted:
+        assert isinstance(model, Ensemble)
+        assert not model.training  # a wrapped library that puts the mode back puts back this one
+        model.train()
+        if self.fails:
+            raise RuntimeError("a mistake")
+        return super().run(model, images, labels, eps, *seed)
+
+
+@pytest.mark.parametrize("source", ["target", "s"])
+def test_no_attack_leaves_the_members_in_training_mode(source: str) -> None:
+    members = [Linear().eval(), Linear(5.0).eval()]
+    target = Target(TorchEngine([*members]), members, "weights of the model")
+    for fails in (False, True):
+        with pytest.raises(RuntimeError, match="a mistake") if fails else nullcontext():
+            run_suite(
+                [Careless(source=source, fails=fails)],
+                {"s": (members, "weights of the surrogate")},
+                {"m": target},
+                linear_split(VALUES),
+                [EPS],
+                seed=0,
+            )
+        assert not any(member.training for member in members)
+    assert not NOTHING.training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks(Attack):
+    """Knows the answers alone, and remembers what it was given."""
+
+    name: str = "asks"
+    threat: Threat = "queries"
+    source: str = "target"
+    given: list[Model] = field(default_factory=list)
+
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
+    ) -> Crafted:
+        self.given.append(model)
+        assert not model(images.clone().requires_grad_()).requires_grad
+        return Crafted(images)
+
+
+def test_who_may_only_ask_gets_no_weights() -> None:
+    asks = Asks()
+    assert attacked(asks).robust([asks], EPS).all()
+    assert not isinstance(asks.given[0], torch.nn.Module)
+    with pytest.raises(TypeError, match=r"follows a torch\.nn\.Module, not function"):
+        attacked(GradientAttack(name="pgd", threat="queries", source="target"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss": "kl"}, "the attack 'a' has loss 'kl'; expected ce, cw, dlr or reweighted"),
+        ({"output": "max"}, "output 'max'; expected mean-logits, mean-softmax or logsumexp"),
+        ({"norm": "l1"}, "norm 'l1'; expected linf or l2"),
+        ({"threat": "white-box"}, "threat 'white-box'; expected transfer, queries or white_box"),
+        ({"source": "none"}, "'a' has no source"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
+    right: dict[str, Any] = {"name": "a", "threat": "white_box", "source": "target"}
+    with pytest.raises(UserError, match=words):
+        GradientAttack(**(right | settings))
 
 
 def test_a_suite_refuses_two_of_a_name_and_unknown_sources() -> None:
