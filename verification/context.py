@@ -134,8 +134,7 @@ def _opponent(path: Path | None, card: Card) -> Engine | None:
     engine = Engine(path, device="cpu")
     if engine.card.labels != card.labels or engine.card.input_shape != card.input_shape:
         raise UserError(
-            f"{path} has other classes or another input",
-            "a model of the same images and labels",
+            f"{path} has other classes or another input", "a model of the same images and labels"
         )
     return engine
 

@@ -78,11 +78,7 @@ class ForeignEngine:
         parts = []
         for at in range(0, len(images), step):
             part = images[at : at + step]
-            filled = (
-                np.concatenate([part, np.repeat(part[-1:], (self._batch or 0) - len(part), 0)])
-                if self._batch and len(part) < self._batch
-                else part
-            )
+            filled = np.resize(part, (self._batch or len(part), *part.shape[1:]))
             (logits,) = self._session.run([self._names[1]], {self._names[0]: filled})
             logits = np.asarray(logits, np.float32)[: len(part)]
             parts.append(Scores(logits, logits[:, None]))

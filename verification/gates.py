@@ -139,13 +139,8 @@ def iterative_beats_single(
     ]
     single = [each for each in white_box if each.steps == 1]
     many = [each for each in white_box if each.steps > 1]
-    worst = _only_first_breaks(outcome, single, many, eps)
-    if worst is None:
-        return Gate("iterative-beats-single", None, "INCONCLUSIVE", NO_WEIGHTS)
-    count, at = worst
-    limit = allowed(len(outcome.clean))
-    detail = f"{count} images at eps {at:g} broken by one step and not by many (allowed {limit:g})"
-    return Gate("iterative-beats-single", count <= limit, "INCONCLUSIVE", detail)
+    name, what = "iterative-beats-single", "broken by one step and not by many"
+    return _never_beats(name, outcome, (single, many), eps, what, NO_WEIGHTS)
 
 
 def converged(outcome: Outcomes, suite: Sequence[Attack]) -> Gate:
@@ -167,16 +162,11 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
     Otherwise gradients are masked and the white-box figure flatters. The images count as broken
     either way.
     """
-    name = "weaker-never-beats"
     weak = [attack for attack in suite if attack.threat != "white_box"]
     strong = [attack for attack in suite if attack.threat == "white_box"]
-    worst = _only_first_breaks(outcome, weak, strong, eps)
-    if worst is None:
-        return Gate(name, None, "INCONCLUSIVE", "white-box attacks were not run")
-    count, at = worst
-    limit = allowed(len(outcome.clean))
-    detail = f"{count} images at eps {at:g} broken only by weaker attacks (allowed {limit:g})"
-    return Gate(name, count <= limit, "INCONCLUSIVE", detail)
+    name, what = "weaker-never-beats", "broken only by weaker attacks"
+    not_run = "white-box attacks were not run"
+    return _never_beats(name, outcome, (weak, strong), eps, what, not_run)
 
 
 def control_falls(
@@ -230,22 +220,26 @@ def self_test_found(expected: Mask, found: Mask) -> Gate:
     return Gate("planted-found", missed == invented == 0, "INVALID", detail)
 
 
-def _only_first_breaks(
-    outcome: Outcomes, first: Sequence[Attack], second: Sequence[Attack], eps: Sequence[float]
-) -> tuple[int, float] | None:
-    """Return the most images at any radius that `first` breaks and `second` does not, and where.
-
-    None where `second` was not run.
-    """
-    ran = [[each for each in second if outcome.has(each, e)] for e in eps]
+def _never_beats(
+    name: str,
+    outcome: Outcomes,
+    attacks: tuple[Sequence[Attack], Sequence[Attack]],
+    eps: Sequence[float],
+    what: str,
+    not_run: str,
+) -> Gate:
+    """At the radius where most are, few images are broken by the weak and not by the strong."""
+    weak, strong = attacks
+    ran = [[each for each in strong if outcome.has(each, e)] for e in eps]
     if not all(ran):
-        return None
+        return Gate(name, None, "INCONCLUSIVE", not_run)
     counts = [
-        int((outcome.robust(chosen, e) & ~outcome.robust(first, e)).sum())
+        int((outcome.robust(chosen, e) & ~outcome.robust(weak, e)).sum())
         for chosen, e in zip(ran, eps, strict=True)
     ]
-    at = int(np.argmax(counts))
-    return counts[at], eps[at]
+    at, limit = int(np.argmax(counts)), allowed(len(outcome.clean))
+    detail = f"{counts[at]} images at eps {eps[at]:g} {what} (allowed {limit:g})"
+    return Gate(name, counts[at] <= limit, "INCONCLUSIVE", detail)
 
 
 def _largest(values: npt.NDArray[np.float32]) -> float:

@@ -65,12 +65,7 @@ def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Mem
 
 
 def find_gradients(
-    card: Card,
-    model: Path,
-    *,
-    run: Path | None,
-    checkpoint: Path | None,
-    device: torch.device,
+    card: Card, model: Path, *, run: Path | None, checkpoint: Path | None, device: torch.device
 ) -> Gradients | None:
     """Return the weights behind a model, from the first place that has them.
 

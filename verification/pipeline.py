@@ -41,7 +41,7 @@ def attack_and_report(config: VerificationConfig) -> Report:
     eps, split, model = context.eps, context.split, targets["model"]
     with EvidenceWriter(evidence_folder(config.model), split, context.holdout) as evidence:
         outcomes = run_suite(
-            context.suite, sources, targets, split, eps, seed=seed, evidence=evidence
+            context.suite, sources, targets, split, eps, seed=seed, keep=evidence.add
         )
         outcome = outcomes["model"]
         checks = check(context, model, outcomes, control)

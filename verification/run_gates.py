@@ -23,10 +23,7 @@ from verification.self_test import CHECKING, self_test
 
 
 def check(
-    context: Context,
-    model: Target,
-    outcomes: dict[str, Outcomes],
-    control: str,
+    context: Context, model: Target, outcomes: dict[str, Outcomes], control: str
 ) -> list[Gate]:
     """Return every gate's result, in the report's order.
 

@@ -145,6 +145,21 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interruption_leaves_nothing_behind(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, keep: Any, **__: Any) -> None:
+        assert len(list(tmp_path.glob(".*.part"))) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verification.pipeline.run_suite", interrupted)
+    model = tmp_path / "model.onnx"
+    shutil.copy(tiny_model, model)
+    with pytest.raises(KeyboardInterrupt):
+        verify(model, run=tiny_run, eps=EPS, images=8, device="cpu")
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_radii_are_floats_however_they_are_given() -> None:
     for given in (1, 1.0, "1", np.float32(1), (1,), [1.0], np.array([1]), iter("1")):
         assert str(radii(given)) == "(1.0,)"  # random draws follow from how it is written

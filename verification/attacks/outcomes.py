@@ -43,11 +43,7 @@ class Outcomes:
     scored: int = 0
 
     def add(
-        self,
-        key: tuple[str, float, str],
-        scores: Scores,
-        labels: npt.NDArray[np.int64],
-        ran: Mask,
+        self, key: tuple[str, float, str], scores: Scores, labels: npt.NDArray[np.int64], ran: Mask
     ) -> Mask:
         """Add the scores of one attack's images.
 

@@ -40,18 +40,17 @@ class Variant:
 
 def left_out(variant: Variant) -> dict[str, str]:
     """Return the attacks of the preset that this model does not get, and why."""
-    quick = variant.preset == "quick"
+    preset = variant.preset
+    whole = preset != "quick"
+    square = PRESETS[preset].square_queries > 0
+    missing = "pyautoattack is not installed: pip install 'dverge-serve[audit]'"
     found = {
-        "SGM": "" if quick or variant.skips else "a surrogate has no residual branches",
-        "DLR": "" if quick or variant.classes >= 3 else "it needs three classes",
-        "AutoAttack": ""
-        if variant.preset != "full" or variant.reference
-        else "pyautoattack is not installed: pip install 'dverge-serve[audit]'",
-        "Square": ""
-        if not PRESETS[variant.preset].square_queries or variant.norm == "linf"
-        else "it is an Linf attack",
+        "SGM": (whole and not variant.skips, "a surrogate has no residual branches"),
+        "DLR": (whole and variant.classes < 3, "it needs three classes"),
+        "AutoAttack": (preset == "full" and not variant.reference, missing),
+        "Square": (square and variant.norm != "linf", "it is an Linf attack"),
     }
-    return {what: why for what, why in found.items() if why}
+    return {what: why for what, (is_left_out, why) in found.items() if is_left_out}
 
 
 def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> list[Attack]:
@@ -66,11 +65,9 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     middle = sorted(eps)[len(eps) // 2]
     chosen: list[Attack] = [
         Noise(name="noise", threat="transfer", source="none"),
-        GradientAttack(
+        replace(
+            PGD,
             name="fgsm-ce on mean-logits",
-            threat="white_box",
-            source="target",
-            loss="ce",
             steps=1,
             rel_stepsize=1.0,
             random_start=False,
@@ -105,10 +102,9 @@ def large(norm: Norm, pixels: int) -> tuple[GradientAttack, float]:
 
     Half the pixel range lets every image become the same grey one.
     """
-    attack = GradientAttack(
+    attack = replace(
+        PGD,
         name="pgd-cw at a radius that hides the image",
-        threat="white_box",
-        source="target",
         loss="cw",
         norm=norm,
         steps=20,
@@ -217,28 +213,17 @@ def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
     vmi = replace(
         MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
     )
-    chosen: list[Attack] = [*_from_each(surrogates, vmi)]
-    chosen.append(
-        GradientAttack(
-            name="reweighted members",
-            threat="white_box",
-            source="target",
-            loss="reweighted",
-            steps=100,
-            rel_stepsize=0.1,
-            momentum=0.75,
-            restarts=5,
-            skip_broken=True,
-        )
+    reweighted = replace(
+        PGD,
+        name="reweighted members",
+        loss="reweighted",
+        steps=100,
+        rel_stepsize=0.1,
+        momentum=0.75,
+        restarts=5,
+        skip_broken=True,
     )
-    if reference:
-        chosen.append(
-            AutoAttack(
-                name="autoattack",
-                threat="white_box",
-                source="target",
-                skip_broken=True,
-                control=False,
-            )
-        )
-    return chosen
+    published = AutoAttack(
+        name="autoattack", threat="white_box", source="target", skip_broken=True, control=False
+    )
+    return [*_from_each(surrogates, vmi), reweighted, *([published] if reference else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,7 @@ class Square(Attack, kind="square"):
         return max(self.queries, 1)
 
 
-@dataclass(frozen=True)
-class SquareResult:
+class SquareResult(NamedTuple):
     """The outcome of one search.
 
     Args:

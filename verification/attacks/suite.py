@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,9 @@ from verification.attacks.perturbation import encode_fp16
 from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
 from verification.attacks.target import Target
 
+# Stores one attack's images at one radius, for a replay: its name, eps, changes and 8-bit images.
+Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
-
-
-class Evidence(Protocol):
-    """A store of adversarial images for a replay."""
-
-    def add(self, attack: str, eps: float, deltas: Deltas, quantized: Pixels, /) -> None:
-        """Store one attack's images at one radius."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def run_suite(
     eps_grid: Sequence[float],
     *,
     seed: int,
-    evidence: Evidence | None = None,
+    keep: Keep | None = None,
     label: str = "attacking",
 ) -> dict[str, Outcomes]:
     """Attack every target with every attack at every radius.
@@ -78,11 +73,11 @@ def run_suite(
     Args:
         suite: the attacks, in order: those that skip broken images come last.
         sources: surrogates by name, in evaluation mode on the split's device, and a hash of each.
-        targets: by name; the first is the one whose images are kept as evidence.
+        targets: by name; the first is the one whose images are kept.
         split: test images.
         eps_grid: radii.
         seed: of every random draw.
-        evidence: stores the first target's adversarial images.
+        keep: stores the first target's adversarial images.
         label: of the progress.
 
     Raises:
@@ -113,8 +108,8 @@ def run_suite(
                     if name == first:
                         kept = found.after(kept)
                 progress.advance(job.work, f"{attack.name}, eps {eps:g}")
-            if evidence is not None and kept is not None:
-                evidence.add(attack.name, eps, kept.deltas, kept.quantized)
+            if keep is not None and kept is not None:
+                keep(attack.name, eps, kept.deltas, kept.quantized)
     return {name: recorder.outcomes for name, recorder in recorders.items()}
 
 

@@ -71,24 +71,14 @@ def comparison(
     Only attacks that were run on both count.
     """
     rows = [{"what": "clean", "eps": 0.0, **mcnemar(ours.clean, theirs.clean)}]
-    for each in eps:
+    for e in eps:
         for threat in THREATS:
-            both = [
-                attack
-                for attack in suite
-                if attack.threat == threat and ours.has(attack, each) and theirs.has(attack, each)
-            ]
+            chosen = [attack for attack in suite if attack.threat == threat]
+            both = [each for each in chosen if ours.has(each, e) and theirs.has(each, e)]
             if both:
-                masks = ours.robust(both, each), theirs.robust(both, each)
-                rows.append(
-                    {
-                        "what": threat,
-                        "eps": each,
-                        "this": float(masks[0].mean()),
-                        "other": float(masks[1].mean()),
-                        **mcnemar(*masks),
-                    }
-                )
+                this, other = ours.robust(both, e), theirs.robust(both, e)
+                shares = {"this": float(this.mean()), "other": float(other.mean())}
+                rows.append({"what": threat, "eps": e, **shares, **mcnemar(this, other)})
     return rows
 
 

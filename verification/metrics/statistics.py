@@ -26,12 +26,7 @@ def rate(mask: Mask) -> dict[str, Any]:
     if not n:
         return {"value": None, "low": None, "high": None, "n": 0}
     interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return {
-        "value": count / n,
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "n": n,
-    }
+    return {"value": count / n, "low": float(interval.low), "high": float(interval.high), "n": n}
 
 
 def mcnemar(ours: Mask, theirs: Mask) -> dict[str, Any]:
