@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from dverge_serve.engine.session import Engine
 from export.exporter import export
+from training.runs.directory import Run
 from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import find_run, ready
@@ -18,32 +22,25 @@ def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     The control is the run's own standard members; without a run, the first surrogate, attacked
     from the others.
     """
-    found, device = context.gradients, context.device
-    targets = {
-        "model": Target(
-            context.engine,
-            found.members if found else None,
-            found.weights if found else context.engine.card.weights_sha256,
-        )
-    }
-    control, what = (found.run, "standard") if found and found.run else (None, "members")
-    if control is None and len(context.surrogates) > 1:
-        control = context.surrogates[0].run
+    gradients = context.gradients
+    weights = gradients.weights if gradients else context.engine.card.weights_sha256
+    targets = {"model": Target(context.engine, gradients.members if gradients else None, weights)}
+    what = "none"
+    if gradients and gradients.run:
+        targets["control"], what = _control(gradients.run, "standard", context.device), "own"
+    elif len(context.surrogates) > 1:
+        first = context.surrogates[0]
+        targets["control"], what = _control(first.run, "members", context.device), first.name
+    if (engine := context.against) is not None:
+        run = find_run(engine.card, engine.path, None)
+        members = [ready(member, context.device) for member in run.members()] if run else None
+        targets["against"] = Target(engine, members, engine.card.weights_sha256)
+    return targets, what
+
+
+def _control(run: Run, which: Literal["standard", "members"], device: torch.device) -> Target:
     with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
-        if control is not None:
-            path = Path(folder) / "control.onnx"
-            export(control, path, which="standard" if what == "standard" else "members")
-            members = [ready(member, device) for member in control.members(what)]
-            weights = str(control.checkpoint[f"{what}_sha256"])
-            targets["control"] = Target(Engine(path, device="cpu"), members, weights)
-    if context.against is not None:
-        targets["against"] = _against(context, context.against)
-    if control is None:
-        return targets, "none"
-    return targets, "own" if what == "standard" else context.surrogates[0].name
-
-
-def _against(context: Context, engine: Engine) -> Target:
-    run = find_run(engine.card, engine.path, None)
-    members = [ready(member, context.device) for member in run.members()] if run else None
-    return Target(engine, members, engine.card.weights_sha256)
+        path = Path(folder) / "control.onnx"
+        export(run, path, which=which)
+        members = [ready(member, device) for member in run.members(which)]
+        return Target(Engine(path, device="cpu"), members, str(run.checkpoint[f"{which}_sha256"]))

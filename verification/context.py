@@ -156,10 +156,11 @@ def _left_out(
     missing = presets.left_out(variant)
     if config.surrogates is None:
         kinds = PRESETS[config.preset].surrogates
+        able = surrogate_configs(training, kinds)
         missing |= {
             f"surrogate {kind}": f"none of its kind for {training.architecture}"
             for kind in kinds
-            if kind not in surrogate_configs(training, kinds)
+            if kind not in able
         }
     if gradients is None:
         missing["white-box attacks"] = NO_WEIGHTS

@@ -67,11 +67,8 @@ def self_test(split: Split, seed: int) -> tuple[Mask, Mask]:
     means = x.mean((1, 2, 3))
     threshold = float(means.median())
     eps = float((means - threshold).abs().median())  # about half of them can be broken
-    reach = torch.where(
-        means > threshold,
-        (x - eps).clamp(0).mean((1, 2, 3)),
-        (x + eps).clamp(max=1).mean((1, 2, 3)),
-    )
+    step = torch.where(means > threshold, -eps, eps)[:, None, None, None]
+    reach = (x + step).clamp(0, 1).mean((1, 2, 3))
     clear = ((reach - threshold).abs() > NEAR * eps) & ((means - threshold).abs() > NEAR * eps)
     chosen = Split(images[clear], (means > threshold).long()[clear])
     expected = ((reach > threshold) != (means > threshold))[clear].numpy()

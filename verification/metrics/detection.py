@@ -169,11 +169,8 @@ def _aware_batch(
         x = pgd.pgd_loop(loss, x0, eps=eps, step_size=size, steps=1, rule=pgd.sign_rule(), start=x)
         with torch.no_grad():
             stack = pgd.member_logits(members, x)
-            found = torch.where(
-                losses.margins(stack.mean(0), part.labels) > 0,
-                _divergence(stack),
-                torch.full_like(least, torch.inf),
-            )
+            fools = losses.margins(stack.mean(0), part.labels) > 0
+            found = _divergence(stack).masked_fill(~fools, torch.inf)
         better = found < least
         best = torch.where(better[:, None, None, None], x, best)
         least = torch.minimum(found, least)
