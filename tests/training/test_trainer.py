@@ -18,15 +18,16 @@ from training import loss_meter as losses
 from training.config import Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import TrainingStage, dverge, epoch_batches, standard
+from training.method_registry import METHODS
+from training.methods import Step, TrainingStage, dverge, epoch_batches, standard
 from training.methods.dverge import draw_layer
-from training.parallel.topology import ProcessTopology
+from training.parallel.topology import Batch, ProcessTopology
 from training.runs.directory import Run
 from training.schedules import Dverge
 from training.trainer import accuracy, train
 
 CPU = torch.device("cpu")
-PAIRS = TrainingStage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
+PAIRS = TrainingStage(METHODS["dverge"], Dverge(), lambda *_: torch.zeros(2))
 
 
 class Steps:
@@ -36,11 +37,13 @@ class Steps:
         self.standard: list[dict[str, Any]] = []
         self.dverge: list[dict[str, Any]] = []
 
-        def standard_step(
-            members: Any, optimizers: Any, source: Tensor, labels: Tensor, **more: Any
-        ) -> Tensor:
-            self.standard.append({"source": source, "lr": optimizers[0].param_groups[0]["lr"]})
-            return torch.ones(len(members))
+        def make_step(config: Any, members: Any, optimizers: Any, topology: Any) -> Step:
+            def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+                rate = optimizers[0].param_groups[0]["lr"]
+                self.standard.append({"source": batch[0], "lr": rate})
+                return torch.ones(len(members))
+
+            return standard_step
 
         def step(
             members: Any,
@@ -54,7 +57,7 @@ class Steps:
             self.dverge.append({"source": source, "target": target, **group, **more})
             return torch.ones(len(members))
 
-        monkeypatch.setattr(standard, "standard_step", standard_step)
+        monkeypatch.setattr(standard, "make_step", make_step)
         monkeypatch.setattr(dverge, "step", step)
 
 

@@ -110,7 +110,7 @@ class Start:
         pairs = zip(members, self.weights, strict=True)
         return not any(_drawn(weights, member) for member, weights in pairs)
 
-    def told(self, config: Config, members: Sequence[Member]) -> str:
+    def describe(self, config: Config, members: Sequence[Member]) -> str:
         """Return a line that says what the weights are used for."""
         names = " and ".join(file["file"] for file in self.files)
         if skipped(config, members, self):
