@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
-from training.config import Config
+from training.config import Config, check_seed
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData, load_training, normalisation, to_float
 from training.data.streaming import Streamed
@@ -71,6 +71,7 @@ def train(
     data: TrainingData | None = None,
     topology: ProcessTopology = SINGLE_PROCESS,
     wait: bool = False,
+    surrogate: bool = False,
 ) -> Run:
     """Train an ensemble into the run directory `out`, or go on where it stopped; return the run.
 
@@ -82,11 +83,14 @@ def train(
         data: the images, where the caller has loaded them already.
         topology: of the processes that train together, see `training.parallel.distributed.join`.
         wait: for another process that is training there, rather than refuse.
+        surrogate: allow the seeds that are kept for verification's surrogates.
 
     Raises:
-        UserError: bad data, a directory that cannot be used or that another process is using, or
-            a loss that is not a number.
+        UserError: a seed that is kept for surrogates, bad data, a directory that cannot be used or
+            that another process is using, or a loss that is not a number.
     """
+    if not surrogate:
+        check_seed(config)
     device, out = pick_device(device), Path(out)
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):

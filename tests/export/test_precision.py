@@ -136,6 +136,8 @@ def test_refusals(
         assert command([*here, *options]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
+    with pytest.raises(UserError, match=r"calibrated on training images: no folder .*nowhere"):
+        export(tiny_run, "m.onnx", precision="int8", data=Path("nowhere"))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("dverge_serve.engine.providers.has_gpu", lambda: False)
     with pytest.raises(UserError, match="name a form"):  # it cannot be measured here

@@ -15,7 +15,7 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training import loss_meter as losses
-from training.config import Data
+from training.config import MAX_SEED, Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
 from training.method_registry import METHODS
@@ -59,6 +59,14 @@ class Steps:
 
         monkeypatch.setattr(standard, "make_step", make_step)
         monkeypatch.setattr(dverge, "step", step)
+
+
+def test_seeds_that_are_kept_for_surrogates_train_nothing_else(tmp_path: Path) -> None:
+    config = tiny_config(seed=MAX_SEED + 1)
+    with pytest.raises(UserError, match="seed 4294967296; expected 0 to 4294967295; larger ones"):
+        train(config, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run", device=CPU, surrogate=True).finished
 
 
 @pytest.mark.parametrize("every", ["epoch", "batch"])

@@ -126,7 +126,7 @@ def build_torchvision(
         raise UserError(
             f"'{PREFIX}{name}' does not take images of {size}",
             "a size it was made for",
-            "set data.crop, e.g. `set` 'data.crop=[224,224]'",
+            "set data.crop, e.g. `overrides` 'data.crop=[224,224]'",
         ) from error
     return member.train()
 

@@ -25,7 +25,7 @@ from training.trainer import prepare
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
-class Tape:
+class Tape(CudaRecorder):
     """Records by remembering the work, and says what it was asked for."""
 
     def __init__(self, *, fails: bool = False) -> None:
