@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
-from training import loss_meter as losses
+from training import loss_meter
 from training.config import MAX_SEED, Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
@@ -213,7 +213,7 @@ def test_losses_are_read_now_and_then_and_the_window_of_a_nan_is_named(
 ) -> None:
     """Epochs of 6 steps, windows of 4: two looks an epoch, and step 3 of the last is no number."""
     steps = Steps(monkeypatch)
-    monkeypatch.setattr(losses, "WINDOW", 4)
+    monkeypatch.setattr(loss_meter, "WINDOW", 4)
     plain, looks = ProcessTopology.losses, 0
 
     def counted(topology: ProcessTopology, own: Tensor, members: int) -> Tensor:

@@ -57,7 +57,7 @@ def make_adversarial_step(
     """
 
     def step_with_adversary(epoch: int, number: int, batch: Batch) -> Tensor:
-        source, labels, target = batch
+        source, labels, _ = batch
         seed_path = (config.seed, "dverge", epoch, number)
 
         def adversary(index: int, member: Member) -> Tensor:
@@ -68,9 +68,7 @@ def make_adversarial_step(
         return step(
             members,
             optimizers,
-            source,
-            labels,
-            target,
+            *batch,
             layer=layer_of(config, members, epoch, number),
             settings=config.dverge,
             adversary=adversary,
