@@ -72,7 +72,6 @@ def attacked(name: str, members: Sequence[nn.Module], split: Split, steps: int) 
             eps=EPS,
             step_size=EPS / 5,
             steps=steps,
-            rule=pgd.sign_rule(),
             start=pgd.random_start(x0, EPS, generator(0, "losses", start)),
         )
         return right(members, x0, part.labels) & right(members, adversarial, part.labels)

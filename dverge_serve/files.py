@@ -16,6 +16,11 @@ from typing import Any
 from dverge_serve.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Return where caches live: `$DVERGE_CACHE`, by default `~/.cache/dverge`."""
+    return Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
+
+
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of `data` as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()

@@ -55,7 +55,7 @@ def export(
     form: RequestedMode = "auto",
     target: Target = "auto",
     precision: Precision = "fp32",
-    data: str | None = None,
+    data: str | Path | None = None,
 ) -> Exported:
     """Fuse an ensemble's members into the file `path`, after parity with torch has been checked.
 

@@ -36,12 +36,13 @@ KEYS = ("name", "labels", "mean", "std", "image", "member")
 MEMBER_KEYS = ("file", "architecture", "width")
 
 
-def from_list(path: Path) -> ExportSource:
+def from_list(path: str | Path) -> ExportSource:
     """Read the members that a TOML file lists, for `export`.
 
     Raises:
         UserError: the list or a file in it is not what the module's head shows, in one line.
     """
+    path = Path(path)
     table = _table(path)
     entries = table["member"]
     labels = _labels(table["labels"], path)

@@ -59,7 +59,7 @@ class Published:
     std: tuple[float, ...]
 
 
-def from_checkpoint(path: Path, labels: str) -> ExportSource:
+def from_checkpoint(path: str | Path, labels: str | Path) -> ExportSource:
     """Read a published checkpoint, for `export`.
 
     Args:
@@ -69,6 +69,7 @@ def from_checkpoint(path: Path, labels: str) -> ExportSource:
     Raises:
         UserError: the file is not such a checkpoint, is damaged, or has another number of classes.
     """
+    path, labels = Path(path), str(labels)
     found = read_published(path)
     names = read_labels(labels, found.classes)
     mode = {1: "L", 3: "RGB"}.get(found.channels)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dverge_serve.errors import UserError
 from dverge_serve.images import Preprocess
 from training.config_parsing import assign, build, check
 from training.method_registry import METHODS
@@ -165,7 +166,7 @@ class Config:
         """Return these settings with dotted keys changed, e.g. `{"dverge.epochs": 10}`."""
         table = self.to_json()
         for key, value in overrides.items():
-            assign(table, key, value, f"`set` {key}")
+            assign(table, key, value, f"`overrides` {key}")
         return Config.from_json(table, "settings")
 
     @classmethod
@@ -180,6 +181,18 @@ class Config:
         fields = {key: value for key, value in table.items() if key not in own}
         made = tuple(build(kind, table[key], where, f"{key}.") for key, kind in own.items())
         return dataclasses.replace(build(cls, fields, where, ""), _own=made)
+
+
+def check_seed(config: Config) -> None:
+    """Refuse a seed that is kept for surrogates.
+
+    Raises:
+        UserError: it is above `MAX_SEED`.
+    """
+    if config.seed > MAX_SEED:
+        raise UserError(
+            f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
+        )
 
 
 def differences(one: Config, other: Config) -> list[str]:

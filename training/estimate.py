@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from training.config import Config
-from training.data import splits as datasets
 from training.data.class_counts import balance
+from training.data.splits import load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge import draw_layer
@@ -45,9 +45,9 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
         stage that will be run, and notes: lines about the classes and the starting weights.
     """
     start = Start.read(config)
-    data = datasets.load_training(config.data)
+    data = load_training(config.data)
     members, optimizers = prepare(config, data, device, start=start)
-    notes = [*balance(data), *([start.told(config, members)] if start else [])]
+    notes = [*balance(data), *([start.describe(config, members)] if start else [])]
     split = data.train.to(device)
     steps = -(-len(split) // config.batch_size)
     evaluations = gradient_evaluations(config, len(split))
@@ -81,7 +81,7 @@ def _epochs_to_time(config: Config, stage: TrainingStage, members: Sequence[Memb
 
     What a step costs grows with the layer it draws; a few at random would say little.
     """
-    if not stage.pairs:
+    if not stage.method.pairs:
         return list(range(TIMED_STEPS))
     deepest = max(member.depth for member in members)
     later = () if config.dverge.layer_every == "epoch" else (0,)  # the batch's number, if need be

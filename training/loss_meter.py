@@ -40,7 +40,7 @@ class Losses:
         self._sum = losses + self._sum
         self._steps += 1
         if self._steps - self._read == WINDOW:
-            self._look()
+            self._read_losses()
 
     def means(self, members: Sequence[Member]) -> list[float]:
         """Return each member's mean loss at the end of the epoch.
@@ -49,7 +49,7 @@ class Losses:
             UserError: a loss within the last steps was no number, or what came of them is not.
         """
         if self._steps > self._read:
-            self._look()
+            self._read_losses()
         healthy = torch.stack(
             [
                 torch.stack([p.isfinite().all() for p in member.parameters()]).all()
@@ -61,7 +61,7 @@ class Losses:
                 self._fail(f"the weights of member {index} became infinite or nan", self._steps)
         return [total / max(self._steps, 1) for total in self._totals]
 
-    def _look(self) -> None:
+    def _read_losses(self) -> None:
         assert isinstance(self._sum, Tensor)
         found = self._topology.losses(self._sum, self._members).tolist()
         for index, loss in enumerate(found):

@@ -1,27 +1,8 @@
 """The registry of training methods: all that differs between them, in one table. Torch-free.
 
 A method of your own needs settings, a function that makes its step, and a call of `register`; all
-else, resuming and `dverge train --dry-run`'s estimate among it, is as for the others:
-
-    @dataclass(frozen=True, kw_only=True)
-    class Smoothed(Schedule):
-        table = "smoothed"
-        share: float = 0.1
-
-    def make_step(config, members, optimizers, topology):
-        settings = config.settings_of("smoothed")
-
-        def step(epoch, number, batch):
-            source, labels, _ = batch
-            ...  # update the members of topology.local_members(len(members)) in place
-            return losses  # of those members, detached, [members]
-
-        return step
-
-    register("smoothed", Method(settings=Smoothed, make_step=make_step))
-    train(load_recipe("digits", {"method": "smoothed", "smoothed.share": 0.2}), "runs/smoothed")
-
-`training.methods.standard` has a step that is written this way.
+else, resuming and `dverge train --dry-run`'s estimate among it, is as for the others. The page
+`docs/extending.md` has one, whole, and `training.methods.standard` is written the same way.
 """
 
 from __future__ import annotations

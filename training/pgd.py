@@ -11,12 +11,13 @@ step rule of your own, any function from a gradient to a direction:
         logits = ensemble(x)
         return -logits.gather(1, labels[:, None]).squeeze(1)
 
-    adversarial = pgd_loop(margin, x0, eps=0.03, step_size=0.003, steps=10, rule=sign_rule())
+    adversarial = pgd_loop(margin, x0, eps=0.03, step_size=0.003, steps=10)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ def pgd_loop(
     eps: float,
     step_size: float,
     steps: int,
-    rule: StepRule,
+    rule: StepRule | None = None,
     start: Tensor | None = None,
     estimate: Estimate = gradient,
     norm: Norm = "linf",
@@ -57,12 +58,13 @@ def pgd_loop(
     Args:
         loss: per-image loss to raise, `[N]` for images `[N, C, H, W]`: yours, or `cross_entropy`.
         x0: clean images.
-        rule: from a gradient to a direction: yours, `sign_rule()` or `momentum_rule(...)`.
+        rule: from a gradient to a direction: yours or `momentum_rule(...)`; by default `normalize`.
         start: where to begin inside the ball; `x0` by default.
         estimate: from the loss and images to a gradient; by default the gradient itself.
         norm: of the ball; the rule should be of the same.
     """
     x = x0 if start is None else start
+    rule = rule or partial(normalize, norm=norm)
     for _ in range(steps):
         direction = rule(estimate(loss, x))
         x = project(x.detach() + step_size * direction, x0, eps, norm)
@@ -96,13 +98,11 @@ def random_change(x0: Tensor, eps: float, draw: torch.Generator, norm: Norm = "l
 
 
 def normalize(gradient: Tensor, norm: Norm = "linf") -> Tensor:
-    """Return the steepest direction in a norm: the sign, or the gradient at L2 length 1."""
+    """Return the steepest direction in a norm: the sign, or the gradient at L2 length 1.
+
+    These are the steps of PGD (Madry et al., 2018). A gradient of zero stays zero.
+    """
     return gradient.sign() if norm == "linf" else gradient / _length(gradient)
-
-
-def sign_rule() -> StepRule:
-    """Return the steps of PGD (Madry et al., 2018): the gradient's sign."""
-    return torch.sign
 
 
 def momentum_rule(momentum: float, norm: Norm = "linf") -> StepRule:

@@ -33,13 +33,17 @@ def recipe_names() -> list[str]:
     )
 
 
-def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
+def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a recipe, by its name in the package or as a TOML file, and apply overrides.
 
     Args:
         recipe: `digits`, or a path ending in `.toml`.
         overrides: dotted keys to values, e.g. `{"dverge.epochs": 10}`.
+
+    Raises:
+        UserError: no such recipe, an unknown key, a value of the wrong type or out of range.
     """
+    recipe = str(recipe)
     if recipe.endswith(".toml"):
         where, name = recipe, Path(recipe).stem
         try:
@@ -61,7 +65,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Config:
         raise UserError(f"{where} is not valid TOML ({error})") from error
     table.setdefault("name", name)
     for key, value in (overrides or {}).items():
-        assign(table, key, value, f"`set` {key}")
+        assign(table, key, value, f"`overrides` {key}")
     return Config.from_json(table, where)
 
 
@@ -74,10 +78,10 @@ def recipe_for(data: str | None) -> tuple[str, dict[str, Any]]:
     return SUITED.get(data or "digits", ("images", {}))
 
 
-def data_overrides(data: str) -> dict[str, Any]:
+def data_overrides(data: str | Path) -> dict[str, Any]:
     """Return what `--data` changes: a data set by name, or a folder of images."""
-    if data in DATASETS:
-        return {"data.name": data, "data.path": ""}
+    if str(data) in DATASETS:
+        return {"data.name": str(data), "data.path": ""}
     return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
 
 
@@ -87,7 +91,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"`set` {pair}", "key=value, e.g. `set` dverge.epochs=10")
+            raise UserError(f"`overrides` {pair}", "key=value, e.g. `overrides` dverge.epochs=10")
         try:
             parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

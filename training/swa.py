@@ -61,4 +61,4 @@ class Average:
         """Replace the members' weights by the means, if anything is averaged."""
         if self._models:
             means = [cast(Member, model.module) for model in self._models]
-            load_members(members, members_tensors(means))
+            load_members(members, members_tensors(means), "the averaged weights")

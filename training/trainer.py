@@ -15,10 +15,9 @@ from torch.optim import SGD
 
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
-from training.config import Config
-from training.data import splits as datasets
+from training.config import Config, check_seed
 from training.data.class_counts import balance, class_counts
-from training.data.splits import Split, TrainingData
+from training.data.splits import Split, TrainingData, load_training, normalisation, to_float
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
@@ -31,7 +30,7 @@ from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.models.state_dict import load_members, members_tensors
 from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
-from training.parallel import cuda_graphs as graphs
+from training.parallel import cuda_graphs
 from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
 from training.runs.latest import follow
@@ -72,6 +71,7 @@ def train(
     data: TrainingData | None = None,
     topology: ProcessTopology = SINGLE_PROCESS,
     wait: bool = False,
+    surrogate: bool = False,
 ) -> Run:
     """Train an ensemble into the run directory `out`, or go on where it stopped; return the run.
 
@@ -83,11 +83,14 @@ def train(
         data: the images, where the caller has loaded them already.
         topology: of the processes that train together, see `training.parallel.distributed.join`.
         wait: for another process that is training there, rather than refuse.
+        surrogate: allow the seeds that are kept for verification's surrogates.
 
     Raises:
-        UserError: bad data, a directory that cannot be used or that another process is using, or
-            a loss that is not a number.
+        UserError: a seed that is kept for surrogates, bad data, a directory that cannot be used or
+            that another process is using, or a loss that is not a number.
     """
+    if not surrogate:
+        check_seed(config)
     device, out = pick_device(device), Path(out)
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
@@ -97,12 +100,12 @@ def train(
     if config.tensorboard:
         require_tensorboard()
     if data is None:
-        data = topology.rank0_first(lambda: datasets.load_training(config.data))
+        data = topology.rank0_first(lambda: load_training(config.data))
         for line in balance(data):
             say(line)
     members, optimizers = prepare(config, data, device, topology=topology, start=start)
     if start is not None:
-        say(start.told(config, members))
+        say(start.describe(config, members))
     begun = time.time()
     with contextlib.ExitStack() as held:
 
@@ -157,7 +160,7 @@ def prepare(
         UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
             the hardware lacks.
     """
-    mean, std = datasets.normalisation(config.data, data.train)
+    mean, std = normalisation(config.data, data.train)
     members = build_members(config, len(data.labels), mean, std, draw)
     if start is not None:
         start.put_into(members)
@@ -168,7 +171,7 @@ def prepare(
         member.compute = compute
     if device.type == "cuda" and compute is None:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: no convolution rounds to TF32
-    on_device = topology.size == 1 and graphs.wanted(config, device)
+    on_device = topology.size == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 
 
@@ -181,7 +184,7 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
     with torch.no_grad():
         for start in range(0, len(split), EVALUATION_BATCH):
             part = split.take(slice(start, start + EVALUATION_BATCH))
-            logits = ensemble(datasets.to_float(part.images))
+            logits = ensemble(to_float(part.images))
             right += int((logits.argmax(1) == part.labels).sum())
     return right / len(split)
 
@@ -203,7 +206,7 @@ def _run_stages(
             for optimizer in training.optimizers:
                 optimizer.state.clear()  # a new stage begins with no momentum
             if position + 1 < len(plan):
-                if plan[position + 1].fresh:
+                if plan[position + 1].method.fresh:
                     device = members[0].mean.device
                     new, _ = prepare(config, data, device, "fresh", start=training.start)
                     load_members(members, members_tensors(new))

@@ -12,7 +12,7 @@ import torch
 
 from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
-from dverge_serve.files import canonical_json, sha256
+from dverge_serve.files import cache_folder, canonical_json, sha256
 from training.config import MAX_SEED, Config, Verification
 from training.data.splits import TrainingData
 from training.models.member import Member
@@ -20,7 +20,6 @@ from training.models.resnet import deeper
 from training.runs.directory import Run
 from training.schedules import Dverge
 from training.trainer import train
-from verification.attacks.cache import cache_folder
 from verification.gradients import ready
 
 VERSION = 1  # raise when training changes what the same settings give
@@ -111,7 +110,9 @@ def surrogates(
     found = []
     for kind, wanted in surrogate_configs(config, kinds).items():
         folder = surrogate_folder(kind, wanted, data)
-        run = train(wanted, folder, device=device, resume=True, data=data, wait=True)
+        run = train(
+            wanted, folder, device=device, resume=True, data=data, wait=True, surrogate=True
+        )
         found.append(_opened(wanted.name, run, device))
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dverge_serve.errors import UserError
-from verification.attacks.cache import cache_folder
+from dverge_serve.files import cache_folder
 
 CIFAR10 = "cifar10-jpeg.tar.xz"
 CHECKPOINT = "official_dverge_3xresnet20_eps0.07.pth"

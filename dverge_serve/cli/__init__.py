@@ -103,7 +103,7 @@ def as_flags(text: str) -> str:
         for option in parameter.opts
         if option.startswith("--")
     }
-    return rename_parameters(text, options)
+    return rename_parameters(text, options | {"overrides": "--set"})
 
 
 def main() -> NoReturn:

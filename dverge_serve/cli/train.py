@@ -59,7 +59,7 @@ def train(
     Standard members first, then DVERGE; a killed run goes on with --resume, which without further
     options keeps the settings it was begun with.
     """
-    from training.config import MAX_SEED
+    from training.config import check_seed
 
     if resume and out is None:
         out = _latest()
@@ -68,10 +68,7 @@ def train(
         # Neither a run nor anything that one could be begun with: a mistyped --out.
         raise UserError(f"no run at {out}", "one that `dverge train` began", "look at --out")
     config = _config(begun, recipe, data, members, seed, set_, start)
-    if config.seed > MAX_SEED:
-        raise UserError(
-            f"seed {config.seed}", f"0 to {MAX_SEED}; larger ones are kept for surrogates"
-        )
+    check_seed(config)  # of a dry run, too
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         _say_cost(config, device)

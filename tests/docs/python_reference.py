@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import re
+import sys
 import textwrap
 import tokenize
 import typing
@@ -190,7 +191,13 @@ def _hints(each: Any) -> Iterator[Any]:
 def _returns(function: Any) -> Any:
     """Return what a function is annotated to return; its parameters may be known to mypy alone."""
     hint = inspect.get_annotations(function).get("return")
-    return eval(hint, inspect.unwrap(function).__globals__) if isinstance(hint, str) else hint
+    if not isinstance(hint, str):
+        return hint
+    scope = dict(inspect.unwrap(function).__globals__)
+    if "__getattr__" in scope:  # a package that loads its names when they are used
+        room = sys.modules[scope["__name__"]]
+        scope |= {name: getattr(room, name) for name in scope["__all__"]}
+    return eval(hint, scope)
 
 
 def _parts(hint: Any) -> Iterator[Any]:

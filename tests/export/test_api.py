@@ -22,6 +22,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert all(callable(getattr(room, name)) for name in room.__all__)
+    assert set(room.__all__) <= set(dir(room))
     with pytest.raises(AttributeError, match="no attribute 'exprot'"):
         room.exprot  # noqa: B018
 

@@ -58,7 +58,7 @@ def members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Member]:
 
 
 def test_members_of_different_architectures_become_one_file(members: list[Member]) -> None:
-    export(from_list(Path("list.toml")), Path("m.onnx"))
+    export(from_list("list.toml"), Path("m.onnx"))
     engine = Engine(Path("m.onnx"), device="cpu")
     assert (engine.card.labels, engine.card.members) == (("cat", "dog", "owl"), 2)
     assert (engine.card.source, engine.card.probe) == ("member-list", "synthetic")

@@ -14,7 +14,7 @@ from dverge_serve.cli import run as command
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import sha256
-from export import precision as precisions
+from export import precision
 from export.exporter import export
 from export.precision import agreement, at_hand
 from export.source import from_run
@@ -83,7 +83,7 @@ def test_int8_left_to_choose_takes_branches(tiny_run: Path, tmp_path: Path) -> N
 def test_too_little_agreement_leaves_no_file(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(precisions.AGREES, "int8", 1.01)
+    monkeypatch.setitem(precision.AGREES, "int8", 1.01)
     with pytest.raises(NotMetError, match="int8 variant does not answer as fp32") as caught:
         export(Run.open_finished(tiny_run), tmp_path / "m.onnx", precision="int8")
     assert caught.value.exit_code == 1
@@ -108,7 +108,7 @@ def test_fp16_needs_no_images(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On noise a network of few epochs is often undecided; how often depends on the processor.
-    monkeypatch.setitem(precisions.AGREES, "fp16", 0.95)
+    monkeypatch.setitem(precision.AGREES, "fp16", 0.95)
     source = from_run(Run.open_finished(tiny_run))
     gone = source.config.overridden({"data.name": "imagefolder", "data.path": "/gone"})
     assert at_hand(source.config)
@@ -136,6 +136,8 @@ def test_refusals(
         assert command([*here, *options]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
+    with pytest.raises(UserError, match=r"calibrated on training images: no folder .*nowhere"):
+        export(tiny_run, "m.onnx", precision="int8", data=Path("nowhere"))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("dverge_serve.engine.providers.has_gpu", lambda: False)
     with pytest.raises(UserError, match="name a form"):  # it cannot be measured here

@@ -117,7 +117,7 @@ def test_the_file_says_what_the_published_network_says(
 ) -> None:
     made = nets(count, bottleneck=bottleneck, blocks=blocks)
     torch.save(table(made, key), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
-    source = from_checkpoint(tmp_path / "c.pth", "cifar10")
+    source = from_checkpoint(str(tmp_path / "c.pth"), "cifar10")
     named = f"resnet{9 * blocks + 2}-bottleneck" if bottleneck else f"resnet{6 * blocks + 2}"
     assert source.config.architecture == named
     (again, *_) = build_members(source.config, 10, [0.3] * 3, [0.5] * 3)  # as surrogates are
@@ -182,6 +182,13 @@ def test_a_partial_checkpoint_is_refused_in_one_line(
         from_checkpoint(tmp_path / "c.pth", "cifar10")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
+    torch.save(table(nets(1)), tmp_path / "c.pth")
+    (tmp_path / "names").write_text("\n".join("abcdefghij"))
+    source = from_checkpoint(tmp_path / "c.pth", tmp_path / "names")
+    assert source.card.labels == tuple("abcdefghij")
 
 
 class Evil:

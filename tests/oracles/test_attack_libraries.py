@@ -19,7 +19,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from training.models.ensemble import Ensemble
-from training.pgd import cross_entropy, pgd_loop, sign_rule
+from training.pgd import cross_entropy, pgd_loop
 
 EPS, STEP_SIZE, STEPS = 0.3, 0.06, 10
 
@@ -28,7 +28,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def ours(model: nn.Module, x0: Tensor, labels: Tensor) -> Tensor:
     loss = cross_entropy(model, labels)
-    return pgd_loop(loss, x0, eps=EPS, step_size=STEP_SIZE, steps=STEPS, rule=sign_rule())
+    return pgd_loop(loss, x0, eps=EPS, step_size=STEP_SIZE, steps=STEPS)
 
 
 def by_foolbox(model: nn.Module, x0: Tensor, labels: Tensor) -> Tensor:

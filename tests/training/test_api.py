@@ -27,6 +27,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_every_name_of_the_front_door_is_there_and_no_other() -> None:
     for name in training.__all__:
         assert getattr(training, name).__name__ == name
+    assert set(training.__all__) <= set(dir(training))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         training.trian  # noqa: B018
 

@@ -311,7 +311,8 @@ def test_what_changes_no_result_is_no_difference() -> None:
 def test_a_recipe_of_ones_own_is_named_after_its_file(tmp_path: Path) -> None:
     path = tmp_path / "vögel.toml"
     path.write_text('[data]\nname = "digits" # ü\nmode = "L"\ncrop = [8, 8]\n', encoding="utf-8")
-    config = load_recipe(str(path), {"members": 5})
+    config = load_recipe(path, {"members": 5})
+    assert load_recipe(str(path), {"members": 5}) == config
     assert (config.name, config.members, config.data.mode) == ("vögel", 5, "L")
     assert config.dverge == Dverge()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_dverge_is_timed_at_layers_spread_over_the_depth(
             return torch.zeros(2)
 
         found = stages(chosen, members, optimizers)
-        return [TrainingStage(found[1].name, found[1].settings, step, pairs=True)]
+        return [replace(found[1], step=step)]
 
     monkeypatch.setattr(estimating, "stages", watched)
     estimate(config, CPU)
@@ -84,7 +85,7 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
                 seen.add(stage.name)
                 return torch.zeros(2)
 
-            return TrainingStage(stage.name, stage.settings, step, stage.fresh, stage.pairs)
+            return replace(stage, step=step)
 
         return [counted(stage) for stage in stages(chosen, members, optimizers)]
 

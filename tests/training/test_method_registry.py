@@ -48,7 +48,7 @@ def make_step(
         for index in topology.local_members(len(members)):
             logits = members[index].train()(source)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings.share)
-            losses.append(descend(optimizers[index], loss, topology))
+            losses.append(descend([optimizers[index]], loss, topology))
         return torch.stack(losses)
 
     return step

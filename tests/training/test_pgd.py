@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training import pgd
 from training.models.ensemble import Ensemble
-from training.pgd import momentum_rule, pgd_loop, project, random_start, sign_rule
+from training.pgd import momentum_rule, pgd_loop, project, random_start
 from verification.attacks import losses
 
 SHAPE = (3, 1, 4, 4)
@@ -47,7 +47,7 @@ def test_on_a_linear_loss_every_rule_ends_in_the_corner_of_the_ball(
     decay: float | None, step_size: float, steps: int
 ) -> None:
     x0, w = images(), direction()
-    rule = sign_rule() if decay is None else momentum_rule(decay)
+    rule = None if decay is None else momentum_rule(decay)
     found = pgd_loop(
         lambda x: (x * w).flatten(1).sum(1),
         x0,
@@ -62,10 +62,10 @@ def test_on_a_linear_loss_every_rule_ends_in_the_corner_of_the_ball(
 def test_steps_that_do_not_reach_the_ball_add_up() -> None:
     x0, w = images().clamp(0.3, 0.7), direction()
     loss = lambda x: (x * w).flatten(1).sum(1)  # noqa: E731
-    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule())
+    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5)
     torch.testing.assert_close(found, x0 + 0.05 * w.sign(), rtol=0, atol=1e-12)
     start = x0 - 0.1
-    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5, rule=sign_rule(), start=start)
+    found = pgd_loop(loss, x0, eps=0.2, step_size=0.01, steps=5, start=start)
     torch.testing.assert_close(found, start + 0.05 * w.sign(), rtol=0, atol=1e-12)
 
 
@@ -91,7 +91,7 @@ def test_momentum_of_one_image_does_not_depend_on_its_neighbours() -> None:
 def test_a_zero_gradient_stays_where_it_is() -> None:
     x0, w = images(), direction()
     w[1] = 0.0
-    for rule in (sign_rule(), momentum_rule(1.0)):
+    for rule in (None, momentum_rule(1.0)):
         found = pgd_loop(
             lambda x: (x * w).flatten(1).sum(1), x0, eps=0.1, step_size=0.1, steps=3, rule=rule
         )
@@ -121,9 +121,7 @@ def test_the_cw_margin_climbs_from_the_right_class_to_the_best_wrong_one() -> No
     scores = model(x0).detach()
     best = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
     expected = (model.weight[best] - model.weight[labels]).detach().view(SHAPE).sign()
-    found = pgd_loop(
-        losses.cw_margin(model, labels), x0, eps=1e-4, step_size=1e-4, steps=1, rule=sign_rule()
-    )
+    found = pgd_loop(losses.cw_margin(model, labels), x0, eps=1e-4, step_size=1e-4, steps=1)
     torch.testing.assert_close(found, (x0 + 1e-4 * expected).clamp(0, 1), rtol=0, atol=1e-12)
 
 
@@ -193,7 +191,7 @@ def test_every_attack_stays_in_ball_and_box_and_leaves_all_else_alone(
             eps=eps,
             step_size=step_size,
             steps=steps,
-            rule=momentum_rule(1.0) if momentum else sign_rule(),
+            rule=momentum_rule(1.0) if momentum else None,
             start=start,
         )
 
@@ -240,7 +238,7 @@ def test_pgd_raises_the_loss_of_a_network_more_with_more_steps() -> None:
     x0, labels = images(), torch.tensor([0, 1, 2])
     loss = pgd.cross_entropy(model, labels)
     clean = F.cross_entropy(model(x0), labels, reduction="none")
-    one = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.3, steps=1, rule=sign_rule()))
-    many = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.03, steps=30, rule=sign_rule()))
+    one = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.3, steps=1))
+    many = loss(pgd_loop(loss, x0, eps=0.3, step_size=0.03, steps=30))
     assert bool((one > clean).all())
     assert bool((many >= one - 1e-9).all())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import training.trainer
+from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_members
 from tests.training.stopping import StoppedError
 from training.models.state_dict import members_tensors
@@ -39,6 +40,16 @@ def test_the_mean_of_the_last_epochs_takes_the_members_place(
     for name, tensor in members_tensors(members).items():
         if tensor.is_floating_point():  # the others count batches
             torch.testing.assert_close(tensor, start[name] + sum(counted) / len(counted))
+
+
+def test_means_that_are_not_finite_are_called_so() -> None:
+    members = tiny_members(2)
+    average = Average(Dverge(epochs=1, average=1.0), members, {})
+    with torch.no_grad():
+        next(members[1].parameters()).fill_(float("inf"))
+    average.add(0, members)
+    with pytest.raises(UserError, match="in the averaged weights has values that are not finite"):
+        average.put_into(members)
 
 
 def states_of(

@@ -14,19 +14,20 @@ from torch import Tensor
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
-from training import loss_meter as losses
-from training.config import Data
+from training import loss_meter
+from training.config import MAX_SEED, Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
-from training.methods import TrainingStage, dverge, epoch_batches, standard
+from training.method_registry import METHODS
+from training.methods import Step, TrainingStage, dverge, epoch_batches, standard
 from training.methods.dverge import draw_layer
-from training.parallel.topology import ProcessTopology
+from training.parallel.topology import Batch, ProcessTopology
 from training.runs.directory import Run
 from training.schedules import Dverge
 from training.trainer import accuracy, train
 
 CPU = torch.device("cpu")
-PAIRS = TrainingStage("dverge", Dverge(), lambda *_: torch.zeros(2), pairs=True)
+PAIRS = TrainingStage(METHODS["dverge"], Dverge(), lambda *_: torch.zeros(2))
 
 
 class Steps:
@@ -36,11 +37,13 @@ class Steps:
         self.standard: list[dict[str, Any]] = []
         self.dverge: list[dict[str, Any]] = []
 
-        def standard_step(
-            members: Any, optimizers: Any, source: Tensor, labels: Tensor, **more: Any
-        ) -> Tensor:
-            self.standard.append({"source": source, "lr": optimizers[0].param_groups[0]["lr"]})
-            return torch.ones(len(members))
+        def make_step(config: Any, members: Any, optimizers: Any, topology: Any) -> Step:
+            def standard_step(epoch: int, number: int, batch: Batch) -> Tensor:
+                rate = optimizers[0].param_groups[0]["lr"]
+                self.standard.append({"source": batch[0], "lr": rate})
+                return torch.ones(len(members))
+
+            return standard_step
 
         def step(
             members: Any,
@@ -54,8 +57,16 @@ class Steps:
             self.dverge.append({"source": source, "target": target, **group, **more})
             return torch.ones(len(members))
 
-        monkeypatch.setattr(standard, "standard_step", standard_step)
+        monkeypatch.setattr(standard, "make_step", make_step)
         monkeypatch.setattr(dverge, "step", step)
+
+
+def test_seeds_that_are_kept_for_surrogates_train_nothing_else(tmp_path: Path) -> None:
+    config = tiny_config(seed=MAX_SEED + 1)
+    with pytest.raises(UserError, match="seed 4294967296; expected 0 to 4294967295; larger ones"):
+        train(config, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run", device=CPU, surrogate=True).finished
 
 
 @pytest.mark.parametrize("every", ["epoch", "batch"])
@@ -202,7 +213,7 @@ def test_losses_are_read_now_and_then_and_the_window_of_a_nan_is_named(
 ) -> None:
     """Epochs of 6 steps, windows of 4: two looks an epoch, and step 3 of the last is no number."""
     steps = Steps(monkeypatch)
-    monkeypatch.setattr(losses, "WINDOW", 4)
+    monkeypatch.setattr(loss_meter, "WINDOW", 4)
     plain, looks = ProcessTopology.losses, 0
 
     def counted(topology: ProcessTopology, own: Tensor, members: int) -> Tensor:

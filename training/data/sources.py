@@ -15,6 +15,7 @@ import torch
 
 from dverge_serve import images
 from dverge_serve.errors import UserError
+from dverge_serve.files import cache_folder
 from dverge_serve.progress import Progress
 from training.config import DOWNLOADED, Data
 from training.seeds import generator
@@ -80,8 +81,7 @@ def _torchvision(
     from torchvision import datasets
 
     assert data.name in DOWNLOADED
-    cache = Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
-    root = data.path or str(cache / "data")
+    root = data.path or str(cache_folder() / "data")
     try:
         if data.name == "svhn":
             found = datasets.SVHN(root, split=part, download=True)

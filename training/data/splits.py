@@ -49,7 +49,7 @@ class Split:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(self)} images of shape {list(self.images.shape[1:])} do not fit on {device}",
-                next_step="`set` data.memory_gb=0 reads a folder of images as training goes on",
+                next_step="`overrides` data.memory_gb=0 reads a folder of images during training",
             ) from error
 
     def take(self, index: Tensor | slice) -> Split:

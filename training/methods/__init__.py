@@ -14,7 +14,7 @@ from torch.optim import SGD
 from training.config import Config
 from training.data.splits import Split, batches
 from training.data.streaming import Streamed
-from training.method_registry import METHODS
+from training.method_registry import METHODS, Method
 from training.models.member import Member
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 from training.schedules import Schedule
@@ -28,18 +28,19 @@ class TrainingStage:
     """One stage of training.
 
     Args:
-        name: also of its table in the recipe.
+        method: whose stage it is.
         settings: its schedule.
         step: trains this process's members on one batch.
-        fresh: begins from new weights, not from the standard members.
-        pairs: whether a step needs target images beside the source.
     """
 
-    name: str
+    method: Method
     settings: Schedule
     step: Step
-    fresh: bool = False
-    pairs: bool = False
+
+    @property
+    def name(self) -> str:
+        """The stage's name, also of its table in the recipe."""
+        return self.method.settings.table
 
 
 def stages(
@@ -54,14 +55,12 @@ def stages(
     undefended control.
     """
 
-    def stage(method: str) -> TrainingStage:
-        facts = METHODS[method]
-        make_step: MakeStep = facts.load_make_step()
-        name = facts.settings.table
+    def stage(method: Method) -> TrainingStage:
+        make_step: MakeStep = method.load_make_step()
         step = make_step(config, members, optimizers, topology)
-        return TrainingStage(name, config.settings_of(name), step, facts.fresh, facts.pairs)
+        return TrainingStage(method, config.settings_of(method.settings.table), step)
 
-    return [stage(method) for method in dict.fromkeys(("standard", config.method))]
+    return [stage(METHODS[name]) for name in dict.fromkeys(("standard", config.method))]
 
 
 def epoch_batches(
@@ -70,7 +69,7 @@ def epoch_batches(
     """Yield source batches, with independently shuffled and augmented targets where needed."""
     seed_path = (config.seed, stage.name, epoch)
     sources = batches(split, config.batch_size, config.data, *seed_path, "source")
-    if not stage.pairs:
+    if not stage.method.pairs:
         for source, labels in sources:
             yield source, labels, source
         return

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
 from training.config import Config
 from training.methods import Step
-from training.methods.standard import descend_together
+from training.methods.standard import descend
 from training.models.member import Member
-from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
-from training.schedules import Adp
+from training.parallel.topology import Batch, ProcessTopology
 
 
 def make_step(
@@ -27,34 +26,24 @@ def make_step(
     optimizers: Sequence[SGD],
     topology: ProcessTopology,
 ) -> Step:
-    """Return the step of a run; see `adp_step`."""
-    return lambda epoch, number, batch: adp_step(
-        members, optimizers, *batch[:2], settings=config.adp, topology=topology
-    )
-
-
-def adp_step(
-    members: Sequence[Member],
-    optimizers: Sequence[Optimizer],
-    source: Tensor,
-    labels: Tensor,
-    *,
-    settings: Adp,
-    topology: ProcessTopology = SINGLE_PROCESS,
-) -> Tensor:
-    """Train the members together with adaptive diversity promoting (Pang et al., 2019, eq. 5).
+    """Return the step of a run, in which the members learn together (Pang et al., 2019, eq. 5).
 
     `sum_k CE(F_k) - alpha * H(mean F) - beta * log det(M^T M)`, where M's columns are the members'
     non-maximal predictions: softmax without the true class, scaled to length 1.
     """
-    mine = topology.local_members(len(members))
-    own = [members[k].train()(source) for k in mine]
-    logits = torch.stack(topology.exchange(own, len(members)), 1)
-    losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in mine])
-    entropy, diversity = adp_terms(logits, labels)
-    total = losses.sum() - settings.alpha * entropy - settings.beta * diversity
-    descend_together([optimizers[k] for k in mine], total, topology)
-    return losses.detach()
+    settings, mine = config.adp, topology.local_members(len(members))
+
+    def step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        own = [members[k].train()(source) for k in mine]
+        logits = torch.stack(topology.exchange(own, len(members)), 1)
+        losses = torch.stack([F.cross_entropy(logits[:, k], labels) for k in mine])
+        entropy, diversity = adp_terms(logits, labels)
+        total = losses.sum() - settings.alpha * entropy - settings.beta * diversity
+        descend([optimizers[k] for k in mine], total, topology)
+        return losses.detach()
+
+    return step
 
 
 def adp_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
 from training.config import Config
 from training.methods import Step
 from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.threads import side_by_side
-from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
-from training.pgd import cross_entropy, pgd_loop, random_start, sign_rule
+from training.parallel.topology import Batch, ProcessTopology
+from training.pgd import cross_entropy, pgd_loop, random_start
 from training.schedules import Adversarial
 from training.seeds import generator
 
@@ -26,19 +26,22 @@ def make_step(
     optimizers: Sequence[SGD],
     topology: ProcessTopology,
 ) -> Step:
-    """Return the step of a run; see `adversarial_step`."""
+    """Return the step of a run: each member learns from its own PGD images (eq. 2.1)."""
+    mine = topology.local_members(len(members))
 
     def step(epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
-        return adversarial_step(
-            members,
-            optimizers,
-            source,
-            labels,
-            settings=config.adversarial,
-            seed_path=(config.seed, "adversarial", epoch, number, *topology.seed_path),
-            topology=topology,
-        )
+        seed_path: list[int | str] = [config.seed, "adversarial", epoch, number]
+
+        def update(index: int) -> Tensor:
+            member = members[index]
+            images = adversarial_images(
+                member, source, labels, config.adversarial, *seed_path, *topology.seed_path, index
+            )
+            loss = F.cross_entropy(member(images), labels)
+            return descend([optimizers[index]], loss, topology)
+
+        return torch.stack(side_by_side(update, mine, source.device))
 
     return step
 
@@ -67,28 +70,7 @@ def adversarial_images(
         eps=settings.eps,
         step_size=settings.step_size,
         steps=settings.steps,
-        rule=sign_rule(),
         start=random_start(source, settings.eps, draw),
     )
     member.train()
     return made
-
-
-def adversarial_step(
-    members: Sequence[Member],
-    optimizers: Sequence[Optimizer],
-    source: Tensor,
-    labels: Tensor,
-    *,
-    settings: Adversarial,
-    seed_path: Sequence[int | str],
-    topology: ProcessTopology = SINGLE_PROCESS,
-) -> Tensor:
-    """Train each member alone on PGD examples of its own (Madry et al., 2018, eq. 2.1)."""
-
-    def update(index: int) -> Tensor:
-        member = members[index]
-        made = adversarial_images(member, source, labels, settings, *seed_path, index)
-        return descend(optimizers[index], F.cross_entropy(member(made), labels), topology)
-
-    return torch.stack(side_by_side(update, topology.local_members(len(members)), source.device))

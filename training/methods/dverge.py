@@ -16,7 +16,7 @@ from training.config import Config
 from training.methods import Step, adversarial
 from training.methods.standard import descend
 from training.models.member import Member
-from training.parallel import cuda_graphs as graphs
+from training.parallel import cuda_graphs
 from training.parallel.threads import side_by_side
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 from training.pgd import momentum_rule, pgd_loop
@@ -41,7 +41,7 @@ def make_step(
             members, optimizers, *batch, layer=layer, settings=config.dverge, topology=topology
         )
 
-    recorded = graphs.recorded(work, config, optimizers, members[0].mean.device)
+    recorded = cuda_graphs.recorded(work, config, optimizers, members[0].mean.device)
     return lambda epoch, number, batch: recorded(layer_of(config, members, epoch, number), batch)
 
 
@@ -57,7 +57,7 @@ def make_adversarial_step(
     """
 
     def step_with_adversary(epoch: int, number: int, batch: Batch) -> Tensor:
-        source, labels, target = batch
+        source, labels, _ = batch
         seed_path = (config.seed, "dverge", epoch, number)
 
         def adversary(index: int, member: Member) -> Tensor:
@@ -68,9 +68,7 @@ def make_adversarial_step(
         return step(
             members,
             optimizers,
-            source,
-            labels,
-            target,
+            *batch,
             layer=layer_of(config, members, epoch, number),
             settings=config.dverge,
             adversary=adversary,
@@ -241,7 +239,7 @@ def step(
         loss = member_loss(member, index, distilled, labels)
         if own is not None:
             loss = settings.weight * loss + F.cross_entropy(member(own), labels)
-        return descend(optimizers[index], loss, topology)
+        return descend([optimizers[index]], loss, topology)
 
     return torch.stack(side_by_side(update, mine, source.device))
 

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
 from training.config import Config
 from training.methods import Step
-from training.methods.standard import descend_together
+from training.methods.standard import descend
 from training.models.member import Member
-from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
-from training.schedules import Gal
+from training.parallel.topology import Batch, ProcessTopology
 
 
 def make_step(
@@ -27,34 +26,24 @@ def make_step(
     optimizers: Sequence[SGD],
     topology: ProcessTopology,
 ) -> Step:
-    """Return the step of a run; see `gal_step`."""
-    return lambda epoch, number, batch: gal_step(
-        members, optimizers, *batch[:2], settings=config.gal, topology=topology
-    )
-
-
-def gal_step(
-    members: Sequence[Member],
-    optimizers: Sequence[Optimizer],
-    source: Tensor,
-    labels: Tensor,
-    *,
-    settings: Gal,
-    topology: ProcessTopology = SINGLE_PROCESS,
-) -> Tensor:
-    """Train the members together with gradient alignment loss (Kariyappa & Qureshi, 2019, eq. 8).
+    """Return the step of a run: the members learn together (Kariyappa & Qureshi, 2019, eq. 8).
 
     `mean_k CE(F_k) + lambda * GAL`, see `gal_term`. Its authors take members with leaky ReLU: where
     ReLU is flat, a gradient's gradient is zero.
     """
-    x = source.detach().requires_grad_()
-    mine = topology.local_members(len(members))
-    losses = torch.stack([F.cross_entropy(members[k].train()(x), labels) for k in mine])
-    own = [torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1) for loss in losses]
-    gradients = topology.exchange(own, len(members))
-    total = losses.sum() / len(members) + settings.weight * gal_term(gradients)
-    descend_together([optimizers[k] for k in mine], total, topology)
-    return losses.detach()
+    settings, mine = config.gal, topology.local_members(len(members))
+
+    def step(epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        x = source.detach().requires_grad_()
+        losses = torch.stack([F.cross_entropy(members[k].train()(x), labels) for k in mine])
+        own = [torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1) for loss in losses]
+        gradients = topology.exchange(own, len(members))
+        total = losses.sum() / len(members) + settings.weight * gal_term(gradients)
+        descend([optimizers[k] for k in mine], total, topology)
+        return losses.detach()
+
+    return step
 
 
 def gal_term(gradients: Sequence[Tensor]) -> Tensor:

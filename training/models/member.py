@@ -48,10 +48,9 @@ class Member(nn.Module):
         return list(self.stages[:layer].modules())
 
     def frozen(self, layer: int) -> Member:
-        """Return this member as it is now in evaluation mode, for threads to share: a look at
-        `layer` changes nothing in it.
+        """Return a copy in evaluation mode, with BatchNorm folded, that threads may share.
 
-        Every call brings the one copy with BatchNorm folded up to date.
+        There is one copy, which every call brings up to date.
         """
         kept = self._folded
         if kept is None or (kept.copy.mean.device, kept.copy.mean.dtype) != (

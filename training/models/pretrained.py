@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import Config
 from training.models.member import Member
-from training.models.state_dict import fit
+from training.models.state_dict import fit, parse
 
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin
 CONVERT = "where you trust it, convert it with safetensors.torch.save_file(torch.load(FILE), OUT)"
@@ -110,7 +108,7 @@ class Start:
         pairs = zip(members, self.weights, strict=True)
         return not any(_drawn(weights, member) for member, weights in pairs)
 
-    def told(self, config: Config, members: Sequence[Member]) -> str:
+    def describe(self, config: Config, members: Sequence[Member]) -> str:
         """Return a line that says what the weights are used for."""
         names = " and ".join(file["file"] for file in self.files)
         if skipped(config, members, self):
@@ -180,14 +178,12 @@ def _content(path: Path) -> bytes:
 
 def _parse(content: bytes, name: str) -> dict[str, Tensor]:
     try:
-        return load_tensors(content)
-    except (SafetensorError, ValueError) as error:
+        return parse(content, name)
+    except UserError as error:
         if content.startswith(PICKLES):  # only now: a safetensors file may begin so, too
             raise UserError(
                 f"{name} is a pickle, and loading one runs whatever code it holds",
                 "a safetensors file",
                 CONVERT,
             ) from error
-        raise UserError(
-            f"{name} is not a whole safetensors file ({error})", "a safetensors file"
-        ) from error
+        raise

@@ -151,8 +151,26 @@ def resnet_stages(architecture: str, channels: int, width: int, classes: int) ->
             "either with -leaky behind it, or torchvision:<name>",
         )
     active = nn.LeakyReLU(LEAK) if known["leaky"] else nn.ReLU()
-    stages = _bottleneck_stages if known["bottleneck"] else _basic_stages
-    return stages(blocks, channels, width, classes, active)
+    stages: list[nn.Module] = [Stem(channels, width)]
+    inside = width
+    for third in range(3):
+        within = width * 2**third
+        outside = 4 * within if known["bottleneck"] else within
+        for block in range(blocks):
+            stride = 2 if third and not block else 1
+            if known["bottleneck"]:
+                stages += [
+                    BlockEntry(inside, within, 1, active, kernel=1),
+                    BlockMiddle(within, stride, active),
+                    BlockExit(inside, outside, stride, active, within, kernel=1),
+                ]
+            else:
+                stages += [
+                    BlockEntry(inside, outside, stride, active),
+                    BlockExit(inside, outside, stride, active),
+                ]
+            inside = outside
+    return [*stages, Head(inside, classes, active)]
 
 
 def deeper(architecture: str) -> str | None:
@@ -167,39 +185,3 @@ def deeper(architecture: str) -> str | None:
 def _parts(known: re.Match[str]) -> int:
     """Return how many convolutions a block in each third adds."""
     return 9 if known["bottleneck"] else 6
-
-
-def _basic_stages(
-    blocks: int, channels: int, width: int, classes: int, active: nn.Module
-) -> list[nn.Module]:
-    stages: list[nn.Module] = [Stem(channels, width)]
-    inside = width
-    for third in range(3):
-        outside = width * 2**third
-        for block in range(blocks):
-            stride = 2 if third and not block else 1
-            stages += [
-                BlockEntry(inside, outside, stride, active),
-                BlockExit(inside, outside, stride, active),
-            ]
-            inside = outside
-    return [*stages, Head(inside, classes, active)]
-
-
-def _bottleneck_stages(
-    blocks: int, channels: int, width: int, classes: int, active: nn.Module
-) -> list[nn.Module]:
-    """Return blocks of 1x1, 3x3 and 1x1 convolutions, giving four times what they have within."""
-    stages: list[nn.Module] = [Stem(channels, width)]
-    inside = width
-    for third in range(3):
-        within, outside = width * 2**third, 4 * width * 2**third
-        for block in range(blocks):
-            stride = 2 if third and not block else 1
-            stages += [
-                BlockEntry(inside, within, 1, active, kernel=1),
-                BlockMiddle(within, stride, active),
-                BlockExit(inside, outside, stride, active, within, kernel=1),
-            ]
-            inside = outside
-    return [*stages, Head(inside, classes, active)]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dverge_serve.errors import UserError
 from training.models.member import Member
 
+OWN = "the weights of a run with these settings"
+
 
 def members_tensors(members: Sequence[Member]) -> dict[str, Tensor]:
     """Return every member's tensors under `member<i>.`, contiguous and on the CPU."""
@@ -36,13 +38,11 @@ def load_members(
         UserError: tensors are missing, foreign, of another shape or not finite.
     """
     for index, member in enumerate(members):
-        fit(
-            member,
-            tensors_of(tensors, index),
-            file=file,
-            who=f"member {index}",
-            expected="the weights of a run with these settings",
-        )
+        try:
+            fit(member, tensors_of(tensors, index), file=file, who=f"member {index}", expected=OWN)
+        except UserError as error:
+            again = "train into another `out`"
+            raise UserError(error.found, error.expected, again) from error
 
 
 def tensors_of(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def fit(
         into.copy_(tensor)
 
 
-def parse(data: bytes, path: Path) -> dict[str, Tensor]:
+def parse(data: bytes, path: str | Path) -> dict[str, Tensor]:
     """Read safetensors bytes.
 
     Raises:

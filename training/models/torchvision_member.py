@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from training.models.member import Member
 
 PREFIX = "torchvision:"
 AUXILIARY = ("googlenet", "inception_v3")
+TRACER = {"leaf_modules": [NamedDropout]}  # modules that it must not look into
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -81,7 +83,7 @@ class TorchvisionMember(Member):
     def _network_upto(self, layer: int) -> nn.Module:
         if layer not in self._upto:
             wanted = {self._layers[layer - 1]: "features"}
-            part = create_feature_extractor(self.network, wanted, tracer_kwargs=whole())
+            part = create_feature_extractor(self.network, wanted, tracer_kwargs=TRACER)
             # Held beside the network, not inside it: they share every parameter.
             self._upto[layer] = part.train(self.training)
         return self._upto[layer]
@@ -126,14 +128,9 @@ def build_torchvision(
         raise UserError(
             f"'{PREFIX}{name}' does not take images of {size}",
             "a size it was made for",
-            "set data.crop, e.g. `set` 'data.crop=[224,224]'",
+            "set data.crop, e.g. `overrides` 'data.crop=[224,224]'",
         ) from error
     return member.train()
-
-
-def whole() -> dict[str, Any]:
-    """Return the tracer's options: modules that it must not look into."""
-    return {"leaf_modules": [NamedDropout]}
 
 
 def open_blocks(network: nn.Module) -> None:
@@ -150,23 +147,15 @@ def open_blocks(network: nn.Module) -> None:
 
 def eligible_layers(network: nn.Module) -> list[str]:
     """Return the names of the graph nodes whose output DVERGE may distil, in order."""
-    names, _ = get_graph_node_names(network, tracer_kwargs=whole())
+    names, _ = get_graph_node_names(network, tracer_kwargs=TRACER)
     modules = dict(network.named_modules())
     eligible: list[str] = []
-    for name in names:
+    for before, name in pairwise(["", *names]):
         module = modules.get(name)
-        if isinstance(module, NORMS) and eligible and eligible[-1] == before(name, names):
+        # torch.fx calls residual sums add, add_1, ...
+        is_sum = name.rpartition(".")[2].partition("_")[0] in ("add", "iadd")
+        if isinstance(module, NORMS) and eligible and eligible[-1] == before:
             eligible[-1] = name  # convolution and its normalisation are one layer
-        elif isinstance(module, nn.Conv2d | nn.Linear) or is_sum(name):
+        elif isinstance(module, nn.Conv2d | nn.Linear) or is_sum:
             eligible.append(name)
     return eligible
-
-
-def before(name: str, names: Sequence[str]) -> str:
-    """Return the node computed just before `name`."""
-    return names[names.index(name) - 1]
-
-
-def is_sum(name: str) -> bool:
-    """Whether a graph node is a residual sum: torch.fx calls those add, add_1, ..."""
-    return name.rpartition(".")[2].partition("_")[0] in ("add", "iadd")

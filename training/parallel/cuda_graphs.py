@@ -13,7 +13,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,20 +33,6 @@ Work = Callable[[int, Batch], Tensor]  # layer, batch -> losses [members]; no dr
 def wanted(config: Config, device: torch.device) -> bool:
     """Whether steps are recorded: on a GPU, unless the setting says no."""
     return device.type == "cuda" and config.graphs == "auto"
-
-
-class Recorder(Protocol):
-    """What turns a step into something that can be replayed."""
-
-    def warm(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work as it will be recorded, and return what it gives."""
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return what repeats the work; recording does none of it.
-
-        Raises:
-            RuntimeError: the work cannot be recorded.
-        """
 
 
 class CudaRecorder:
@@ -73,7 +59,11 @@ class CudaRecorder:
         return found
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return the replay of the work, whose result is a tensor of its own."""
+        """Return the replay of the work, whose result is a tensor of its own; nothing is done yet.
+
+        Raises:
+            RuntimeError: the work cannot be recorded.
+        """
         gc.collect()  # gradients' graphs left over from other streams would spoil the recording
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), _open(self._lanes):
@@ -104,10 +94,10 @@ class Recorded:
         work: Work,
         optimizers: Sequence[RateOnDevice],
         batch_size: int,
-        recorder: Recorder,
+        recorder: CudaRecorder,
     ) -> None:
         self._work, self._optimizers, self._batch_size = work, optimizers, batch_size
-        self._recorder: Recorder | None = recorder
+        self._recorder: CudaRecorder | None = recorder
         self._inputs: Batch | None = None
         self._seen: Counter[int] = Counter()
         self._replays: dict[int, Callable[[], Tensor]] = {}

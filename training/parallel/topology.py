@@ -125,7 +125,7 @@ class ProcessTopology:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-            _spread_out(flat, gradients)
+            _copy_back(flat, gradients)
 
     def sync_members(self, members: Sequence[Member], optimizers: Sequence[Optimizer]) -> None:
         """Bring every process's copies of the members, and of their momentum, up to date."""
@@ -136,7 +136,7 @@ class ProcessTopology:
             # float64 holds float32 weights and BatchNorm's counts alike, exactly.
             flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
             dist.broadcast(flat, self._owner(index, len(members)), self.column)
-            _spread_out(flat, tensors)
+            _copy_back(flat, tensors)
 
     def sync_batchnorm(self, members: Sequence[Member]) -> None:
         """Let BatchNorm normalise by the whole batch where this process sees only a share of it."""
@@ -194,7 +194,7 @@ def _momentum(optimizer: Optimizer) -> list[Tensor]:
     ]
 
 
-def _spread_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+def _copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
         sizes = [tensor.numel() for tensor in tensors]
         for tensor, part in zip(tensors, torch.split(flat, sizes), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import write_error
 
 NAME = ".lock"
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without locks
 
 
 @contextlib.contextmanager
@@ -32,9 +30,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         UserError: another process trains there; the folder cannot be written.
     """
     path = folder / NAME
-    lock = FileLock(path)
+    # Not its soft lock: that keeps a record of its own in the file, and outlives a kill.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         holder = ""
@@ -44,9 +47,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             f"another process{holder and f' ({holder})'} is training in {folder}",
             next_step="wait until it is done, or train into another `out`",
         ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise write_error(path, error) from error
+    except OSError:  # the file system has no locks
+        pass
     try:
         with contextlib.suppress(OSError):  # a full disk: who holds it stays unsaid
             path.write_text(str(os.getpid()), encoding="utf-8")

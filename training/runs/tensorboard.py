@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from dverge_serve.errors import UserError
@@ -16,64 +15,42 @@ Log = Callable[[dict[str, Any]], None]  # a line of metrics.jsonl
 PATTERN = "events.out.tfevents.*"
 
 
-class Events:
-    """The event file of a run.
+@contextlib.contextmanager
+def logged(run: Run, *, events: bool) -> Iterator[Log]:
+    """Yield a function that logs a line to `metrics.jsonl`, and with `events` to TensorBoard.
 
     Every scalar's tag begins with its stage and its step is the epoch: `dverge/loss/member_0`,
-    `dverge/diversity/0-1`. The file is written anew from `metrics.jsonl` when a run goes on, so
-    that no epoch is in it twice.
-
-    Args:
-        folder: the run directory, in which `metrics.jsonl` is as the run goes on from it.
+    `dverge/diversity/0-1`. The event file is written anew from `metrics.jsonl` when a run goes on,
+    so that no epoch is in it twice.
 
     Raises:
         UserError: TensorBoard is not installed, or the folder cannot be written.
     """
-
-    def __init__(self, folder: Path) -> None:
-        writer = _writer()
-        try:
-            for old in folder.glob(PATTERN):
-                old.unlink()
-            self._writer = writer(str(folder))
-        except OSError as error:
-            raise write_error(folder, error) from error
-        metrics = folder / "metrics.jsonl"
-        if metrics.is_file():
-            for line in metrics.read_bytes().splitlines():
-                self._add(json.loads(line))
-        self._writer.flush()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Write one line of `metrics.jsonl` as events."""
-        self._add(record)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """End the file."""
-        self._writer.close()
-
-    def _add(self, record: dict[str, Any]) -> None:
-        for tag, value in scalars(record):
-            self._writer.add_scalar(f"{record['stage']}/{tag}", value, record["epoch"])
-
-
-@contextlib.contextmanager
-def logged(run: Run, *, events: bool) -> Iterator[Log]:
-    """Yield a function that logs a line to `metrics.jsonl`, and with `events` to TensorBoard."""
     if not (events and run.writes):
         yield run.log
         return
-    written = Events(run.path)
+    summary_writer = require_tensorboard()
+    try:
+        for old in run.path.glob(PATTERN):
+            old.unlink()
+        writer = summary_writer(str(run.path))
+    except OSError as error:
+        raise write_error(run.path, error) from error
+
+    def write(record: dict[str, Any]) -> None:
+        for tag, value in scalars(record):
+            writer.add_scalar(f"{record['stage']}/{tag}", value, record["epoch"])
+        writer.flush()
 
     def log(record: dict[str, Any]) -> None:
         run.log(record)
-        written.add(record)
+        write(record)
 
-    try:
+    with writer:
+        metrics = run.path / "metrics.jsonl"
+        for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
+            write(json.loads(line))
         yield log
-    finally:
-        written.close()
 
 
 def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -88,12 +65,12 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"diversity/{i}-{j}", value
 
 
-def require_tensorboard() -> None:
-    """Raise a UserError where TensorBoard is not installed."""
-    _writer()
+def require_tensorboard() -> Any:
+    """Return TensorBoard's `SummaryWriter`.
 
-
-def _writer() -> Any:
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

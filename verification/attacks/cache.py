@@ -6,26 +6,19 @@ attacked with the same surrogates and data.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from dverge_serve.files import atomic_path, canonical_json, sha256
+from dverge_serve.files import atomic_path, cache_folder, canonical_json, sha256
 
 VERSION = 2  # raise when the same key would give other images
 LIMIT_BYTES = 4 * 1024**3
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-def cache_folder() -> Path:
-    """Return where caches live: `$DVERGE_CACHE`, by default `~/.cache/dverge`."""
-    return Path(os.environ.get("DVERGE_CACHE") or Path.home() / ".cache" / "dverge")
 
 
 def cached(key: Any, make: Callable[[], Arrays]) -> Arrays:

@@ -145,10 +145,7 @@ class GradientAttack(Attack, kind="gradient"):
             estimate = transforms.variance_tuned(
                 eps, draw, samples=self.variance_samples, norm=self.norm
             )
-        if self.momentum is not None:
-            rule = pgd.momentum_rule(self.momentum, self.norm)
-        else:
-            rule = pgd.sign_rule() if self.norm == "linf" else transforms.l2_rule()
+        rule = None if self.momentum is None else pgd.momentum_rule(self.momentum, self.norm)
         return pgd.pgd_loop(
             loss,
             x0,

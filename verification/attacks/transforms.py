@@ -1,4 +1,4 @@
-"""What transfer attacks add to PGD: input transformations, gradient estimates, L2 steps."""
+"""What transfer attacks add to PGD: input transformations and gradient estimates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.pgd import Estimate, Loss, Norm, StepRule, gradient, normalize, random_change
-
-
-def l2_rule() -> StepRule:
-    """Return the steps of PGD in the L2 norm: the gradient at length one; zero stays zero."""
-    return lambda found: normalize(found, "l2")
+from training.pgd import Estimate, Loss, Norm, gradient, random_change
 
 
 def variance_tuned(

@@ -166,7 +166,7 @@ def _aware_batch(
 
     for step in range(steps):
         size = eps * (0.2 if step < steps // 2 else 0.05)
-        x = pgd.pgd_loop(loss, x0, eps=eps, step_size=size, steps=1, rule=pgd.sign_rule(), start=x)
+        x = pgd.pgd_loop(loss, x0, eps=eps, step_size=size, steps=1, start=x)
         with torch.no_grad():
             stack = pgd.member_logits(members, x)
             fools = losses.margins(stack.mean(0), part.labels) > 0

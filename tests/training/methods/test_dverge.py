@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim import SGD
 
 from tests.training.methods import reference
-from tests.training.networks import DEPTH, tiny_images, tiny_members
+from tests.training.networks import DEPTH, tiny_config, tiny_images, tiny_members
 from training.methods import dverge, standard
 from training.models.member import Member
+from training.parallel.topology import SINGLE_PROCESS
 from training.schedules import Dverge
 
 TOLERANCE = 1e-8
@@ -106,9 +107,9 @@ def test_one_step_after_another_equals_the_literal_procedure(batchnorm: Norm, la
 def test_a_standard_step_is_sgd_on_the_clean_images_of_each_member_alone() -> None:
     members = tiny_members(2)
     descents = descents_of(members)
-    steps = optimizers(members)
+    step = standard.make_step(tiny_config(), members, optimizers(members), SINGLE_PROCESS)
     for source in (SOURCE, TARGET):
-        losses = standard.standard_step(members, steps, source, LABELS)
+        losses = step(0, 0, (source, LABELS, source))
         expected = [descent.step([(source, 1.0)], LABELS) for descent in descents]
         assert losses.tolist() == pytest.approx(expected, abs=TOLERANCE)
     for member, descent in zip(members, descents, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from training.models.bn_folding import folded
 from training.models.build import build_members
 from training.models.member import Member
 from training.parallel.threads import side_by_side
+from training.parallel.topology import SINGLE_PROCESS
 from training.runs.directory import Run
-from training.schedules import Adp, Adversarial, Dverge, Gal
+from training.schedules import Adversarial, Dverge
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -48,9 +50,12 @@ def expect(members: list[Member], wanted: list[Tensor]) -> None:
 def test_adversarial_training_learns_from_each_members_own_pgd() -> None:
     members = tiny_members(2)
     settings = Adversarial(eps=0.1, step_size=0.03, steps=3)
+    config = replace(tiny_config(), adversarial=settings, seed=7)
     made = []
     for index, member in enumerate(members):
-        images = adversarial.adversarial_images(member, SOURCE, LABELS, settings, 7, index)
+        images = adversarial.adversarial_images(
+            member, SOURCE, LABELS, settings, 7, "adversarial", 4, 2, index
+        )
         member.eval()
         assert (images - SOURCE).abs().max() <= 0.1 + 1e-12
         assert F.cross_entropy(member(images), LABELS) > F.cross_entropy(member(SOURCE), LABELS)
@@ -59,9 +64,8 @@ def test_adversarial_training_learns_from_each_members_own_pgd() -> None:
     losses = [F.cross_entropy(m(x), LABELS) for m, x in zip(members, made, strict=True)]
     wanted = moved_by(members, torch.stack(losses).sum())
     again = tiny_members(2)
-    found = adversarial.adversarial_step(
-        again, sgd(again), SOURCE, LABELS, settings=settings, seed_path=(7,)
-    )
+    step = adversarial.make_step(config, again, sgd(again), SINGLE_PROCESS)
+    found = step(4, 2, (SOURCE, LABELS, SOURCE))
     assert found.tolist() == pytest.approx([loss.item() for loss in losses], abs=1e-10)
     expect(again, wanted)
 
@@ -120,7 +124,10 @@ def test_adp_step_follows_equation_5() -> None:
         total = total - (2.0 * entropy + 0.5 * determinant.log()) / 5
     wanted = moved_by(members, total)
     again = tiny_members(3)
-    adp.adp_step(again, sgd(again), SOURCE, LABELS, settings=Adp())
+    step = adp.make_step(tiny_config(members=3), again, sgd(again), SINGLE_PROCESS)
+    losses = step(0, 0, (SOURCE, LABELS, SOURCE))
+    own = [F.cross_entropy(logits[:, k], LABELS).item() for k in range(3)]
+    assert losses.tolist() == pytest.approx(own, abs=1e-10)
     expect(again, wanted)
 
 
@@ -145,7 +152,9 @@ def test_gal_step_follows_its_equation() -> None:
     )
     wanted = moved_by(members, (losses[0] + losses[1]) / 2 + 0.5 * cosine.mean())
     again = tiny_members(2)
-    gal.gal_step(again, sgd(again), SOURCE, LABELS, settings=Gal())
+    step = gal.make_step(tiny_config(), again, sgd(again), SINGLE_PROCESS)
+    found = step(0, 0, (SOURCE, LABELS, SOURCE))
+    assert found.tolist() == pytest.approx([loss.item() for loss in losses], abs=1e-10)
     expect(again, wanted)
 
 

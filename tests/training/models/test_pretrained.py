@@ -214,7 +214,7 @@ def test_a_damaged_file_is_named(earlier: Path, tmp_path: Path, damage: str) -> 
     }[damage]
     (tmp_path / "bad.safetensors").write_bytes(content)
     message = refusal(tiny_config(start=str(tmp_path / "bad.safetensors")))
-    assert "bad.safetensors is not a whole safetensors file" in message
+    assert "bad.safetensors is damaged" in message
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -16,7 +16,7 @@ from training.data.splits import load_training
 from training.methods import dverge, epoch_batches, stages
 from training.models.member import Member
 from training.optimizers import RateOnDevice
-from training.parallel import cuda_graphs as graphs
+from training.parallel import cuda_graphs
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.parallel.topology import Batch
 from training.schedules import Dverge
@@ -25,7 +25,7 @@ from training.trainer import prepare
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
-class Tape:
+class Tape(CudaRecorder):
     """Records by remembering the work, and says what it was asked for."""
 
     def __init__(self, *, fails: bool = False) -> None:
@@ -57,7 +57,7 @@ def batch(count: int, seed: int) -> Batch:
     return images[0], torch.arange(count) % 4, images[1]
 
 
-def dverge_work(members: Sequence[Member], optimizers: Sequence[SGD]) -> graphs.Work:
+def dverge_work(members: Sequence[Member], optimizers: Sequence[SGD]) -> cuda_graphs.Work:
     def work(layer: int, batch: Batch) -> Tensor:
         source, labels, target = batch
         settings = Dverge(steps=2)
@@ -187,19 +187,19 @@ def test_a_recording_that_fails_half_way_leaves_batchnorm_its_momentum(
 
 def test_nothing_is_recorded_without_a_gpu_nor_where_the_setting_says_no() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not graphs.wanted(tiny_config(), cpu)
-    assert graphs.wanted(tiny_config(), cuda)
-    assert not graphs.wanted(tiny_config(graphs="off"), cuda)
+    assert not cuda_graphs.wanted(tiny_config(), cpu)
+    assert cuda_graphs.wanted(tiny_config(), cuda)
+    assert not cuda_graphs.wanted(tiny_config(graphs="off"), cuda)
     members, optimizers = prepare(tiny_config(), load_training(tiny_config().data), cpu)
     assert [type(each) for each in optimizers] == [SGD] * 2
     work = dverge_work(members, optimizers)
-    assert graphs.recorded(work, tiny_config(), optimizers, cpu) is work
+    assert cuda_graphs.recorded(work, tiny_config(), optimizers, cpu) is work
     # Several processes train with SGD as it is, on GPUs too.
-    assert graphs.recorded(work, tiny_config(), optimizers, cuda) is work
+    assert cuda_graphs.recorded(work, tiny_config(), optimizers, cuda) is work
 
 
 def test_without_open_lanes_items_are_done_in_turn() -> None:
-    assert graphs.over_lanes(lambda item: item * 2, [1, 2, 3]) == [2, 4, 6]
+    assert cuda_graphs.over_lanes(lambda item: item * 2, [1, 2, 3]) == [2, 4, 6]
 
 
 # What follows needs a GPU; `python -m benchmarks.gpu smoke` runs it there.

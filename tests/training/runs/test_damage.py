@@ -65,7 +65,8 @@ def test_damaged_members_are_one_line_naming_the_file(copy: Path, which: str, da
 
 def test_weights_that_do_not_fit_are_one_line() -> None:
     tensors = members_tensors(tiny_members(2))
-    with pytest.raises(UserError, match="member 0") as caught:
+    again = "the saved state .* member 0.*; train into another `out`"
+    with pytest.raises(UserError, match=again) as caught:
         load_members(tiny_members(2, width=3), tensors)
     one_line(caught)
     with pytest.raises(UserError, match="member 2") as caught:

@@ -13,7 +13,6 @@ from dverge_serve.files import sha256
 from tests.training.networks import tiny_config
 from tests.training.refusal import one_line
 from training.config import Config
-from training.data import splits as datasets
 from training.data.splits import load_training, to_float
 from training.runs.directory import Run
 from training.trainer import accuracy, train
@@ -107,7 +106,7 @@ def test_a_directory_that_is_not_empty_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr(datasets, "load_training", lambda _: pytest.fail("images were read"))
+    monkeypatch.setattr("training.trainer.load_training", lambda _: pytest.fail("images were read"))
     with pytest.raises(UserError, match=r"is not empty.*`resume`") as caught:
         train(tiny_config(), tmp_path, device=CPU)
     one_line(caught)

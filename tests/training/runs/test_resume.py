@@ -11,7 +11,6 @@ from dverge_serve.errors import UserError
 from tests.training.networks import stored, tiny_config
 from tests.training.refusal import one_line
 from tests.training.stopping import stopped_run
-from training.data import splits as datasets
 from training.data.splits import load_training
 from training.runs.directory import Run
 from training.trainer import train
@@ -38,7 +37,7 @@ def test_resuming_with_other_settings_names_them(copy: Path) -> None:
 
 
 def test_resuming_a_finished_run_does_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_training", lambda _: pytest.fail("images were read"))
+    monkeypatch.setattr("training.trainer.load_training", lambda _: pytest.fail("images were read"))
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in copy.iterdir()}
     run = train(tiny_config(), copy, device=CPU, resume=True)
     assert run.finished

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
-from training.runs import tensorboard as events
 from training.runs.directory import Run
+from training.runs.tensorboard import PATTERN
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def expect_equal(folder: Path) -> None:
 def test_events_say_what_the_metrics_say(tmp_path: Path) -> None:
     config = tiny_config(tensorboard=True, members=3, dverge__schedule="one-cycle")
     run = train(config, tmp_path / "run", device=CPU)
-    assert len(list(run.path.glob(events.PATTERN))) == 1
+    assert len(list(run.path.glob(PATTERN))) == 1
     expect_equal(run.path)
     rates = [rate for _, rate in read(run.path)["dverge/lr"]]
     steps = 6
