@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from dverge_serve.engine.report_reader import page_path, report_path
+from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from verification.assemble import assemble, nulls
@@ -23,7 +23,6 @@ from verification.measures import measure
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import Gathering, evidence_folder
 from verification.report.page import page
-from verification.report.report import Report
 from verification.run_gates import check
 from verification.self_test import CHECKING
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.report import Gate
 from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
 from training.models.ensemble import Ensemble
@@ -16,7 +17,6 @@ from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import clean_scores
-from verification.report.report import Gate
 from verification.self_test import self_test
 
 

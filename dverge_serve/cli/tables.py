@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from verification.report.report import Accuracies, Live, Rate, Report
+    from dverge_serve.engine.report import Accuracies, Live, Rate, Report
 
 
 def show(table: Table) -> None:
@@ -24,14 +24,12 @@ def plain(value: Any) -> Text:
 
 def percent(rate: Rate | None) -> str:
     """Return a rate as "95.3%", or a dash where it was not measured."""
-    return "-" if rate is None else f"{100 * rate.value:.1f}%"
+    return "-" if rate is None else rate.percent
 
 
 def interval(rate: Rate | None) -> str:
     """Return a rate with its interval, "95.3% (92.6-97.1)"."""
-    if rate is None:
-        return "not run"
-    return f"{percent(rate)} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+    return "not run" if rate is None else rate.interval
 
 
 def report_table(report: Report) -> None:

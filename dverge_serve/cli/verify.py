@@ -12,9 +12,8 @@ from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
+    from dverge_serve.engine.report import Rate, Report
     from training.pgd import Norm
-    from verification import Report
-    from verification.report.report import Rate
 
 
 @app.command(
@@ -86,7 +85,7 @@ def verify_robustness(
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
     from dverge_serve.cli.tables import live_line, report_table
-    from dverge_serve.engine.report_reader import report_path
+    from dverge_serve.engine.report import report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
 

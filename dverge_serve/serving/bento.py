@@ -12,7 +12,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from dverge_serve.engine.report_reader import page_path, read_report, report_path
+from dverge_serve.engine.report import page_path, read_report, report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256 as file_sha256

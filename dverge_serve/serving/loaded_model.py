@@ -19,7 +19,7 @@ from dverge_serve.cores import cores
 from dverge_serve.engine.card import Card
 from dverge_serve.engine.predictions import Predictions
 from dverge_serve.engine.providers import CPU
-from dverge_serve.engine.report_reader import read_report
+from dverge_serve.engine.report import headline, read_report
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import FORMATS, load, to_float
 from dverge_serve.serving.batching import Batcher, Images, Part
@@ -78,16 +78,10 @@ class ServedModel:
         except (KeyError, TypeError, ValueError):
             return None
 
-    @cached_property
+    @property
     def headline(self) -> dict[str, Any] | None:
-        """The report's figures for anybody but callers who see the label alone.
-
-        Verdict and accuracies, which do not help an attacker; None without a report.
-        """
-        if self.report is None:
-            return None
-        keys = ("verdict", "clean_accuracy", "robust_accuracy")
-        return {key: self.report[key] for key in keys if key in self.report}
+        """The report's verdict and accuracies; None without a report."""
+        return None if self.report is None else headline(self.report)
 
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""

@@ -61,8 +61,10 @@ def test_it_tells_a_live_service_that_was_attacked_from_one_that_stopped_answeri
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ([], "not a report this version reads; expected schema 1"),
+        ([], "not a report this version reads; expected schema 1 or older"),
         (table() | {"schema_version": 2}, "not a report this version reads"),
+        (table() | {"schema_version": 0}, "not a report this version reads"),
+        (table() | {"schema_version": "1"}, "not a report this version reads"),
         (table() | {"model": {"file": "model.onnx"}}, "a damaged report"),
         ({"schema_version": 1}, "a damaged report"),
     ],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dverge_serve.engine.report_reader import SCHEMA_VERSION
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
+
+SCHEMA_VERSION = 1
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 T = TypeVar("T")
@@ -25,6 +27,16 @@ class Rate:
     low: float
     high: float
     n: int
+
+    @property
+    def percent(self) -> str:
+        """The share for people: "95.3%"."""
+        return f"{self.value:.1%}"
+
+    @property
+    def interval(self) -> str:
+        """The share and its interval for people: "95.3% (92.6-97.1)"."""
+        return f"{self.percent} ({100 * self.low:.1f}-{100 * self.high:.1f})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +133,7 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square:
+class LiveSquare:
     """The Square attack on a live service."""
 
     images: int
@@ -141,13 +153,13 @@ class Live:
     requests: int
     clean_accuracy: Rate
     transfer: Rate
-    square: Square
+    square: LiveSquare
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Live:
         """Return it from the report's section `live`."""
         rates = {key: _pick(Rate, table[key]) for key in ("clean_accuracy", "transfer")}
-        exposed, square = tuple(table["exposed"]), _pick(Square, table["square"])
+        exposed, square = tuple(table["exposed"]), _pick(LiveSquare, table["square"])
         return _pick(cls, table, exposed=exposed, square=square, **rates)
 
 
@@ -192,10 +204,9 @@ class Report(Accuracies):
         Raises:
             UserError: not a report of a schema this version reads.
         """
-        if not isinstance(table, dict) or table.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{name} is not a report this version reads", f"schema {SCHEMA_VERSION}"
-            )
+        if not _readable(table):
+            expected = f"schema {SCHEMA_VERSION} or older"
+            raise UserError(f"{name} is not a report this version reads", expected)
         try:
             return cls._from_table(table)
         except (KeyError, TypeError, AttributeError) as error:
@@ -225,6 +236,41 @@ class Report(Accuracies):
     def to_json(self) -> dict[str, Any]:
         """Return the whole report, as in its JSON file and by its schema."""
         return copy.deepcopy(self._table)
+
+
+def report_path(model: Path) -> Path:
+    """Return the path of the report of `model`: `model.report.json` for `model.onnx`."""
+    return model.with_name(f"{model.stem}.report.json")
+
+
+def page_path(model: Path) -> Path:
+    """Return the path of the report of `model` as a page: `model.report.html`."""
+    return model.with_name(f"{model.stem}.report.html")
+
+
+def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
+    """Return the report of `model` as parsed JSON, or None if none is about exactly these bytes.
+
+    A report counts only if it names `model_sha256` and has a schema this version reads.
+    """
+    try:
+        report: dict[str, Any] = json.loads(report_path(model).read_bytes())
+        matches = _readable(report) and report["model"]["sha256"] == model_sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if matches else None
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a report's figures that are for anybody: they do not help an attacker."""
+    keys = ("verdict", "clean_accuracy", "robust_accuracy")
+    return {key: report[key] for key in keys if key in report}
+
+
+def _readable(table: Any) -> bool:
+    """Tell whether this is a report of this version's schema or an older one."""
+    version = table.get("schema_version") if isinstance(table, dict) else None
+    return isinstance(version, int) and 1 <= version <= SCHEMA_VERSION
 
 
 def _pick(kind: Callable[..., T], table: Mapping[str, Any], **given: Any) -> T:
