@@ -43,11 +43,11 @@ class Rate:
 class RobustRate(Rate):
     """The share of images answered rightly untouched and after every attack of one threat.
 
-    An image must survive both as computed (float) and rounded to 8 bits (uint8).
+    An image must survive both as computed (float) and rounded to 8 bits (delivered).
     """
 
     as_float: float
-    as_uint8: float
+    delivered: float
     of_clean_correct: float | None  # share of the images that are right untouched
     attacks: Mapping[str, float]  # share that survives each attack alone, by its name
 
@@ -296,4 +296,4 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Any]:
 def _robust(rate: Mapping[str, Any] | None) -> RobustRate | None:
     if rate is None:
         return None
-    return _pick(RobustRate, rate, as_float=rate["float"], as_uint8=rate["delivered"])
+    return _pick(RobustRate, rate, as_float=rate["float"])

@@ -21,10 +21,11 @@ from dverge_serve.engine.predictions import Predictions
 from dverge_serve.engine.providers import CPU
 from dverge_serve.engine.report import headline, read_report
 from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
 from dverge_serve.images import FORMATS, load, to_float
 from dverge_serve.serving.batching import Batcher, Images, Part
 from dverge_serve.serving.metrics import Metrics
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.settings import Settings, as_variables
 
 # Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
 MAX_BATCH, MAX_BATCH_GPU = 32, 64
@@ -43,15 +44,18 @@ class ServedModel:
 
     def __init__(self, settings: Settings, worker: int = 1) -> None:
         self._max_queue = settings.queue
-        self.engine = Engine(
-            settings.model,
-            device=settings.device,
-            threads=settings.threads or max(1, cores() // settings.workers),
-            expected_sha256=settings.model_sha256,
-            # An idle thread that spins takes the core that decodes the next request.
-            spinning=False,
-            device_id=(worker - 1) % max(1, gpus()),
-        )
+        try:
+            self.engine = Engine(
+                settings.model,
+                device=settings.device,
+                threads=settings.threads or max(1, cores() // settings.workers),
+                expected_sha256=settings.model_sha256,
+                # An idle thread that spins takes the core that decodes the next request.
+                spinning=False,
+                device_id=(worker - 1) % max(1, gpus()),
+            )
+        except UserError as error:
+            raise UserError(as_variables(error)) from error
         self.report = read_report(settings.model, self.engine.sha256)
         self._batcher: Batcher[Predictions] | None = None
         self._metrics: Metrics | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dverge_serve.errors import UserError
+from dverge_serve.errors import UserError, rename_parameters
 
 if TYPE_CHECKING:
     from dverge_serve.engine.session import Device
@@ -106,6 +106,13 @@ class Settings:
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
     return PREFIX + name.upper()
+
+
+def as_variables(error: UserError) -> str:
+    """Return an error's text with variables in place of the parameters that it names."""
+    names = {field.name: variable(field.name) for field in dataclasses.fields(Settings)}
+    names["expected_sha256"] = variable("model_sha256")
+    return rename_parameters(str(error), names)
 
 
 _LOWEST: dict[str, float] = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dverge_serve import Engine
 from dverge_serve.cli import as_flags, run
-from dverge_serve.engine import Engine
 from dverge_serve.engine.report import report_path
 from tests.serving import tiny
 from tests.verification.report.test_page import table
@@ -328,6 +328,12 @@ def test_using_a_model_needs_neither_torch_nor_the_other_rooms(
     if command == "inspect":
         assert "95.0% (90.0-100.0)" in done.stdout
         assert "transfer 70.0% (65.0-75.0), white-box 70.0% (65.0-75.0)" in done.stdout
+
+
+def test_the_package_lists_its_names_without_importing_them(tmp_path: Path) -> None:
+    code = "import sys, dverge_serve; assert {'Engine', '__version__'} <= set(dir(dverge_serve));"
+    done = python(code + "assert not {'numpy', 'onnxruntime'} & set(sys.modules)", tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_imports_no_heavy_library(tmp_path: Path) -> None:

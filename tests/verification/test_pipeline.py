@@ -70,7 +70,7 @@ def test_the_figures_follow_from_the_outcome_matrix(
                     robust &= np.array([c != "0" for c in entry["images"]])
             assert rate is not None
             assert rate.value == robust.mean()
-            assert rate.value <= min(rate.as_float, rate.as_uint8)
+            assert rate.value <= min(rate.as_float, rate.delivered)
             values[threat] = rate.value
         assert values["all"] <= min(values["transfer"], values["white_box"])
 

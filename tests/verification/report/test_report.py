@@ -26,7 +26,7 @@ def test_it_has_the_figures_of_its_json_and_keeps_all_of_it(tmp_path: Path) -> N
     row = report.robust_accuracy[0.1]
     assert row.white_box is None
     assert row.transfer is not None
-    assert (row.transfer.value, row.transfer.n, row.transfer.as_uint8) == (0.7, 100, 0.7)
+    assert (row.transfer.value, row.transfer.n, row.transfer.delivered) == (0.7, 100, 0.7)
     assert row.transfer.attacks == {"noise": 0.9}
     assert report.control is not None
     assert report.control.what == "own"
