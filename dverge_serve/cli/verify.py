@@ -88,6 +88,7 @@ def verify_robustness(
     from dverge_serve.engine.report import report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
+    from verification.report import formats
 
     for wanted in (junit, bom):
         if wanted is not None:
@@ -116,14 +117,11 @@ def verify_robustness(
         typer.echo(live_line(report.live))
     typer.echo(f"verdict {report.verdict}; report in {report_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
-    if junit is not None or bom is not None:
-        from verification.report import formats
-
-        if junit is not None:
-            case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
-            write_atomic(junit, formats.junit(report, case))
-        if bom is not None:
-            write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
+    if junit is not None:
+        case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
+        write_atomic(junit, formats.junit(report, case))
+    if bom is not None:
+        write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
     if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
     if not met:

@@ -123,9 +123,7 @@ class Engine:
             ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
             RuntimeError: the engine is closed.
         """
-        session = self._session  # read once: another thread may close the engine meanwhile
-        if session is None:
-            raise RuntimeError(f"the engine of {self.path} is closed")
+        session = self.session
         count, *shape = images.shape or (0,)
         if shape != self._shape or images.dtype != _FLOAT:
             raise ValueError(

@@ -66,8 +66,8 @@ def write_bento(model: Path, out: Path) -> list[Path]:
         raise UserError(f"{model} changed while it was read", "a file that nobody writes to")
     reports: dict[str, bytes] = {}
     if read_report(model, sha256) is not None:
-        for source, name in zip((report_path(model), page_path(model)), REPORTS, strict=True):
-            reports |= {name: source.read_bytes()} if source.is_file() else {}
+        sources = zip(REPORTS, (report_path(model), page_path(model)), strict=True)
+        reports = {name: path.read_bytes() for name, path in sources if path.is_file()}
     written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
     write_atomic(out / MODEL, data)
     write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements()).encode())

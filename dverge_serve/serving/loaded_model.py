@@ -90,9 +90,8 @@ class ServedModel:
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""
         self._metrics = metrics
-        self._batcher = Batcher(
-            self._run, loop, max_batch=self._max_batch, max_queue=self._max_queue
-        )
+        limits = {"max_batch": self._max_batch, "max_queue": self._max_queue}
+        self._batcher = Batcher(self._run, loop, **limits)
 
     def __enter__(self) -> Self:
         """Hold the model for one request: until it leaves, a retired model still answers."""

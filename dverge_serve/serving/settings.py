@@ -132,17 +132,11 @@ _OPTIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def _parse(name: str, text: str, default: object) -> object:
-    if isinstance(default, Path):
-        return Path(text)
+    kind: type[Any] = str if default is None else type(default)
     try:
-        if isinstance(default, int):
-            return int(text)
-        if isinstance(default, float):
-            return float(text)
+        return kind(text)
     except ValueError as error:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise _bad(name, text, kind) from error
-    return text
+        raise _bad(name, text, "a whole number" if kind is int else "a number") from error
 
 
 def _bad(name: str, value: object, expected: str) -> UserError:
