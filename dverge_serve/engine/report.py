@@ -284,9 +284,7 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Any]:
         "clean_accuracy": _pick(Rate, table["clean_accuracy"]),
         "robust_accuracy": {
             row["eps"]: RobustAccuracy(
-                transfer=_robust(row["transfer"]),
-                white_box=_robust(row["white_box"]),
-                all=_robust(row["all"]),
+                **{threat: _robust(row[threat]) for threat in ("transfer", "white_box", "all")}
             )
             for row in table["robust_accuracy"]
         },

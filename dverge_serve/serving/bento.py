@@ -17,8 +17,8 @@ from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256 as file_sha256
 from dverge_serve.files import write_atomic
+from dverge_serve.serving.launch import SERVICE
 
-SERVICE = "dverge_serve.service:Dverge"
 PACKAGE = Path(__file__).parents[1]
 MODEL = "model.onnx"
 REPORTS = ("model.report.json", "model.report.html")

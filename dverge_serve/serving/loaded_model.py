@@ -133,20 +133,13 @@ class ServedModel:
         scores = self.engine.run_all(images)
         seconds = time.perf_counter() - begun
         found = Predictions(scores, self.card.labels)
-        self._count(found, seconds)
-        return found
-
-    def _count(self, found: Predictions, seconds: float) -> None:
         metrics, batcher = self._metrics, self._batcher
-        if metrics is None or batcher is None:  # a batch can be quicker than the constructor
-            return
-        metrics.batch(len(found), seconds, batcher.waiting)
-        metrics.images(
-            found.labels(),
-            found.disagreement,
-            sum(share < 1 for share in found.agreement),
-            sum(map(self.is_suspicious, found.disagreement)),
-        )
+        if metrics and batcher:  # a batch can be quicker than the batcher's constructor
+            metrics.batch(len(found), seconds, batcher.waiting)
+            split = sum(share < 1 for share in found.agreement)
+            suspicious = sum(map(self.is_suspicious, found.disagreement))
+            metrics.images(found.labels(), found.disagreement, split, suspicious)
+        return found
 
     def is_suspicious(self, disagreement: float) -> bool:
         """Whether members that disagree this much should raise an alarm."""
