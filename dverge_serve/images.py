@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,12 +76,7 @@ class Preprocess:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form kept in a model's metadata."""
-        return {
-            "mode": self.mode,
-            "resize": list(self.resize),
-            "crop": list(self.crop),
-            "interpolation": self.interpolation,
-        }
+        return asdict(self) | {"resize": list(self.resize), "crop": list(self.crop)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Preprocess:

@@ -29,10 +29,10 @@ import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
-from dverge_serve.errors import Exit, UserError, rename_parameters
+from dverge_serve.errors import Exit, UserError
 from dverge_serve.serving import tracing
 from dverge_serve.serving.requests import Receive, Scope, Send
-from dverge_serve.serving.settings import Settings, variable
+from dverge_serve.serving.settings import Settings, as_variables
 from dverge_serve.serving.sockets import beyond_loopback, require_free
 
 if TYPE_CHECKING:
@@ -161,9 +161,7 @@ class Dverge:
             require_free(*_address())
             _share(folder, settings)
         except UserError as error:
-            names = {field.name: variable(field.name) for field in dataclasses.fields(Settings)}
-            told = rename_parameters(str(error), names)
-            print(f"dverge: {told}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"dverge: {as_variables(error)}", file=sys.stderr, flush=True)  # noqa: T201
             raise SystemExit(Exit.USER) from error
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]

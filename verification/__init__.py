@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dverge_serve.engine.report import Report
 from verification.config import VerificationConfig, radii
-from verification.report.report import Report
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dverge_serve import __version__
-from dverge_serve.engine.report_reader import SCHEMA_VERSION
+from dverge_serve.engine.report import SCHEMA_VERSION, Gate
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
 from verification.config import NORMS
 from verification.context import Context
 from verification.metrics.robust_accuracy import comparison, figures
-from verification.report.report import Gate
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dverge_serve.engine.card import Card
-from dverge_serve.engine.report_reader import report_path
+from dverge_serve.engine.report import report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import check_writable

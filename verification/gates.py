@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.report import Gate, Verdict
 from export.parity import Parity
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
-from verification.report.report import Gate, Verdict
 
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
 SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from dverge_serve.engine.report_reader import page_path, report_path
+from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from verification.assemble import assemble, nulls
@@ -21,7 +21,6 @@ from verification.live import attack_service
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.page import page
-from verification.report.report import Report
 from verification.run_gates import check
 from verification.run_metrics import measure
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dverge_serve.engine.report import Gate, Report
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from training.data.splits import Split
@@ -24,7 +25,6 @@ from verification.gates import verdict
 from verification.metrics import detection
 from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
 from verification.report.evidence import evidence_folder, read_evidence
-from verification.report.report import Gate, Report
 
 SAME = 1e-6  # relative: what rounding on another machine may do to a score
 

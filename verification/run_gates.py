@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.report import Gate
 from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
 from training.data import splits
@@ -18,7 +19,6 @@ from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import clean_scores
-from verification.report.report import Gate
 from verification.self_test import CHECKING, self_test
 
 

@@ -56,7 +56,8 @@ dverge.__doc__ = None  # the app's own help speaks instead
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
     # Each registers its commands, in the order help shows them.
-    from dverge_serve.cli import train, export, verify, use, bench, bento  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import train, export, verify, serve, predict  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import inspect, bench, bento  # noqa: F401, I001, RUF100
 
     from dverge_serve.progress import show
 

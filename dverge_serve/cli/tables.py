@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from verification.report.report import Accuracies, Live, Rate, Report
+    from dverge_serve.engine.report import Accuracies, Live, Rate, Report
 
 
 def show(table: Table) -> None:
@@ -24,28 +25,24 @@ def plain(value: Any) -> Text:
 
 def percent(rate: Rate | None) -> str:
     """Return a rate as "95.3%", or a dash where it was not measured."""
-    return "-" if rate is None else f"{100 * rate.value:.1f}%"
+    return "-" if rate is None else rate.percent
 
 
 def interval(rate: Rate | None) -> str:
     """Return a rate with its interval, "95.3% (92.6-97.1)"."""
-    if rate is None:
-        return "not run"
-    return f"{percent(rate)} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+    return "not run" if rate is None else rate.interval
 
 
 def report_table(report: Report) -> None:
     """Print a report's figures and gates."""
-    figures = Table(title=f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)")
-    for name in ("eps", "transfer", "white-box", "control, transfer"):
-        figures.add_column(name, justify="right")
     control = report.control
     held = percent(control.clean_accuracy) if control else "-"
-    figures.add_row("clean", interval(report.clean_accuracy), "", held)
+    rows = [("clean", interval(report.clean_accuracy), "", held)]
     for eps, row in report.robust_accuracy.items():
         held = percent(control.robust_accuracy[eps].transfer) if control else "-"
-        figures.add_row(f"{eps:g}", interval(row.transfer), interval(row.white_box), held)
-    show(figures)
+        rows.append((f"{eps:g}", interval(row.transfer), interval(row.white_box), held))
+    title = f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)"
+    show(_table(title, ("eps", "transfer", "white-box", "control, transfer"), rows))
     gates = Table(title="Gates")
     gates.add_column("gate", no_wrap=True)
     gates.add_column("result", no_wrap=True)
@@ -69,15 +66,15 @@ def live_line(live: Live) -> str:
 
 def demo_table(report: Report, standard: Accuracies, eps: float) -> None:
     """Print the DVERGE ensemble beside the standard one under the same attacks."""
-    n, members = report.data.n, report.model.members
-    table = Table(title=f"{n} digit images the ensembles never saw, {members} members each")
-    for name in ("", "clean", f"transfer attacks, eps {eps:g}", f"white-box, eps {eps:g}"):
-        table.add_column(name, justify="right" if name else "left")
+    rows = []
     for name, found in (("standard", standard), ("DVERGE", report)):
         row = found.robust_accuracy[eps]
         rates = found.clean_accuracy, row.transfer, row.white_box
-        table.add_row(name, *map(percent, rates))
-    show(table)
+        rows.append((name, *map(percent, rates)))
+    n, members = report.data.n, report.model.members
+    title = f"{n} digit images the ensembles never saw, {members} members each"
+    columns = ("", "clean", f"transfer attacks, eps {eps:g}", f"white-box, eps {eps:g}")
+    show(_table(title, columns, rows, left=1))
 
 
 def card_table(facts: dict[str, Any]) -> None:
@@ -92,35 +89,34 @@ def card_table(facts: dict[str, Any]) -> None:
 
 def bench_table(rows: list[dict[str, Any]], title: str) -> None:
     """Print one line for each batch size."""
-    table = Table(title=title)
-    for name in ("batch", "p50 ms", "p99 ms", "images/s", "bare session ms", "engine's share"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row["batch"]),
-            f"{row['p50_ms']:.2f}",
-            f"{row['p99_ms']:.2f}",
-            f"{row['images_per_s']:.0f}",
-            f"{row['bare_ms']:.2f}",
-            f"{100 * row['share']:.1f}%",
-        )
-    show(table)
+    form = "{batch} {p50_ms:.2f} {p99_ms:.2f} {images_per_s:.0f} {bare_ms:.2f} {share:.1%}"
+    columns = ("batch", "p50 ms", "p99 ms", "images/s", "bare session ms", "engine's share")
+    show(_table(title, columns, [form.format(**row).split() for row in rows]))
 
 
 def predictions_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each classified image."""
-    table = Table()
-    for name in ("image", "label", "probability", "agreement"):
-        left = name in ("image", "label")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    told = [
+        (plain(row["image"]), plain(row["error"]))
+        if "error" in row
+        else (
+            plain(row["image"]),
+            plain(row["label"]),
+            f"{row['probability']:.3f}",
+            f"{row['agreement']:.2f}",
+        )
+        for row in rows
+    ]
+    show(_table(None, ("image", "label", "probability", "agreement"), told, left=2))
+
+
+def _table(
+    title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str | Text]], left: int = 0
+) -> Table:
+    """Return a table of figures behind `left` columns of words."""
+    table = Table(title=title)
+    for at, name in enumerate(columns):
+        table.add_column(name, justify="left" if at < left else "right", overflow="fold")
     for row in rows:
-        if "error" in row:
-            table.add_row(plain(row["image"]), plain(row["error"]), "", "")
-        else:
-            table.add_row(
-                plain(row["image"]),
-                plain(row["label"]),
-                f"{row['probability']:.3f}",
-                f"{row['agreement']:.2f}",
-            )
-    show(table)
+        table.add_row(*row)
+    return table

@@ -62,7 +62,9 @@ def train(
     from training.config import check_seed
 
     if resume and out is None:
-        out = _latest()
+        out = Path("runs/latest")
+        if not out.exists():
+            raise UserError("--resume without --out, and no runs/latest", "a run to go on with")
     begun = _begun(out) if resume and out is not None and recipe is None else None
     if resume and begun is None and recipe is None and data is None:
         # Neither a run nor anything that one could be begun with: a mistyped --out.
@@ -131,10 +133,8 @@ def _config(
     from training.recipe import data_overrides, load_recipe, parse_settings, recipe_for
 
     overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
-    if members is not None:
-        overrides["members"] = members
-    if seed is not None:
-        overrides["seed"] = seed
+    numbers = {"members": members, "seed": seed}
+    overrides |= {key: value for key, value in numbers.items() if value is not None}
     if start:
         named = [str(path.resolve()) for path in start]
         overrides["start"] = named if len(named) > 1 else named[0]
@@ -158,9 +158,8 @@ def _say_cost(config: Config, device: str) -> None:
     except UserError as error:
         if config.data.path:
             raise
-        typer.echo(
-            f"no estimate: {as_flags(str(error))}", err=True
-        )  # the recipe's settings were asked for
+        # The recipe's settings were asked for; the images may come later.
+        typer.echo(f"no estimate: {as_flags(str(error))}", err=True)
         return
     for line in cost["notes"]:
         typer.echo(line, err=True)
@@ -170,13 +169,6 @@ def _say_cost(config: Config, device: str) -> None:
         typer.echo(f"{stage}: {told}", err=True)
     images, parameters = cost["training_images"], cost["parameters"]
     typer.echo(f"{images:,} training images, {parameters:,} parameters in all", err=True)
-
-
-def _latest() -> Path:
-    latest = Path("runs/latest")
-    if not latest.exists():
-        raise UserError("--resume without --out, and no runs/latest", "a run to go on with")
-    return latest
 
 
 def _begun(out: Path) -> Config | None:

@@ -12,9 +12,8 @@ from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
+    from dverge_serve.engine.report import Rate, Report
     from training.pgd import Norm
-    from verification import Report
-    from verification.report.report import Rate
 
 
 @app.command(
@@ -86,9 +85,10 @@ def verify_robustness(
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
     from dverge_serve.cli.tables import live_line, report_table
-    from dverge_serve.engine.report_reader import report_path
+    from dverge_serve.engine.report import report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
+    from verification.report import formats
 
     for wanted in (junit, bom):
         if wanted is not None:
@@ -117,14 +117,11 @@ def verify_robustness(
         typer.echo(live_line(report.live))
     typer.echo(f"verdict {report.verdict}; report in {report_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
-    if junit is not None or bom is not None:
-        from verification.report import formats
-
-        if junit is not None:
-            case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
-            write_atomic(junit, formats.junit(report, case))
-        if bom is not None:
-            write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
+    if junit is not None:
+        case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
+        write_atomic(junit, formats.junit(report, case))
+    if bom is not None:
+        write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
     if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
     if not met:

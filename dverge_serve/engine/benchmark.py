@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS
 from dverge_serve.engine.session import Engine
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 SECONDS = 2.0  # for each batch size
 LEAST = 3  # turns
 CALLS = 3  # in a turn of each, after one that does not count
@@ -64,7 +62,7 @@ def measure(engine: Engine, batch: int, seconds: float = SECONDS) -> Row:
     return Row(
         batch=batch,
         p50_ms=1000 * median,
-        p99_ms=1000 * _percentile(mine, 99),
+        p99_ms=1000 * float(np.percentile(mine, 99)),
         images_per_s=batch / median,
         bare_ms=1000 * statistics.median(bare),
         share=1 - 1 / statistics.median(ratios),
@@ -82,8 +80,3 @@ def _calls(call: Callable[[], object]) -> list[float]:
         call()
         times.append(time.perf_counter() - begun)
     return times[1:]
-
-
-def _percentile(values: list[float], percent: float) -> float:
-    found: npt.NDArray[np.float64] = np.percentile(np.asarray(values), percent, keepdims=True)
-    return float(found[0])

@@ -63,14 +63,10 @@ class Buckets:
     def _bucket(self, size: int) -> tuple[Any, Any, Any, Any]:
         if size not in self._buckets:
             classes = len(self._card.labels)
-            shapes = {
-                INPUT: (size, *self._card.input_shape),
-                LOGITS: (size, classes),
-                MEMBER_LOGITS: (size, self._card.members, classes),
-            }
+            shapes = (self._card.input_shape, (classes,), (self._card.members, classes))
             given, logits, member_logits = (
-                ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, *self._where)
-                for shape in shapes.values()
+                ort.OrtValue.ortvalue_from_shape_and_type((size, *shape), np.float32, *self._where)
+                for shape in shapes
             )
             binding = self._session.io_binding()
             binding.bind_ortvalue_input(INPUT, given)

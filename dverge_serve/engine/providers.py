@@ -92,7 +92,11 @@ def has_gpu() -> bool:
 
 def warn_of_two_runtimes() -> None:
     """Warn if two builds of ONNX Runtime are installed: they share a folder, the last one wins."""
-    names = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    names = [
+        name
+        for name in ("onnxruntime", "onnxruntime-gpu")
+        if any(metadata.distributions(name=name))
+    ]
     if len(names) > 1:
         warnings.warn(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
@@ -100,11 +104,3 @@ def warn_of_two_runtimes() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from PIL import Image
 
 from dverge_serve.cores import cores
 from dverge_serve.engine.buckets import Buckets
@@ -87,7 +88,7 @@ class Engine:
             raise UserError(
                 f"{path} has sha256 {self.sha256}",
                 f"{expected_sha256} as pinned",
-                "put the pinned file in place or change DVERGE_MODEL_SHA256",
+                "put the pinned file in place or change `expected_sha256`",
             )
         on = providers(device, device_id)
 
@@ -122,9 +123,7 @@ class Engine:
             ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
             RuntimeError: the engine is closed.
         """
-        session = self._session  # read once: another thread may close the engine meanwhile
-        if session is None:
-            raise RuntimeError(f"the engine of {self.path} is closed")
+        session = self.session
         count, *shape = images.shape or (0,)
         if shape != self._shape or images.dtype != _FLOAT:
             raise ValueError(
@@ -160,10 +159,12 @@ class Engine:
         Raises:
             ImageError: one of them is not an accepted image; it says which one.
             OSError: a file cannot be read.
+            TypeError: one image in place of a list.
             RuntimeError: the engine is closed.
         """
-        if isinstance(images, (str, bytes)):
-            raise TypeError(f"images is one {type(images).__name__}; expected a list of images")
+        if isinstance(images, (str, bytes, Path, Image.Image)):
+            kind = type(images).__name__
+            raise TypeError(f"`images` is one {kind}; expected a list of images: predict([image])")
         found: list[Prediction] = []
         for start in range(0, len(images), PREDICT_BATCH):
             pixels = [

@@ -99,7 +99,9 @@ class App:
             if route is None:
                 raise ServiceError("not_found", "no such path; /openapi.json lists them all")
             if request.method not in route.methods:
-                raise _not_allowed(route)
+                allow = ", ".join(route.methods)
+                told, header = f"{route.path} takes {allow}", (b"allow", allow.encode())
+                raise ServiceError("method_not_allowed", told, (header,))
             return await route.handler(request)
         except ServiceError as error:
             self.metrics.refusal(error.code)
@@ -146,21 +148,9 @@ class App:
         scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
         # Takes equally long for any content, so that the time reveals nothing of the token.
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            raise ServiceError(
-                "unauthorized",
-                "a valid bearer token is needed",
-                ((b"www-authenticate", b"Bearer"),),
-            )
+            told, header = "a valid bearer token is needed", (b"www-authenticate", b"Bearer")
+            raise ServiceError("unauthorized", told, (header,))
 
 
 def _is_v2(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
-
-
-def _not_allowed(route: Route) -> ServiceError:
-    allow = ", ".join(route.methods)
-    return ServiceError(
-        "method_not_allowed",
-        f"{route.path} takes {allow}",
-        ((b"allow", allow.encode()),),
-    )

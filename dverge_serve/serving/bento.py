@@ -12,13 +12,13 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from dverge_serve.engine.report_reader import page_path, read_report, report_path
+from dverge_serve.engine.report import page_path, read_report, report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256 as file_sha256
 from dverge_serve.files import write_atomic
+from dverge_serve.serving.launch import SERVICE
 
-SERVICE = "dverge_serve.service:Dverge"
 PACKAGE = Path(__file__).parents[1]
 MODEL = "model.onnx"
 REPORTS = ("model.report.json", "model.report.html")
@@ -66,8 +66,8 @@ def write_bento(model: Path, out: Path) -> list[Path]:
         raise UserError(f"{model} changed while it was read", "a file that nobody writes to")
     reports: dict[str, bytes] = {}
     if read_report(model, sha256) is not None:
-        for source, name in zip((report_path(model), page_path(model)), REPORTS, strict=True):
-            reports |= {name: source.read_bytes()} if source.is_file() else {}
+        sources = zip(REPORTS, (report_path(model), page_path(model)), strict=True)
+        reports = {name: path.read_bytes() for name, path in sources if path.is_file()}
     written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
     write_atomic(out / MODEL, data)
     write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements()).encode())

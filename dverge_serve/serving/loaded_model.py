@@ -19,12 +19,13 @@ from dverge_serve.cores import cores
 from dverge_serve.engine.card import Card
 from dverge_serve.engine.predictions import Predictions
 from dverge_serve.engine.providers import CPU
-from dverge_serve.engine.report_reader import read_report
+from dverge_serve.engine.report import headline, read_report
 from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
 from dverge_serve.images import FORMATS, load, to_float
 from dverge_serve.serving.batching import Batcher, Images, Part
 from dverge_serve.serving.metrics import Metrics
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.settings import Settings, as_variables
 
 # Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
 MAX_BATCH, MAX_BATCH_GPU = 32, 64
@@ -43,15 +44,18 @@ class ServedModel:
 
     def __init__(self, settings: Settings, worker: int = 1) -> None:
         self._max_queue = settings.queue
-        self.engine = Engine(
-            settings.model,
-            device=settings.device,
-            threads=settings.threads or max(1, cores() // settings.workers),
-            expected_sha256=settings.model_sha256,
-            # An idle thread that spins takes the core that decodes the next request.
-            spinning=False,
-            device_id=(worker - 1) % max(1, gpus()),
-        )
+        try:
+            self.engine = Engine(
+                settings.model,
+                device=settings.device,
+                threads=settings.threads or max(1, cores() // settings.workers),
+                expected_sha256=settings.model_sha256,
+                # An idle thread that spins takes the core that decodes the next request.
+                spinning=False,
+                device_id=(worker - 1) % max(1, gpus()),
+            )
+        except UserError as error:
+            raise UserError(as_variables(error)) from error
         self.report = read_report(settings.model, self.engine.sha256)
         self._batcher: Batcher[Predictions] | None = None
         self._metrics: Metrics | None = None
@@ -78,23 +82,16 @@ class ServedModel:
         except (KeyError, TypeError, ValueError):
             return None
 
-    @cached_property
+    @property
     def headline(self) -> dict[str, Any] | None:
-        """The report's figures for anybody but callers who see the label alone.
-
-        Verdict and accuracies, which do not help an attacker; None without a report.
-        """
-        if self.report is None:
-            return None
-        keys = ("verdict", "clean_accuracy", "robust_accuracy")
-        return {key: self.report[key] for key in keys if key in self.report}
+        """The report's verdict and accuracies; None without a report."""
+        return None if self.report is None else headline(self.report)
 
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""
         self._metrics = metrics
-        self._batcher = Batcher(
-            self._run, loop, max_batch=self._max_batch, max_queue=self._max_queue
-        )
+        limits = {"max_batch": self._max_batch, "max_queue": self._max_queue}
+        self._batcher = Batcher(self._run, loop, **limits)
 
     def __enter__(self) -> Self:
         """Hold the model for one request: until it leaves, a retired model still answers."""
@@ -136,20 +133,13 @@ class ServedModel:
         scores = self.engine.run_all(images)
         seconds = time.perf_counter() - begun
         found = Predictions(scores, self.card.labels)
-        self._count(found, seconds)
-        return found
-
-    def _count(self, found: Predictions, seconds: float) -> None:
         metrics, batcher = self._metrics, self._batcher
-        if metrics is None or batcher is None:  # a batch can be quicker than the constructor
-            return
-        metrics.batch(len(found), seconds, batcher.waiting)
-        metrics.images(
-            found.labels(),
-            found.disagreement,
-            sum(share < 1 for share in found.agreement),
-            sum(map(self.is_suspicious, found.disagreement)),
-        )
+        if metrics and batcher:  # a batch can be quicker than the batcher's constructor
+            metrics.batch(len(found), seconds, batcher.waiting)
+            split = sum(share < 1 for share in found.agreement)
+            suspicious = sum(map(self.is_suspicious, found.disagreement))
+            metrics.images(found.labels(), found.disagreement, split, suspicious)
+        return found
 
     def is_suspicious(self, disagreement: float) -> bool:
         """Whether members that disagree this much should raise an alarm."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import (
@@ -36,61 +37,46 @@ class Metrics:
     """What one worker counts. Make it once the worker runs, never at import."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
+        self._registry = CollectorRegistry()
+        counter = partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry, multiprocess_mode="livesum")
+        self._requests = counter(
             "dverge_requests",
             "Requests answered; status 'gone' where the caller hung up first.",
             ["route", "method", "status"],
-            registry=registry,
         )
-        self._seconds = Histogram(
+        self._seconds = histogram(
             "dverge_request_seconds",
             "From the request's headers to the end of its answer.",
             ["route"],
             buckets=SECONDS,
-            registry=registry,
         )
-        refusals = Counter(
-            "dverge_refusals", "Requests refused, by error code.", ["code"], registry=registry
-        )
+        refusals = counter("dverge_refusals", "Requests refused, by error code.", ["code"])
         self._refusals = {code: refusals.labels(code) for code in CODES}
-        self._predictions = Counter(
-            "dverge_predictions", "Images classified, by answer.", ["label"], registry=registry
+        self._predictions = counter(
+            "dverge_predictions", "Images classified, by answer.", ["label"]
         )
-        self._split = Counter(
-            "dverge_split_votes",
-            "Images whose members did not all vote for the ensemble's answer.",
-            registry=registry,
+        self._split = counter(
+            "dverge_split_votes", "Images whose members did not all vote for the ensemble's answer."
         )
-        self._suspicious = Counter(
-            "dverge_suspicious",
-            "Images whose members disagree more than the report's threshold.",
-            registry=registry,
+        self._suspicious = counter(
+            "dverge_suspicious", "Images whose members disagree more than the report's threshold."
         )
-        self._disagreement = Histogram(
+        self._disagreement = histogram(
             "dverge_disagreement",
             "Jensen-Shannon divergence of the members' answers to an image, nats.",
             buckets=NATS,
-            registry=registry,
         )
-        self._batch = Histogram(
-            "dverge_batch_images", "Images in one engine call.", buckets=IMAGES, registry=registry
+        self._batch = histogram("dverge_batch_images", "Images in one engine call.", buckets=IMAGES)
+        self._engine = histogram(
+            "dverge_engine_seconds", "Time of one engine call.", buckets=SECONDS
         )
-        self._engine = Histogram(
-            "dverge_engine_seconds", "Time of one engine call.", buckets=SECONDS, registry=registry
-        )
-        self._waiting = Gauge(
-            "dverge_queue_images",
-            "Images waiting for the engine.",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self._model = Gauge(
+        self._waiting = gauge("dverge_queue_images", "Images waiting for the engine.")
+        self._model = gauge(
             "dverge_model_info",
             "Workers that serve the model file with this SHA-256.",
             ["name", "sha256"],
-            registry=registry,
-            multiprocess_mode="livesum",
         )
         self._children: dict[tuple[str, str, str], Counter] = {}
 

@@ -82,11 +82,8 @@ def write_tensors(tensors: dict[str, Array], binary: dict[str, bool]) -> tuple[l
     described: list[Any] = []
     blobs: list[bytes] = []
     for name, array in tensors.items():
-        form: dict[str, Any] = {
-            "name": name,
-            "datatype": datatype(array),
-            "shape": list(array.shape),
-        }
+        form: dict[str, Any] = {"name": name, "datatype": datatype(array)}
+        form["shape"] = list(array.shape)
         if binary[name]:
             blobs.append(_bytes(array))
             form["parameters"] = {"binary_data_size": len(blobs[-1])}

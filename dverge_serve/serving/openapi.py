@@ -137,12 +137,7 @@ def _schemas(expose: Exposure) -> Schema:
     prediction: Schema = {"label": _STRING, "index": _INDEX}
     if expose != "label":
         prediction["probability"] = _SHARE
-        prediction["top"] = {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": 5,
-            "items": _object(top),
-        }
+        prediction["top"] = {"type": "array", "minItems": 1, "maxItems": 5, "items": _object(top)}
     required = list(prediction)
     if expose == "full":
         prediction["agreement"] = _SHARE
@@ -156,22 +151,13 @@ def _schemas(expose: Exposure) -> Schema:
         }
         required = list(prediction)
         prediction["suspicious"] = {"type": "boolean"}
-    model = {"name": _STRING, "sha256": _SHA256}
+    model = _object({"name": _STRING, "sha256": _SHA256})
+    found = {"type": "array", "minItems": 1, "items": _object(prediction, required)}
+    error = _object({"code": {"enum": sorted(CODES)}, "message": _STRING})
     return {
-        "Predictions": _object(
-            {
-                "model": _object(model),
-                "predictions": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": _object(prediction, required),
-                },
-            }
-        ),
+        "Predictions": _object({"model": model, "predictions": found}),
         "Card": _card(),
-        "Error": _object(
-            {"error": _object({"code": {"enum": sorted(CODES)}, "message": _STRING})},
-        ),
+        "Error": _object({"error": error}),
         "V2Error": _object({"error": _STRING}),
         "Inference": {
             "type": "object",

@@ -34,7 +34,10 @@ class Predict:
         _check_type(request)
 
         async def read(body: bytes, served: ServedModel) -> tuple[Images, None]:
-            files = self._files(request, body)
+            files = [body]
+            if request.content_type == MULTIPART:
+                header = request.headers[b"content-type"].decode("latin-1")
+                files = image_files(body, header, self._classifier.settings.max_images)
             return await self._classifier.decoder.decode(files, served.card.preprocess), None
 
         served, _, part = await self._classifier.classify(request, read)
@@ -47,12 +50,6 @@ class Predict:
                 ],
             }
         )
-
-    def _files(self, request: Request, body: bytes) -> list[bytes]:
-        if request.content_type != MULTIPART:
-            return [body]
-        header = request.headers[b"content-type"].decode("latin-1")
-        return image_files(body, header, self._classifier.settings.max_images)
 
 
 def exposed(prediction: Prediction, served: ServedModel, expose: Exposure) -> dict[str, Any]:

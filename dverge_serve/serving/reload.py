@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from dverge_serve.engine.report_reader import report_path
+from dverge_serve.engine.report import report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import write_atomic
 from dverge_serve.serving.loaded_model import ServedModel

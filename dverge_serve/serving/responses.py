@@ -65,13 +65,9 @@ class ServiceError(Exception):
 
     def response(self, *, v2: bool = False) -> Response:
         """Return the error as a response; under `/v2/` in that protocol's own shape."""
-        if v2:
-            body = dump({"error": self.message})
-            return Response(
-                self.status, body, JSON, (*self.headers, (b"x-error-code", self.code.encode()))
-            )
-        body = dump({"error": {"code": self.code, "message": self.message}})
-        return Response(self.status, body, JSON, self.headers)
+        error = self.message if v2 else {"code": self.code, "message": self.message}
+        headers = (*self.headers, (b"x-error-code", self.code.encode())) if v2 else self.headers
+        return Response(self.status, dump({"error": error}), JSON, headers)
 
 
 def dump(value: Any) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dverge_serve.errors import UserError
+from dverge_serve.errors import UserError, rename_parameters
 
 if TYPE_CHECKING:
     from dverge_serve.engine.session import Device
@@ -108,6 +108,13 @@ def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
+def as_variables(error: UserError) -> str:
+    """Return an error's text with variables in place of the parameters that it names."""
+    names = {field.name: variable(field.name) for field in dataclasses.fields(Settings)}
+    names["expected_sha256"] = variable("model_sha256")
+    return rename_parameters(str(error), names)
+
+
 _LOWEST: dict[str, float] = {
     "max_body_bytes": 1,
     "max_pixels": 1,
@@ -125,17 +132,11 @@ _OPTIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def _parse(name: str, text: str, default: object) -> object:
-    if isinstance(default, Path):
-        return Path(text)
+    kind: type[Any] = str if default is None else type(default)
     try:
-        if isinstance(default, int):
-            return int(text)
-        if isinstance(default, float):
-            return float(text)
+        return kind(text)
     except ValueError as error:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise _bad(name, text, kind) from error
-    return text
+        raise _bad(name, text, "a whole number" if kind is int else "a number") from error
 
 
 def _bad(name: str, value: object, expected: str) -> UserError:

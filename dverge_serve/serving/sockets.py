@@ -22,7 +22,7 @@ def beyond_loopback() -> bool:
     except (psutil.Error, OSError):
         return True
     hosts = [found.laddr.ip for found in sockets if found.status == psutil.CONN_LISTEN]
-    return not hosts or not all(is_loopback(host) for host in hosts)
+    return not hosts or not all(ipaddress.ip_address(host).is_loopback for host in hosts)
 
 
 def require_free(host: str, port: int) -> None:
@@ -50,13 +50,3 @@ def require_free(host: str, port: int) -> None:
             raise UserError(
                 f"cannot listen at {host} port {port} ({error.strerror})", "a free address"
             ) from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is an address of this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -117,7 +117,9 @@ class Worker:
         try:
             served = await loop.run_in_executor(None, reloader.load_current)
         except Exception as error:
-            cause = error if isinstance(error, UserError) else self._unforeseen(error)
+            told = f"cannot load {self.settings.model} ({type(error).__name__}: {error})"
+            unforeseen = UserError(told, "a model, and memory for it")
+            cause = error if isinstance(error, UserError) else unforeseen
             LOGGER.error("cannot serve: %s", cause, exc_info=None if cause is error else error)
             if self._on_failure:
                 self._on_failure(cause)
@@ -126,10 +128,6 @@ class Worker:
         LOGGER.info("worker %d is ready after %.1f s", self.number, time.perf_counter() - begun)
         reloader.announce(served)
         self._watch = loop.create_task(reloader.watch())
-
-    def _unforeseen(self, error: Exception) -> UserError:
-        told = f"cannot load {self.settings.model} ({type(error).__name__}: {error})"
-        return UserError(told, "a model, and memory for it")
 
     def _retire(self, served: ServedModel) -> None:
         self.metrics.model(served.card.name, served.sha256, serving=False)

@@ -15,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dverge_serve import Engine
 from dverge_serve.cli import as_flags, run
-from dverge_serve.engine import Engine
+from dverge_serve.engine.report import report_path
 from tests.serving import tiny
+from tests.verification.report.test_page import table
 from training.config import NATIVE
 from training.recipe import data_overrides, load_recipe, recipe_for, recipe_names
 
@@ -27,6 +29,15 @@ def digit(tmp_path: Path) -> Path:
     path = tmp_path / "digit.png"
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(path)
     return path
+
+
+@pytest.fixture
+def reported(tmp_path: Path) -> Path:
+    """A model with a whole report about it."""
+    model = tmp_path / "gray.onnx"
+    about = table() | {"model": table()["model"] | {"sha256": tiny.save_gray_model(model)}}
+    report_path(model).write_text(json.dumps(about))
+    return model
 
 
 def complains(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -250,6 +261,23 @@ def test_inspect(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no report for this file" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["clean_accuracy", "data", "gates", "verdict"])
+def test_inspect_leaves_out_the_figures_of_a_report_that_lacks_a_key(
+    key: str, reported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = report_path(reported)
+    found = json.loads(path.read_text())
+    del found[key]
+    path.write_text(json.dumps(found))
+    assert run(["inspect", str(reported)]) == 0
+    said = capsys.readouterr().out
+    assert "the report lacks figures" in said
+    assert "at eps" not in said
+    assert run(["inspect", str(reported), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["robustness"]
+    assert set(shown) == {"verdict", "clean_accuracy", "robust_accuracy"} - {key}
+
+
 def test_the_four_commands_and_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,14 +314,27 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_using_a_model_never_imports_torch(tiny_model: Path, digit: Path, tmp_path: Path) -> None:
-    for arguments in (["inspect", str(tiny_model)], ["predict", str(tiny_model), str(digit)]):
-        done = python(
-            f"import sys; from dverge_serve.cli import run; code = run({arguments!r});"
-            "assert code == 0, code; assert 'torch' not in sys.modules",
-            tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", ["inspect", "predict"])
+def test_using_a_model_needs_neither_torch_nor_the_other_rooms(
+    command: str, reported: Path, digit: Path, tmp_path: Path
+) -> None:
+    """A Bento holds `dverge_serve` alone."""
+    arguments = [command, str(reported), *([str(digit)] if command == "predict" else [])]
+    done = python(
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'training', 'export', 'verification']);"
+        f"from dverge_serve.cli import run; sys.exit(run({arguments!r}))",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    if command == "inspect":
+        assert "95.0% (90.0-100.0)" in done.stdout
+        assert "transfer 70.0% (65.0-75.0), white-box 70.0% (65.0-75.0)" in done.stdout
+
+
+def test_the_package_lists_its_names_without_importing_them(tmp_path: Path) -> None:
+    code = "import sys, dverge_serve; assert {'Engine', '__version__'} <= set(dir(dverge_serve));"
+    done = python(code + "assert not {'numpy', 'onnxruntime'} & set(sys.modules)", tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_imports_no_heavy_library(tmp_path: Path) -> None:

@@ -114,8 +114,13 @@ def test_a_file_that_is_no_image_is_named(engine: Engine, tmp_path: Path) -> Non
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(ImageError, match=r"text\.png: the bytes are not an image"):
         engine.predict([tmp_path / "text.png"])
-    with pytest.raises(TypeError, match="expected a list"):
-        engine.predict("text.png")
+
+
+def test_one_image_in_place_of_a_list_is_refused(engine: Engine) -> None:
+    images: list[Any] = ["3.png", Path("3.png"), b"png", Image.new("L", (8, 8))]
+    for image in images:
+        with pytest.raises(TypeError, match=r"expected a list of images: predict\(\[image\]\)"):
+            engine.predict(image)
 
 
 @pytest.mark.anyio

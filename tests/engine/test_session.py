@@ -71,7 +71,7 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_builds_of_the_runtime_are_told(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: "1")
+    monkeypatch.setattr(metadata, "distributions", lambda name: [name])
     with pytest.warns(RuntimeWarning, match="both installed.*pip uninstall"):
         Engine(tiny_model, device="cpu")
 

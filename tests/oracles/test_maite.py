@@ -15,7 +15,7 @@ from maite.protocols import image_classification as ic
 from maite.tasks import evaluate
 from torch import Tensor
 
-from dverge_serve.engine import Engine
+from dverge_serve import Engine
 from training.models.ensemble import Ensemble
 from verification.attacks.augmentation import AttackAugmentation
 from verification.attacks.gradient_attack import GradientAttack

@@ -90,7 +90,11 @@ def _foreign(model: Path) -> None:
         (lambda model: model.write_bytes(b""), {}, "cannot be loaded"),
         (_newer, {}, "schema version 99"),
         (_foreign, {}, "no 'dverge' metadata"),
-        (lambda _: None, {"DVERGE_MODEL_SHA256": "0" * 64}, "as pinned"),
+        (
+            lambda _: None,
+            {"DVERGE_MODEL_SHA256": "0" * 64},
+            "change DVERGE_MODEL_SHA256",
+        ),
         (lambda _: None, {"DVERGE_QUEUE": "many"}, "DVERGE_QUEUE"),
         (lambda _: None, {"DVERGE_WORKERS": "none"}, "DVERGE_WORKERS"),
         (lambda _: None, {"DVERGE_DEVICE": "abacus"}, "DVERGE_DEVICE"),

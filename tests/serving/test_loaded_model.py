@@ -8,6 +8,7 @@ import pytest
 
 from dverge_serve.cores import cores
 from dverge_serve.engine.session import Engine
+from dverge_serve.errors import UserError
 from dverge_serve.serving import loaded_model as served
 from dverge_serve.serving.loaded_model import ServedModel, gpus
 from dverge_serve.serving.settings import Settings
@@ -27,6 +28,11 @@ def test_workers_spread_over_the_gpus(gray_model: Path, monkeypatch: pytest.Monk
     for worker in range(1, 6):
         ServedModel(Settings(model=gray_model, workers=5), worker)
     assert chosen == [0, 1, 2, 0, 1]
+
+
+def test_a_file_other_than_the_pinned_one_is_refused_naming_the_variable(gray_model: Path) -> None:
+    with pytest.raises(UserError, match=r"as pinned.*change DVERGE_MODEL_SHA256"):
+        ServedModel(Settings(model=gray_model, model_sha256="0" * 64))
 
 
 def test_no_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

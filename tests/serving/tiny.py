@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from dverge_serve.engine.card import Card
-from dverge_serve.engine.report_reader import report_path
+from dverge_serve.engine.report import report_path
 from dverge_serve.files import sha256
 from dverge_serve.images import Preprocess
 

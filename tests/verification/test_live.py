@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from dverge_serve.cli.tables import live_line
+from dverge_serve.engine.report import Live
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from tests.verification.models import Linear, TorchEngine, linear_split
 from verification.attacks.outcomes import Outcomes
 from verification.live import Service, attack_service
-from verification.report.report import Live
 
 EPS = 0.05
 

@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from dverge_serve.engine.report_reader import read_report, report_path, report_schema
+from dverge_serve.engine.report import read_report, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.verification.conftest import EPS
+from tests.verification.report.schema import REPORT_SCHEMA
 from verification import Report, verify
 from verification.replay import replay
 
@@ -66,7 +67,7 @@ def test_a_model_that_gives_no_numbers_gets_its_report_all_the_same(
     model = tmp_path / "model.onnx"
     report = verify(model, run=tiny_run, eps=EPS, images=32, device="cpu")
     table = report.to_json()
-    jsonschema.validate(table, report_schema())
+    jsonschema.validate(table, REPORT_SCHEMA)
     assert report.verdict == "INVALID"
     assert next(gate.name for gate in report.gates if gate.passed is False) == "finite"
     assert table["disagreement"]["threshold"] is None
@@ -109,7 +110,7 @@ def test_a_foreign_classifier_gets_a_whole_report(
         device="cpu",
     )
     table = report.to_json()
-    jsonschema.validate(table, report_schema())
+    jsonschema.validate(table, REPORT_SCHEMA)
     assert report.verdict == "INCONCLUSIVE"
     row = report.robust_accuracy[0.2]
     assert row.white_box is None

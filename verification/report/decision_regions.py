@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dverge_serve import images
+from dverge_serve.engine.report import Report
 from training import pgd
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
@@ -17,7 +18,6 @@ from training.seeds import generator
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.target import Scorer
 from verification.report import plots
-from verification.report.report import Report
 
 SHOWN = 6
 AROUND = 3  # images with decision regions

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from verification.report.report import Report
+from dverge_serve.engine.report import Report
 
 PLOTS = ("curves", "matrices", "regions", "pictures")
 SAID_ELSEWHERE = ("name", "gate", "control", "norm")  # of an attack's parameters

@@ -14,8 +14,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from dverge_serve.engine.report import Accuracies, Report
 from verification.attacks.outcomes import Pixels
-from verification.report.report import Accuracies, Report
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 # Told apart by hue and by lightness, in print too; each line is labelled where it ends.

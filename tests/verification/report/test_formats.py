@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from dverge_serve.engine.report import Report
 from tests.verification.report.test_page import table
 from verification.report.formats import bill_of_materials, junit
-from verification.report.report import Report
 
 
 def told(verdict: str = "VALID") -> Report:

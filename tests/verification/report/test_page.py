@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
+from dverge_serve.engine.report import Report
 from verification.report import plots
 from verification.report.page import page
-from verification.report.report import Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -26,7 +26,7 @@ def test_it_has_the_figures_of_its_json_and_keeps_all_of_it(tmp_path: Path) -> N
     row = report.robust_accuracy[0.1]
     assert row.white_box is None
     assert row.transfer is not None
-    assert (row.transfer.value, row.transfer.n, row.transfer.as_uint8) == (0.7, 100, 0.7)
+    assert (row.transfer.value, row.transfer.n, row.transfer.delivered) == (0.7, 100, 0.7)
     assert row.transfer.attacks == {"noise": 0.9}
     assert report.control is not None
     assert report.control.what == "own"
@@ -61,8 +61,10 @@ def test_it_tells_a_live_service_that_was_attacked_from_one_that_stopped_answeri
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ([], "not a report this version reads; expected schema 1"),
+        ([], "not a report this version reads; expected schema 1 or older"),
         (table() | {"schema_version": 2}, "not a report this version reads"),
+        (table() | {"schema_version": 0}, "not a report this version reads"),
+        (table() | {"schema_version": "1"}, "not a report this version reads"),
         (table() | {"model": {"file": "model.onnx"}}, "a damaged report"),
         ({"schema_version": 1}, "a damaged report"),
     ],

@@ -1,4 +1,4 @@
-"""Commands that use a model file: serve, predict, inspect. None of them needs torch."""
+"""The command that classifies images without a server: predict."""
 
 from __future__ import annotations
 
@@ -17,36 +17,6 @@ if TYPE_CHECKING:
     from dverge_serve.engine.session import Engine
 
 PREDICTED = ("label", "index", "probability", "agreement", "disagreement")  # of a `Prediction`
-
-
-@app.command(epilog="Example: dverge serve model.onnx --port 8080")
-def serve(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="The model file. [default: DVERGE_MODEL, else model.onnx]", metavar="MODEL.onnx"
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.")] = 3000,
-    workers: Annotated[
-        int | None, typer.Option(help="How many processes. [default: DVERGE_WORKERS, else 1]")
-    ] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(help="Ask callers for this bearer token. [default: DVERGE_TOKEN, else none]"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda. [default: DVERGE_DEVICE, else auto]")
-    ] = None,
-) -> None:
-    """Serve the model over HTTP.
-
-    What is not given here is taken from the environment, as with `bentoml serve`.
-    """
-    from dverge_serve.serving.launch import serve as launch
-
-    raise typer.Exit(launch(host, port, model=model, workers=workers, token=token, device=device))
 
 
 @app.command(epilog="Example: dverge predict model.onnx photos/ --csv answers.csv")
@@ -86,51 +56,6 @@ def predict(
             f"({unread[0]['error']})",
             "whole PNG, JPEG or WebP files",
         )
-
-
-@app.command(epilog="Example: dverge inspect model.onnx --json")
-def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Say what a model file is.
-
-    Labels, input, members, training and, where a matching report is beside it, robustness.
-    """
-    from dverge_serve.engine.report_reader import read_report
-    from dverge_serve.engine.session import Engine
-
-    engine = Engine(model, device="cpu")
-    card, report = engine.card.to_json(), read_report(model, engine.sha256)
-    if as_json:
-        robustness = report and {
-            key: report[key] for key in ("verdict", "clean_accuracy", "robust_accuracy")
-        }
-        whole = {"sha256": engine.sha256, **card, "robustness": robustness}
-        typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
-        return
-    from dverge_serve.cli.tables import card_table, interval
-
-    labels = engine.card.labels
-    facts: dict[str, Any] = {
-        "name": engine.card.name,
-        "sha256": engine.sha256,
-        "labels": f"{len(labels)}: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}",
-        "input": f"{engine.card.channel_order} {'x'.join(map(str, engine.card.input_shape))}",
-        "members": f"{engine.card.members}, {engine.card.training.get('architecture', '?')}",
-        "combination": engine.card.combination,
-        "method": engine.card.training.get("method", "?"),
-        "data set": engine.card.dataset,
-        "precision": engine.card.precision,
-        "written by": f"dverge {engine.card.tool_version}",
-        "robustness": f"verified, {report['verdict']}" if report else "no report for this file",
-    }
-    if report:
-        from verification import Report
-
-        found = Report.from_json(report)
-        facts["  clean accuracy"] = interval(found.clean_accuracy)
-        for eps, row in found.robust_accuracy.items():
-            told = f"transfer {interval(row.transfer)}, white-box {interval(row.white_box)}"
-            facts[f"  at eps {eps:g}"] = told
-    card_table(facts)
 
 
 def _image_files(paths: list[Path]) -> list[Path]:

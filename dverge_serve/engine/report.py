@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dverge_serve.engine.report_reader import SCHEMA_VERSION
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
+
+SCHEMA_VERSION = 1
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 T = TypeVar("T")
@@ -26,16 +28,26 @@ class Rate:
     high: float
     n: int
 
+    @property
+    def percent(self) -> str:
+        """The share for people: "95.3%"."""
+        return f"{self.value:.1%}"
+
+    @property
+    def interval(self) -> str:
+        """The share and its interval for people: "95.3% (92.6-97.1)"."""
+        return f"{self.percent} ({100 * self.low:.1f}-{100 * self.high:.1f})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RobustRate(Rate):
     """The share of images answered rightly untouched and after every attack of one threat.
 
-    An image must survive both as computed (float) and rounded to 8 bits (uint8).
+    An image must survive both as computed (float) and rounded to 8 bits (delivered).
     """
 
     as_float: float
-    as_uint8: float
+    delivered: float
     of_clean_correct: float | None  # share of the images that are right untouched
     attacks: Mapping[str, float]  # share that survives each attack alone, by its name
 
@@ -121,7 +133,7 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square:
+class LiveSquare:
     """The Square attack on a live service."""
 
     images: int
@@ -141,13 +153,13 @@ class Live:
     requests: int
     clean_accuracy: Rate
     transfer: Rate
-    square: Square
+    square: LiveSquare
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Live:
         """Return it from the report's section `live`."""
         rates = {key: _pick(Rate, table[key]) for key in ("clean_accuracy", "transfer")}
-        exposed, square = tuple(table["exposed"]), _pick(Square, table["square"])
+        exposed, square = tuple(table["exposed"]), _pick(LiveSquare, table["square"])
         return _pick(cls, table, exposed=exposed, square=square, **rates)
 
 
@@ -192,10 +204,9 @@ class Report(Accuracies):
         Raises:
             UserError: not a report of a schema this version reads.
         """
-        if not isinstance(table, dict) or table.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{name} is not a report this version reads", f"schema {SCHEMA_VERSION}"
-            )
+        if not _readable(table):
+            expected = f"schema {SCHEMA_VERSION} or older"
+            raise UserError(f"{name} is not a report this version reads", expected)
         try:
             return cls._from_table(table)
         except (KeyError, TypeError, AttributeError) as error:
@@ -227,6 +238,41 @@ class Report(Accuracies):
         return copy.deepcopy(self._table)
 
 
+def report_path(model: Path) -> Path:
+    """Return the path of the report of `model`: `model.report.json` for `model.onnx`."""
+    return model.with_name(f"{model.stem}.report.json")
+
+
+def page_path(model: Path) -> Path:
+    """Return the path of the report of `model` as a page: `model.report.html`."""
+    return model.with_name(f"{model.stem}.report.html")
+
+
+def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
+    """Return the report of `model` as parsed JSON, or None if none is about exactly these bytes.
+
+    A report counts only if it names `model_sha256` and has a schema this version reads.
+    """
+    try:
+        report: dict[str, Any] = json.loads(report_path(model).read_bytes())
+        matches = _readable(report) and report["model"]["sha256"] == model_sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if matches else None
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a report's figures that are for anybody: they do not help an attacker."""
+    keys = ("verdict", "clean_accuracy", "robust_accuracy")
+    return {key: report[key] for key in keys if key in report}
+
+
+def _readable(table: Any) -> bool:
+    """Tell whether this is a report of this version's schema or an older one."""
+    version = table.get("schema_version") if isinstance(table, dict) else None
+    return isinstance(version, int) and 1 <= version <= SCHEMA_VERSION
+
+
 def _pick(kind: Callable[..., T], table: Mapping[str, Any], **given: Any) -> T:
     """Build a dataclass from those keys of `table` that it has; `given` values win."""
     known = inspect.signature(kind).parameters
@@ -238,9 +284,7 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Any]:
         "clean_accuracy": _pick(Rate, table["clean_accuracy"]),
         "robust_accuracy": {
             row["eps"]: RobustAccuracy(
-                transfer=_robust(row["transfer"]),
-                white_box=_robust(row["white_box"]),
-                all=_robust(row["all"]),
+                **{threat: _robust(row[threat]) for threat in ("transfer", "white_box", "all")}
             )
             for row in table["robust_accuracy"]
         },
@@ -250,4 +294,4 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Any]:
 def _robust(rate: Mapping[str, Any] | None) -> RobustRate | None:
     if rate is None:
         return None
-    return _pick(RobustRate, rate, as_float=rate["float"], as_uint8=rate["delivered"])
+    return _pick(RobustRate, rate, as_float=rate["float"])

@@ -1,0 +1,65 @@
+"""The command that says what a model file is: inspect."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+from dverge_serve.cli import app
+from dverge_serve.cli.options import AsJson, Model
+from dverge_serve.errors import UserError
+
+
+@app.command(epilog="Example: dverge inspect model.onnx --json")
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Say what a model file is.
+
+    Labels, input, members, training and, where a matching report is beside it, robustness.
+    """
+    from dverge_serve.engine.report import headline, read_report
+    from dverge_serve.engine.session import Engine
+
+    engine = Engine(model, device="cpu")
+    card, report = engine.card, read_report(model, engine.sha256)
+    if as_json:
+        robustness = None if report is None else headline(report)
+        whole = {"sha256": engine.sha256, **card.to_json(), "robustness": robustness}
+        typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+        return
+    from dverge_serve.cli.tables import card_table
+
+    labels = card.labels
+    facts = {
+        "name": card.name,
+        "sha256": engine.sha256,
+        "labels": f"{len(labels)}: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}",
+        "input": f"{card.channel_order} {'x'.join(map(str, card.input_shape))}",
+        "members": f"{card.members}, {card.training.get('architecture', '?')}",
+        "combination": card.combination,
+        "method": card.training.get("method", "?"),
+        "data set": card.dataset,
+        "precision": card.precision,
+        "written by": f"dverge {card.tool_version}",
+        **_robustness(report),
+    }
+    card_table(facts)
+
+
+def _robustness(table: dict[str, Any] | None) -> dict[str, str]:
+    from dverge_serve.cli.tables import interval
+    from dverge_serve.engine.report import Report
+
+    if table is None:
+        return {"robustness": "no report for this file"}
+    verdict = f"verified, {table.get('verdict', 'unknown')}"
+    try:
+        report = Report.from_json(table)
+    except UserError:
+        return {"robustness": f"{verdict}; the report lacks figures that this version shows"}
+    facts = {"robustness": verdict, "  clean accuracy": interval(report.clean_accuracy)}
+    for eps, row in report.robust_accuracy.items():
+        told = f"transfer {interval(row.transfer)}, white-box {interval(row.white_box)}"
+        facts[f"  at eps {eps:g}"] = told
+    return facts
