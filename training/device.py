@@ -25,10 +25,14 @@ def pick_device(name: str | torch.device) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype that members' operations are autocast to: bfloat16, or None for float32.
 
+    On a GPU it also turns TF32 off, which PyTorch allows for convolutions by default: in TF32 a
+    member's logits differ from the exported file's by more than the gate `parity` allows.
+
     Raises:
         UserError: bf16 asked for where the hardware lacks it.
     """
     if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

@@ -169,8 +169,6 @@ def prepare(
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
-    if device.type == "cuda" and compute is None:
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: no convolution rounds to TF32
     on_device = topology.size == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 

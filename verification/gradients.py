@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -208,7 +207,7 @@ def flow(
     return (
         torch.cat(zero).cpu().numpy(),
         torch.cat(broken).cpu().numpy(),
-        [float(np.float32(each)) for each in torch.cat(norms, 1).nanmean(1)],
+        torch.cat(norms, 1).nanmean(1).tolist(),
     )
 
 

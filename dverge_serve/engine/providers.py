@@ -60,8 +60,10 @@ def providers(device: Device, device_id: int = 0) -> list[Any]:
     if device == "cpu":
         return [CPU]
     ort.preload_dlls()
-    # HEURISTIC: the default tries every algorithm for every new batch size, for seconds.
-    cuda = (CUDA, {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"})
+    # HEURISTIC: the default tries every algorithm for every new batch size, for seconds. No TF32,
+    # the default too: its logits are not those that parity and the report were measured on.
+    options = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0}
+    cuda = (CUDA, options)
     if device == "cuda":
         return [cuda, CPU]
     return [(TENSORRT, {"device_id": device_id}), cuda, CPU]

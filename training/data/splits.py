@@ -163,8 +163,11 @@ def normalisation(data: Data, train: Split | Streamed) -> tuple[list[float], lis
 
 
 def to_float(batch: Tensor) -> Tensor:
-    """Return uint8 images as float32 in `[0,1]`, the same numbers the service computes."""
-    return batch.float() / 255
+    """Return uint8 images as float32 in `[0,1]`, the same numbers the service computes.
+
+    The divisor is a tensor: by a Python number, CUDA multiplies with the rounded reciprocal.
+    """
+    return batch.float() / torch.full((), 255.0, device=batch.device)
 
 
 def batches(
