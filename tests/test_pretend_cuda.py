@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,5 +108,7 @@ def test_neither_torch_nor_onnxruntime_rounds_to_tf32(monkeypatch: pytest.Monkey
     monkeypatch.setattr("dverge_serve.engine.providers.check_device", lambda _: None)
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     for device in ("cuda", "tensorrt"):
-        options = dict(each for each in providers(device) if isinstance(each, tuple))
+        options: dict[str, Any] = dict(
+            each for each in providers(device) if isinstance(each, tuple)
+        )
         assert options["CUDAExecutionProvider"]["use_tf32"] == 0
