@@ -64,3 +64,9 @@ def nearest(word: str, options: Iterable[str]) -> str:
     options = sorted(options)
     close = difflib.get_close_matches(word, options, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options)}"
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return the names as an error lists them: `a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}"

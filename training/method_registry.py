@@ -10,12 +10,25 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule
 
-if TYPE_CHECKING:
-    from training.config import Config
+
+class RunSettings(Protocol):
+    """What the cost of a step depends on; `training.config.Config` has it."""
+
+    @property
+    def members(self) -> int:
+        """How many there are."""
+
+    @property
+    def dverge(self) -> Dverge:
+        """How images are distilled."""
+
+    @property
+    def adversarial(self) -> Adversarial:
+        """How PGD examples are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +48,7 @@ class Method:
 
     settings: type[Schedule]
     make_step: Callable[..., Any] | str
-    gradients: Callable[[Config], int] = lambda config: 1
+    gradients: Callable[[Any], int] = lambda config: 1
     fresh: bool = False
     pairs: bool = False
     members: int = 2
@@ -46,11 +59,11 @@ class Method:
         return pkgutil.resolve_name(make) if isinstance(make, str) else make  # type: ignore[no-any-return]
 
 
-def _distilled(config: Config) -> int:
+def _distilled(config: RunSettings) -> int:
     return config.dverge.steps + config.members - 1
 
 
-def _attacked(config: Config) -> int:
+def _attacked(config: RunSettings) -> int:
     return config.adversarial.steps + 1
 
 

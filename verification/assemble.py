@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dverge_serve import __version__
-from dverge_serve.engine.report import SCHEMA_VERSION, Gate
+from dverge_serve.engine.report import NORMS, SCHEMA_VERSION, Gate
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
-from verification.config import NORMS
 from verification.context import Context
 from verification.metrics.robust_accuracy import comparison, figures
 

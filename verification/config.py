@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dverge_serve.errors import UserError
+from dverge_serve.engine.report import NORMS
+from dverge_serve.errors import UserError, one_of
 
 if TYPE_CHECKING:
     import torch
 
     from training.pgd import Norm
     from verification.attacks.attack import Attack
-
-NORMS: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}  # as reports and AutoAttack write them
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,6 @@ def radii(eps: Any) -> tuple[float, ...]:
         return tuple(map(float, given))
     except (TypeError, ValueError) as error:
         raise UserError(f"`eps` {eps!r}", "a radius or several, e.g. 0.1 or (0.05, 0.1)") from error
-
-
-def one_of(names: Iterable[str]) -> str:
-    """Return the names as an error lists them: `a, b or c`."""
-    *first, last = names
-    return f"{', '.join(first)} or {last}"
 
 
 @dataclass(frozen=True, kw_only=True)

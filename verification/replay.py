@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dverge_serve.engine.report import Gate, Report
+from dverge_serve.engine.report import NORMS, Gate, Report
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from training.data.splits import Split
@@ -19,7 +19,6 @@ from verification.attacks import presets
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
 from verification.attacks.recorder import OutcomeRecorder
-from verification.config import NORMS
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
 from verification.metrics import detection

@@ -14,6 +14,8 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
 
 SCHEMA_VERSION = 1
+# How reports, and AutoAttack, write a norm.
+NORMS: dict[Literal["linf", "l2"], str] = {"linf": "Linf", "l2": "L2"}
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
 T = TypeVar("T")

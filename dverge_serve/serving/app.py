@@ -26,7 +26,8 @@ from dverge_serve.serving.requests import (
     Send,
 )
 from dverge_serve.serving.responses import Response, ServiceError
-from dverge_serve.serving.routes import Route, RouteTable
+from dverge_serve.serving.route_table import RouteTable
+from dverge_serve.serving.routes import Route
 from dverge_serve.serving.settings import Exposure
 from dverge_serve.serving.worker import Worker
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dverge_serve import __version__
 from dverge_serve.engine.card import model_schema
 from dverge_serve.serving.responses import CODES
+from dverge_serve.serving.routes import Route
 from dverge_serve.serving.settings import Exposure, Settings
-
-if TYPE_CHECKING:
-    from dverge_serve.serving.routes import Route
 
 Schema = dict[str, Any]
 

@@ -1,26 +1,15 @@
-"""The route table: every path of the service, who may call it, and what it answers."""
+"""A route: one path of the service, its handler, and its description for OpenAPI."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-from dverge_serve.serving import openapi
-from dverge_serve.serving.classify import Classifier
-from dverge_serve.serving.metrics import CONTENT_TYPE
-from dverge_serve.serving.oip import BASE, InferenceProtocol
-from dverge_serve.serving.pages import demo_page, start_page
-from dverge_serve.serving.predict import Predict, model_card
 from dverge_serve.serving.requests import Request
-from dverge_serve.serving.responses import TEXT, Response, ServiceError, json_response
-from dverge_serve.serving.settings import Exposure
-from dverge_serve.serving.worker import Worker
+from dverge_serve.serving.responses import Response
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-CLASSIFY_ERRORS = (400, 408, 413, 415, 500, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +33,9 @@ class Route:
     path: str
     handler: Handler
     summary: str
-    content: openapi.Schema
+    content: dict[str, Any]
     errors: tuple[int, ...] = ()
-    body: openapi.Schema | None = None
+    body: dict[str, Any] | None = None
     description: str = ""
     public: bool = False
     quiet: bool = False
@@ -55,115 +44,3 @@ class Route:
     def methods(self) -> tuple[str, ...]:
         """The methods that it takes."""
         return ("GET", "HEAD") if self.method == "GET" else (self.method,)
-
-
-class RouteTable(dict[str, Route]):
-    """The routes of one service by their paths.
-
-    Args:
-        worker: what is in service.
-        classifier: the model in service, behind the limits.
-    """
-
-    def __init__(self, worker: Worker, classifier: Classifier) -> None:
-        settings, expose = classifier.settings, classifier.expose
-        v2 = InferenceProtocol(classifier, worker.check_ready)
-        own = _Handlers(worker, expose)
-        get, post = partial(Route, "GET"), partial(Route, "POST")
-        probe = partial(get, public=True, quiet=True)
-        report = "The robustness report of this very model file"
-        metrics = "Prometheus metrics, over all workers"
-        server = "The server, in the Open Inference Protocol V2"
-        loaded, runs = "Whether the model is loaded and warm", "Whether the process runs"
-        routes = [
-            post(
-                "/predict",
-                Predict(classifier),
-                "Classify images",
-                openapi.predictions(expose),
-                CLASSIFY_ERRORS,
-                openapi.images(settings),
-                f"A body of at most {settings.max_body_bytes} bytes; images of at most "
-                f"{settings.max_pixels} pixels, at most {settings.max_images} in multipart. "
-                "EXIF orientation is applied, alpha composited on white; animations are refused.",
-            ),
-            get("/model", own.model, "The model's card", openapi.ref("Card"), (503,)),
-            get("/report", own.report, report, openapi.OBJECT, (404, 503)),
-            get("/metrics", own.metrics, metrics, openapi.TEXT, quiet=True),
-            probe("/livez", own.livez, runs, openapi.TEXT),
-            probe("/readyz", own.readyz, loaded, openapi.TEXT, (503,)),
-            get("/openapi.json", own.describe, "This document", openapi.OBJECT, public=True),
-            get("/docs.json", own.describe, "This document", openapi.OBJECT, public=True),
-            get("/v2", v2.server, server, openapi.OBJECT),
-            probe("/v2/health/live", v2.live, runs, openapi.OBJECT),
-            probe("/v2/health/ready", v2.ready, loaded, openapi.OBJECT, (503,)),
-            get(BASE, v2.metadata, "The model's inputs and outputs", openapi.OBJECT, (503,)),
-            get(f"{BASE}/ready", v2.ready, loaded, openapi.OBJECT, (503,), quiet=True),
-            post(
-                f"{BASE}/infer",
-                v2.infer,
-                "Classify tensors",
-                openapi.ref("Inference") | openapi.BINARY,
-                CLASSIFY_ERRORS,
-                openapi.tensors(),
-                "One input 'images', FP32 of exactly the model's shape, numbers in [0, 1], at most "
-                f"{settings.max_images} images. With the header Inference-Header-Content-Length "
-                "the JSON takes that many bytes and binary tensors follow it.",
-            ),
-            get("/", own.start, "The start page", openapi.HTML, public=True),
-            get("/demo", own.demo, "A page to try images on", openapi.HTML, public=True),
-        ]
-        if settings.token:
-            reload = "Put the model file now in place in service"
-            routes.append(post("/admin/reload", own.reload, reload, openapi.OBJECT, (409, 503)))
-        super().__init__({route.path: route for route in routes})
-        self.document = openapi.document(routes, settings, expose)
-        own.document = json_response(self.document)
-
-
-class _Handlers:
-    """The handlers of the routes that do not classify."""
-
-    document: Response
-
-    def __init__(self, worker: Worker, expose: Exposure) -> None:
-        self._worker, self._expose = worker, expose
-
-    async def livez(self, _: Request) -> Response:
-        return Response(200, b"alive\n", TEXT)
-
-    async def readyz(self, _: Request) -> Response:
-        self._worker.check_ready()
-        return Response(200, b"ready\n", TEXT)
-
-    async def metrics(self, _: Request) -> Response:
-        body = await asyncio.get_running_loop().run_in_executor(None, self._worker.metrics.render)
-        return Response(200, body, CONTENT_TYPE)
-
-    async def describe(self, _: Request) -> Response:
-        return self.document
-
-    async def model(self, _: Request) -> Response:
-        return json_response(model_card(self._worker.model(), self._expose))
-
-    async def report(self, _: Request) -> Response:
-        served = self._worker.model()
-        if self._expose == "label":
-            raise ServiceError("not_exposed", "this service shows labels alone")
-        if served.report is None:
-            raise ServiceError("no_report", "no robustness report lies beside this model")
-        if self._expose == "full":
-            return json_response(served.report)
-        return json_response({"model": {"sha256": served.sha256}, **(served.headline or {})})
-
-    async def reload(self, _: Request) -> Response:
-        return json_response(await self._worker.reload())
-
-    async def start(self, request: Request) -> Response:
-        # The page takes no token: of a protected service it must not show the model.
-        served = None if self._worker.settings.token else self._worker.served
-        host = request.headers.get(b"host", b"").decode("latin-1")
-        return start_page(served, self._expose, host)
-
-    async def demo(self, _: Request) -> Response:
-        return demo_page()

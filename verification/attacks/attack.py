@@ -26,11 +26,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dverge_serve.errors import UserError
+from dverge_serve.engine.report import NORMS
+from dverge_serve.errors import UserError, one_of
 from training.models.ensemble import Ensemble
 from training.pgd import Norm
 from verification.attacks.target import Target
-from verification.config import NORMS, one_of
 
 Threat = Literal["transfer", "queries", "white_box"]
 Model = Callable[[Tensor], Tensor]  # images [N, C, H, W] in [0,1] -> logits [N, classes]

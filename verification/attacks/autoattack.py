@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dverge_serve.engine.report import NORMS
 from training.seeds import derive
 from verification.attacks.attack import Attack, Crafted, Model
-from verification.config import NORMS
 
 
 def available() -> bool:
