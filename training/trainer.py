@@ -117,11 +117,8 @@ def train(
             images = [data.labels, data.train.sha256, data.holdout.sha256]
             run.keep_to(sha256(canonical_json(images)), start.sha256 if start else "")
             run.save_probe(data.holdout.images)
-            return run.load_state() or (
-                0,
-                skipped(config, members, start),
-                members_tensors(members),
-            )
+            done = skipped(config, members, start)
+            return run.load_state() or (0, done, members_tensors(members))
 
         state = topology.broadcast_from_rank0(begin)
         if state is None:
