@@ -94,6 +94,8 @@ def export(
     source = from_run(run, which) if isinstance(run, Run) else run
     if data is not None:
         source = replace(source, config=source.config.overridden(data_overrides(data)))
+    if precision == "int8":
+        target = "cpu"  # CUDA has no kernels for it
     images = _images(source, precision)
     plan, model = build_best(source.ensemble, source.card, form, target)
     with atomic_path(Path(path)) as part:

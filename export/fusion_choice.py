@@ -22,6 +22,7 @@ from dverge_serve.engine.card import Card, FusionMode
 from dverge_serve.engine.providers import CPU, providers
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.progress import say
 from export.fusing import can_group
 from export.graph import build_graph
 from training.models.ensemble import Ensemble
@@ -94,8 +95,14 @@ def build_best(
         form: build_graph(ensemble, replace(card, form=form, target=device))
         for form in get_args(FusionMode)
     }
-    # The device is named, so that a GPU that does not work is an error, not replaced by the CPU.
-    found = speedups(forms["branches"], forms["grouped"], device)
+    try:
+        # The device is named: one that does not work is an error, never replaced in silence.
+        found = speedups(forms["branches"], forms["grouped"], device)
+    except UserError as error:
+        if target != "auto" or device == "cpu":
+            raise
+        say(f"{error.found}: the file is made for the CPU")
+        return build_best(ensemble, card, requested, "cpu")
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: FusionMode = "branches" if mean < 1 / MARGIN else "grouped"
     return FusionPlan(chosen, device, found), forms[chosen]

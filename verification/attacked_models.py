@@ -41,6 +41,6 @@ def find_targets(context: Context) -> tuple[dict[str, Target], str]:
 def _control(run: Run, which: Literal["standard", "members"], device: torch.device) -> Target:
     with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
         path = Path(folder) / "control.onnx"
-        export(run, path, which=which)
+        export(run, path, which=which, target="cpu")
         members = [ready(member, device) for member in run.members(which)]
         return Target(Engine(path, device="cpu"), members, str(run.checkpoint[f"{which}_sha256"]))

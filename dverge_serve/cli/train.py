@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from dverge_serve.cli.options import Data, Device
 from dverge_serve.errors import Exit, UserError
 
 if TYPE_CHECKING:
+    from export.fusion_choice import Target
     from training.config import Config
 
 DEMO_EPS = 0.1
@@ -110,7 +111,7 @@ def demo(
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
     run = train_run(config, out / "run", device=chosen, resume=True)
     typer.echo("2/3 exporting one ONNX graph", err=True)
-    export_run(run, model)
+    export_run(run, model, target=cast("Target", device))  # pick_device knows the same names
     typer.echo("3/3 attacking the exported file and an undefended control", err=True)
     report = verify(model, run=run, device=chosen)
     assert report.control is not None  # the run's own standard members

@@ -16,9 +16,11 @@ from torch import nn
 
 from dverge_serve.engine.card import FusionMode
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.providers import CPU, CUDA
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
+from dverge_serve.progress import Progress
 from export.fusing import can_group, fuse
 from export.fusion_choice import build_best
 from export.graph import build_graph
@@ -102,6 +104,31 @@ def test_the_choice_follows_the_measurement_with_a_margin(
     plan, data = build_best(members, card, "auto", "cpu")
     assert plan.form == form
     assert data == build_graph(members, replace(card, form=plan.form, target="cpu"))
+
+
+def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A driver and a CUDA build are here, but not the libraries: ONNX Runtime falls back."""
+    members, card = ensemble("resnet8", 2, 1, 8)
+    cuda = [(CUDA, {}), CPU]
+    monkeypatch.setattr(
+        "export.fusion_choice.providers", lambda target: [CPU] if target == "cpu" else cuda
+    )
+
+    def measured(_: bytes, __: bytes, device: str) -> dict[int, float]:
+        if device == "cuda":
+            raise UserError("cuda was asked for but ONNX Runtime fell back")
+        return {1: 2.0}
+
+    monkeypatch.setattr("export.fusion_choice.speedups", measured)
+    monkeypatch.setattr(Progress, "shown", True)
+    plan, data = build_best(members, card, "auto", "auto")
+    assert (plan.form, plan.target) == ("grouped", "cpu")
+    assert data == build_graph(members, replace(card, form="grouped", target="cpu"))
+    assert "fell back: the file is made for the CPU" in capsys.readouterr().err
+    with pytest.raises(UserError, match="fell back"):
+        build_best(members, card, "auto", "cuda")
 
 
 def test_grouped_leaves_the_members_as_they_were() -> None:
