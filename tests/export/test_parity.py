@@ -111,7 +111,7 @@ def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
 ) -> None:
     """A driver and a CUDA build are here, but not the libraries: ONNX Runtime falls back."""
     members, card = ensemble("resnet8", 2, 1, 8)
-    cuda = [(CUDA, {}), CPU]
+    cuda: list[Any] = [(CUDA, {}), CPU]
     monkeypatch.setattr(
         "export.fusion_choice.providers", lambda target: [CPU] if target == "cpu" else cuda
     )
