@@ -100,11 +100,15 @@ def test_every_level_becomes_the_services_number() -> None:
 
 def test_neither_torch_nor_onnxruntime_rounds_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    autocast_dtype("auto", CUDA)
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, products.allow_tf32
+    cudnn.allow_tf32 = products.allow_tf32 = True
+    try:
+        autocast_dtype("auto", CUDA)
+        assert not cudnn.allow_tf32
+        assert not products.allow_tf32
+    finally:
+        cudnn.allow_tf32, products.allow_tf32 = before
     monkeypatch.setattr("dverge_serve.engine.providers.check_device", lambda _: None)
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     for device in ("cuda", "tensorrt"):

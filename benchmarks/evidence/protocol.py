@@ -76,7 +76,7 @@ def trained_surrogates(protocol: Protocol, device: torch.device) -> Path:
     folder = images.evidence_cache() / "surrogates" / f"{protocol.recipe}-{key[:16]}"
     for kind, each in wanted.items():
         assert each is not None
-        train(each, folder / kind, device=device, resume=True, data=data)
+        train(each, folder / kind, device=device, resume=True, data=data, surrogate=True)
     return folder
 
 
