@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from dverge_serve import Engine
 from dverge_serve.cli import as_flags, run
-from dverge_serve.engine.report import report_path
+from tests.cli.running import complains, python
 from tests.serving import tiny
-from tests.verification.report.test_page import table
-from training.config import NATIVE
-from training.recipe import data_overrides, load_recipe, recipe_for, recipe_names
-
-
-@pytest.fixture
-def digit(tmp_path: Path) -> Path:
-    path = tmp_path / "digit.png"
-    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(path)
-    return path
-
-
-@pytest.fixture
-def reported(tmp_path: Path) -> Path:
-    """A model with a whole report about it."""
-    model = tmp_path / "gray.onnx"
-    about = table() | {"model": table()["model"] | {"sha256": tiny.save_gray_model(model)}}
-    report_path(model).write_text(json.dumps(about))
-    return model
-
-
-def complains(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
-    capsys.readouterr()
-    assert run(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    told = [line for line in lines if line.startswith("dverge: ")]
-    assert len(told) == 1, lines
-    assert words in told[0]
 
 
 @pytest.mark.parametrize(
@@ -122,60 +89,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("dverge ")
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
-def test_dry_run_prints_what_would_be_used(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--recipe", recipe, "--dry-run", "--set", "dverge.epochs=3"]) == 0
-    settings = json.loads(capsys.readouterr().out)
-    assert settings["name"] == recipe
-    assert settings["dverge"]["epochs"] == 3
-
-
-def test_dry_run_says_what_the_run_will_cost(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    few = ["--set", "data.train_limit=300", "--set", "standard.epochs=2", "--members", "4"]
-    assert run(["train", "--dry-run", *few, "--set", "dverge.epochs=3"]) == 0
-    told = capsys.readouterr().err
-    assert "standard: 2,160 gradient evaluations" in told  # 2 epochs, 270 images, 4 members
-    assert "dverge: 19,440 gradient evaluations" in told  # 3 epochs, 3 steps and 3 others
-    assert "270 training images" in told
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("data", ["cifar10", "cifar100", "svhn", "fashion-mnist"])
-def test_a_named_set_has_a_recipe_that_suits_it(data: str) -> None:
-    name, own = recipe_for(data)
-    config = load_recipe(name, own | data_overrides(data))
-    assert (config.name, config.data.name) == (data, data)
-    mode, size = NATIVE[data]
-    assert (config.data.mode, config.data.crop) == (mode, size)
-
-
-def test_a_recipe_of_another_size_than_the_named_set_is_refused_before_any_download(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(["train", "--recipe", "digits", "--data", "cifar10"]) == 2
-    assert "as the images of 'cifar10' are" in capsys.readouterr().err
-
-
-def test_a_wrong_folder_is_a_mistake_on_a_dry_run_too(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert run(["train", "--data", str(tmp_path / "nowhere"), "--dry-run"]) == 2
-    told = capsys.readouterr()
-    assert json.loads(told.out)["name"] == "images"
-    assert "no folder" in told.err
-
-
-def test_an_architecture_that_does_not_take_the_images_is_a_mistake(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    few = ["--set", "data.train_limit=64", "--set", "architecture=torchvision:alexnet"]
-    assert run(["train", "--out", str(tmp_path / "run"), *few]) == 2
-    assert "does not take images of 8x8" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -198,84 +111,6 @@ def test_what_the_machine_refuses_is_one_line_and_exit_2(
     told = capsys.readouterr().err
     assert words in told
     assert len(told.splitlines()) == 1
-
-
-def test_hidden_files_are_no_images(
-    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = tmp_path / "photos"
-    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "deep/b.png"):
-        (photos / name).parent.mkdir(exist_ok=True, parents=True)
-        (photos / name).write_bytes(digit.read_bytes())
-    (photos / "folder.png").mkdir()
-    assert run(["predict", str(tiny_model), str(photos), "--json"]) == 0
-    found = [Path(row["image"]).name for row in json.loads(capsys.readouterr().out)]
-    assert found == ["a.png", "b.png"]
-
-
-def test_a_file_name_that_is_not_utf8_does_not_lose_the_answers(
-    tiny_model: Path, digit: Path, tmp_path: Path
-) -> None:
-    odd = tmp_path / os.fsdecode(b"gr\xfcn.png")
-    odd.write_bytes(digit.read_bytes())
-    answers = tmp_path / "answers.csv"
-    assert run(["predict", str(tiny_model), str(odd), "--csv", str(answers)]) == 0
-    assert "gr\\udcfcn.png" in answers.read_text(encoding="utf-8")
-
-
-def test_predict_in_three_forms(
-    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(tiny_model)
-    assert run(["predict", model, str(digit), "--json"]) == 0
-    (answer,) = json.loads(capsys.readouterr().out)
-    assert answer["label"] == str(answer["index"])
-    (expected,) = Engine(model, device="cpu").predict([digit])
-    assert answer["probability"] == expected.probability
-    table = tmp_path / "answers.csv"
-    assert run(["predict", model, str(tmp_path), "--csv", str(table)]) == 0
-    with table.open() as file:
-        (row,) = csv.DictReader(file)
-    assert row["label"] == answer["label"]
-    assert run(["predict", model, str(digit)]) == 0
-    assert "digit.png" in capsys.readouterr().out
-
-
-def test_predict_names_the_unreadable_and_answers_the_rest(
-    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "broken.png").write_bytes(digit.read_bytes()[:30])
-    assert run(["predict", str(tiny_model), str(tmp_path), "--json"]) == 2
-    captured = capsys.readouterr()
-    rows = json.loads(captured.out)
-    assert ["error" in row for row in rows] == [True, False]
-    assert "1 of 2 images cannot be read" in captured.err
-
-
-def test_inspect(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", str(tiny_model), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["members"] == 3
-    assert facts["robustness"] is None
-    assert run(["inspect", str(tiny_model)]) == 0
-    assert "no report for this file" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("key", ["clean_accuracy", "data", "gates", "verdict"])
-def test_inspect_leaves_out_the_figures_of_a_report_that_lacks_a_key(
-    key: str, reported: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = report_path(reported)
-    found = json.loads(path.read_text())
-    del found[key]
-    path.write_text(json.dumps(found))
-    assert run(["inspect", str(reported)]) == 0
-    said = capsys.readouterr().out
-    assert "the report lacks figures" in said
-    assert "at eps" not in said
-    assert run(["inspect", str(reported), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)["robustness"]
-    assert set(shown) == {"verdict", "clean_accuracy", "robust_accuracy"} - {key}
 
 
 def test_the_four_commands_and_the_gate(
@@ -301,34 +136,6 @@ def test_the_four_commands_and_the_gate(
     assert "verified, VALID" in capsys.readouterr().out
     # A control that does not fall: nothing is broken at a tiny radius.
     assert run(["verify-robustness", "--eps", "0.004"]) == 3
-
-
-def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-
-
-@pytest.mark.parametrize("command", ["inspect", "predict"])
-def test_using_a_model_needs_neither_torch_nor_the_other_rooms(
-    command: str, reported: Path, digit: Path, tmp_path: Path
-) -> None:
-    """A Bento holds `dverge_serve` alone."""
-    arguments = [command, str(reported), *([str(digit)] if command == "predict" else [])]
-    done = python(
-        "import sys; sys.modules |= dict.fromkeys(['torch', 'training', 'export', 'verification']);"
-        f"from dverge_serve.cli import run; sys.exit(run({arguments!r}))",
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    if command == "inspect":
-        assert "95.0% (90.0-100.0)" in done.stdout
-        assert "transfer 70.0% (65.0-75.0), white-box 70.0% (65.0-75.0)" in done.stdout
 
 
 def test_the_package_lists_its_names_without_importing_them(tmp_path: Path) -> None:
