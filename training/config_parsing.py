@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from dverge_serve.errors import UserError, nearest
 
+MOST = 2**63  # what arrays and random generators take
+
 
 def check(key: str, value: Any, holds: bool, expected: str) -> None:
     """Refuse a key's value unless it `holds`.
@@ -86,6 +88,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         check(f"{where}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        check(f"{where}: {key}", value, abs(value) < MOST, f"a whole number below {MOST:,}")
     if (
         isinstance(hint, type)
         and isinstance(value, hint)

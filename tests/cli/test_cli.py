@@ -28,7 +28,17 @@ from tests.serving import tiny
         (["train", "--set", "width.x.y=1"], "--set width.x.y: 'width' is not a table"),
         (["train", "--set", "dverge.epochs=0"], "epochs = 0"),
         (["train", "--set", "dverge.epochs=many"], "type int"),
-        (["train", "--members", "1"], "2 or more"),
+        (["train", "--members", "1"], "2 to 1000"),
+        (["train", "--members", "100000000"], "2 to 1000"),
+        (["train", "--set", "width=100000"], "width = 100000"),
+        (["train", "--set", f"batch_size={10**20}"], "a whole number below"),
+        (["train", "--set", f"standard.epochs={10**23}"], "a whole number below"),
+        (["train", "--set", "name=../../x"], "a name for a folder"),
+        (["train", "--recipe", "../../x"], "unknown recipe"),
+        (["train", "--data", "x" * 5000], "File name too long"),
+        (["predict", "model.onnx", "x.png", "--csv", "no/where.csv"], "no folder no for --csv"),
+        (["cache", "prune", "--days", "-1"], "0 or more"),
+        (["cache", "prune", "nothing"], "no part 'nothing'"),
         (["train", "--seed", "4294967296"], "kept for surrogates"),
         (["train", "--set", "architecture=resnet9"], "6n+2"),
         (["train", "--data", "nowhere"], "no folder"),
@@ -189,6 +199,42 @@ def test_a_bug_of_ours_is_told_as_one(
     monkeypatch.setattr("training.recipe.load_recipe", explode)
     assert run(["train", "--dry-run"]) == 70
     assert "a bug of ours" in capsys.readouterr().err
+
+
+def test_a_line_is_short_and_obeys_no_escape_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["predict", "model.onnx", "\x1b[31m" + "x" * 10_000]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "cannot use ?[31mxxx" in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_full_memory_is_told_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.recipe.load_recipe", full)
+    complains(capsys, ["train", "--recipe", "digits"], "lower batch_size, width or members")
+
+
+def test_any_name_can_be_printed_on_any_terminal(
+    tiny_model: Path, digit: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "é😀.png"
+    odd.write_bytes(digit.read_bytes())
+    arguments = [sys.executable, "-m", "dverge_serve", "predict", str(tiny_model), str(odd)]
+    ascii_only = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    found = subprocess.run(arguments, capture_output=True, check=False, env=ascii_only)
+    assert found.returncode == 0, found.stderr
 
 
 def test_an_interrupt_is_told_as_one(

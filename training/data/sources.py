@@ -114,7 +114,9 @@ def class_folders(root: Path, part: str) -> dict[str, list[Path]]:
     folder = root / part
     layout = f"{root}/train/<class>/ and {root}/test/<class>/ with PNG, JPEG or WebP images"
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}", layout)
+        above = root.absolute().parent
+        inside = root.name in ("train", "test") and (above / part).is_dir()
+        raise UserError(f"no folder {folder}", layout, f"give `data` {above}" if inside else "")
     classes = {
         item.name: images.image_paths(item)
         for item in sorted(folder.iterdir())
