@@ -15,7 +15,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dverge_serve.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 16_777_216
 # A progressive JPEG may repeat its scans without end, each a few bytes of file and a pass over all
 # pixels. Encoders write about ten; the rest is room for the previews that phones put inside.
@@ -164,20 +163,6 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
             )
         image = Image.fromarray(image[..., 0] if channels == (1,) else image)
     return _array(_upright(image), preprocess)
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """Return the image files under `folder`, sorted, without hidden files and folders.
-
-    File managers and notebooks keep copies and previews there.
-    """
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
 
 
 def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -38,7 +38,7 @@ class Data:
     name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "svhn", "imagefolder"] = (
         "imagefolder"
     )
-    path: str = ""  # imagefolder: a folder with train/<class>/ and test/<class>/
+    path: str = ""  # imagefolder: a folder with train/<class>/ and test/<class>/, or a CSV file
     mode: Literal["L", "RGB"] = "RGB"
     crop: tuple[int, int] = (32, 32)  # height, width of the model's input in pixels
     resize: tuple[int, int] | None = None  # covered before the crop; none: same as crop

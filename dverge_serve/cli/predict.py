@@ -62,15 +62,18 @@ def predict(
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
-    from dverge_serve.images import image_paths
+    from dverge_serve.image_folder import find_images, told
+    from dverge_serve.progress import say
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = image_paths(path)
-            if not found:
+            found = find_images(path)
+            if not found.paths:
                 raise UserError(f"no image in {path}", "PNG, JPEG or WebP files")
-            files += found
+            if found.left_out:
+                say(f"{path}: {told(found.left_out)}")
+            files += found.paths
         elif path.is_file():
             files.append(path)
         else:

@@ -51,6 +51,9 @@ def train(
         ),
     ] = None,
     set_: Settings = None,
+    list_skipped: Annotated[
+        bool, typer.Option(help="List the files of --data that are not used, and stop.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print the settings, what the run will cost, and stop.")
     ] = False,
@@ -72,6 +75,12 @@ def train(
         raise UserError(f"no run at {out}", "one that `dverge train` began", "look at --out")
     config = _config(begun, recipe, data, members, seed, set_, start)
     check_seed(config)  # of a dry run, too
+    if list_skipped:
+        from training.data.image_folder import read_folder
+
+        for each in read_folder(Path(config.data.path)).left_out if config.data.path else ():
+            typer.echo(f"{each.path}: {each.reason}")
+        return
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         _say_cost(config, device)

@@ -119,7 +119,10 @@ def load_training(data: Data) -> TrainingData:
 def _parts(
     targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows for training and the rows held out."""
+    """Return the rows for training and the rows held out.
+
+    They are drawn at random, and by class where that would leave a class out of either.
+    """
     order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
     held = max(1, round(data.holdout * len(order)))
     if len(order) - held < 2:
@@ -127,6 +130,8 @@ def _parts(
             f"{len(order)} training images in '{data.path or data.name}'",
             "enough for training and a held-out part",
         )
+    if any(len(np.unique(targets[part])) < len(labels) for part in (order[held:], order[:held])):
+        order = order[np.argsort(_places(targets[order]), kind="stable")]
     kept, out = np.sort(order[held:]), np.sort(order[:held])
     missing = [labels[index] for index in set(range(len(labels))) - set(targets[kept].tolist())]
     if missing:
@@ -136,6 +141,18 @@ def _parts(
             "raise data.train_limit or lower data.holdout",
         )
     return kept, out
+
+
+def _places(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return where each image stands within its class, from 0 to 1, in the order given.
+
+    By it, the first images of an order are as good as the same share of every class.
+    """
+    places = np.empty(len(targets))
+    for label in np.unique(targets):
+        rows = np.flatnonzero(targets == label)
+        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return places
 
 
 def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
