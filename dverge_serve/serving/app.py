@@ -77,7 +77,7 @@ class App:
             return
         begun = time.perf_counter()
         request = Request(scope, receive, self._request_id(scope))
-        route = self.routes.get(request.path)
+        route = self.routes.find(request.path)
         name = route.path if route else "other"
         served = self.worker.served  # the one that answers, should a reload come in between
         try:

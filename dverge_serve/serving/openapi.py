@@ -103,6 +103,10 @@ def _operation(route: Route, locked: bool) -> Schema:
         "summary": route.summary,
         "responses": {"200": success, **{str(status): _error(status, v2) for status in errors}},
     }
+    if "{version}" in route.path:
+        operation["parameters"] = [
+            {"name": "version", "in": "path", "required": True, "schema": _STRING}
+        ]
     if route.description:
         operation["description"] = route.description
     if route.body is not None:

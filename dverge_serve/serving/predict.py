@@ -93,8 +93,7 @@ def _check_type(request: Request) -> None:
             f"content-type is '{shown}'; expected {', '.join(IMAGE_TYPES)}, "
             f"application/octet-stream or {MULTIPART}",
         )
-    coding = request.headers.get(b"content-encoding", b"identity").strip().lower()
-    if coding != b"identity":
+    if request.content_coding != b"identity":
         raise ServiceError(
             "unsupported_content_type", "the body is content-encoded; expected plain"
         )
