@@ -26,6 +26,7 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 import bentoml
 import click
+import uvicorn.config
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
@@ -65,6 +66,8 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Return the ASGI application that a worker runs."""
+        # What uvicorn takes unless told otherwise, and BentoML tells it nothing.
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = "dverge_serve.serving.protocol:Protocol"
         bento = super().to_asgi(is_main=is_main)
         app = application()
         http = tracing.traced(app)

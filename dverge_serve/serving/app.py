@@ -94,6 +94,7 @@ class App:
 
     async def _respond(self, request: Request, route: Route | None) -> Response:
         try:
+            request.check()
             # The token comes first: without it paths and methods are not revealed.
             if self._token and not (route and route.public):
                 self._authorize(request)

@@ -119,9 +119,9 @@ class InferenceProtocol:
         classifier = self._classifier
         limit = classifier.settings.max_body_bytes
         room = min(limit, RATIO * len(body))
-        request.hold(room, classifier.budget)
+        classifier.budget.take(room, request)
         content = await classifier.decoder.off_loop(partial(unpack, body, coding, limit))
-        request.hold(len(content) - room, classifier.budget)
+        classifier.budget.take(len(content) - room, request)
         return content
 
     async def _read(self, request: Request, body: bytes, served: ServedModel) -> Inference:

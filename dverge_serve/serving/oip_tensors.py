@@ -184,7 +184,9 @@ def _values(tensor: _Tensor, shape: tuple[int, int, int, int], blob: Any) -> Flo
         raise _bad("bytes follow the JSON but the input has no 'binary_data_size'")
     # What is left of a list without its numbers: brackets and commas, which tell its shape.
     if data.translate(None, _NOT_STRUCTURE) not in (_brackets((count,)), _brackets(shape)):
-        raise _bad(f"'data' does not have shape {list(shape)}, nor is it that many numbers in a row")
+        raise _bad(
+            f"'data' does not have shape {list(shape)}, nor is it that many numbers in a row"
+        )
     return _numbers(data.translate(None, b"[]"), count).reshape(shape)
 
 

@@ -73,7 +73,7 @@ class RouteTable(dict[str, Route]):
         own.document = json_response(self.document)
 
     def find(self, path: str) -> Route | None:
-        """Return the route of a request's path; a version in it is any, and the handler's to check."""
+        """Return the route of a path; any version in it will do: the handler checks it."""
         if path.startswith(f"{BASE}/versions/"):
             _, slash, rest = path.removeprefix(f"{BASE}/versions/").partition("/")
             path = VERSIONED + slash + rest
@@ -85,8 +85,18 @@ def _model_routes(base: str, v2: InferenceProtocol, settings: Settings) -> list[
     versioned = (404,) if base == VERSIONED else ()
     document = openapi.OBJECT
     return [
-        Route("GET", base, v2.metadata, "The model's inputs and outputs", document, (*versioned, 503)),
-        Route("GET", f"{base}/ready", v2.ready, "Whether it is loaded", document, (*versioned, 503), quiet=True),
+        Route(
+            "GET", base, v2.metadata, "The model's inputs and outputs", document, (*versioned, 503)
+        ),
+        Route(
+            "GET",
+            f"{base}/ready",
+            v2.ready,
+            "Whether it is loaded",
+            document,
+            (*versioned, 503),
+            quiet=True,
+        ),
         Route(
             "POST",
             f"{base}/infer",
