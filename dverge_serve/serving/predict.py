@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dverge_serve.engine.predictions import ClassProbability, Prediction
 from dverge_serve.serving.batching import Images
 from dverge_serve.serving.classify import Classifier
+from dverge_serve.serving.decoding import INLINE_BYTES
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.multipart import image_files
 from dverge_serve.serving.requests import Request
@@ -37,7 +39,9 @@ class Predict:
             files = [body]
             if request.content_type == MULTIPART:
                 header = request.headers[b"content-type"].decode("latin-1")
-                files = image_files(body, header, self._classifier.settings.max_images)
+                split = partial(image_files, body, header, self._classifier.settings.max_images)
+                inline = len(body) <= INLINE_BYTES
+                files = split() if inline else await self._classifier.decoder.off_loop(split)
             return await self._classifier.decoder.decode(files, served.card.preprocess), None
 
         served, _, part = await self._classifier.classify(request, read)

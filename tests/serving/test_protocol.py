@@ -138,7 +138,7 @@ def test_framing_without_end_is_cut_off(server: Server, begin: bytes, again: byt
     again = again or b"5;" + b"x" * 65536
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(begin)
-        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - reset, or a broken pipe
             for _ in range(1000):
                 connection.sendall(again)
     assert httpx.get(f"{server.url}/livez").status_code == 200
@@ -148,7 +148,7 @@ def test_chunks_of_one_byte_are_cut_off(server: Server) -> None:
     head = b"POST /predict HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head)
-        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - reset, or a broken pipe
             for _ in range(1000):
                 connection.sendall(b"1\r\nx\r\n" * 20_000)
     assert httpx.get(f"{server.url}/livez").status_code == 200
