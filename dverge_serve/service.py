@@ -202,17 +202,20 @@ def _address() -> tuple[str, int]:
 
 
 def check_model(settings: Settings) -> None:
-    """Load the model once, so that an error is reported before any worker starts.
+    """Load the model and its report once, so that an error is told before any worker starts.
 
     Raises:
         UserError: it cannot be served.
     """
     # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
     from dverge_serve.engine.session import Engine, check_device
+    from dverge_serve.serving.model_report import read_model_report
 
     check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
-    Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
+    expected = settings.model_sha256
+    engine = Engine(settings.model, device="cpu", threads=1, expected_sha256=expected)
+    read_model_report(settings.model, engine.sha256)
 
 
 def _share(folder: Path, settings: Settings) -> None:

@@ -84,7 +84,8 @@ def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:
     card["sha256"] = served.sha256
     card["provider"] = served.engine.provider
     if expose != "label":
-        card["report"] = served.headline
+        card["report"] = served.report.headline
+        card["report_state"] = served.report.state
     return card
 
 

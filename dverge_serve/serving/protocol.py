@@ -26,7 +26,7 @@ HALF_CLOSED_S = 5.0
 LENGTHS = (b"content-length", b"transfer-encoding")
 
 
-class Protocol(HttpToolsProtocol):  # type: ignore[misc]
+class Protocol(HttpToolsProtocol):
     """One connection."""
 
     _in_headers = False
@@ -86,7 +86,7 @@ class Protocol(HttpToolsProtocol):  # type: ignore[misc]
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for a while if an answer is still to be sent."""
         if not self._is_answering:
             return False

@@ -277,9 +277,9 @@ class Reloader:
             served = await asyncio.to_thread(self._load, version)
         except Exception as error:  # whatever it is, it must reach the caller of the reload
             self._given_up = version
-            reason = str(error).replace(
-                str(self._versions.path(version)), str(self._settings.model)
-            )
+            copy, model = self._versions.path(version), self._settings.model
+            reason = str(error).replace(str(copy), str(model))
+            reason = reason.replace(str(report_path(copy)), str(report_path(model)))
             self._versions.note(version, FAILED, reason or type(error).__name__)
             return
         self._prepared = (version, served)

@@ -52,7 +52,7 @@ class RouteTable(dict[str, Route]):
             ),
             get("/model", own.model, "The model's card", openapi.ref("Card"), (503,)),
             get("/report", own.report, report, openapi.OBJECT, (404, 503)),
-            get("/metrics", own.metrics, metrics, openapi.TEXT, quiet=True),
+            get("/metrics", own.metrics, metrics, openapi.TEXT, admin=True, quiet=True),
             probe("/livez", own.livez, runs, openapi.TEXT),
             probe("/readyz", own.readyz, loaded, openapi.TEXT, (503,)),
             get("/openapi.json", own.describe, "This document", openapi.OBJECT, public=True),
@@ -65,9 +65,11 @@ class RouteTable(dict[str, Route]):
             get("/", own.start, "The start page", openapi.HTML, public=True),
             get("/demo", own.demo, "A page to try images on", openapi.HTML, public=True),
         ]
-        if settings.token:
+        if settings.token or settings.admin_token:
             reload = "Put the model file now in place in service"
-            routes.append(post("/admin/reload", own.reload, reload, openapi.OBJECT, (409, 503)))
+            routes.append(
+                post("/admin/reload", own.reload, reload, openapi.OBJECT, (409, 503), admin=True)
+            )
         super().__init__({route.path: route for route in routes})
         self.document = openapi.document(routes, settings, expose)
         own.document = json_response(self.document)
@@ -142,11 +144,12 @@ class _Handlers:
         served = self._worker.model()
         if self._expose == "label":
             raise ServiceError("not_exposed", "this service shows labels alone")
-        if served.report is None:
-            raise ServiceError("no_report", "no robustness report lies beside this model")
+        report = served.report
+        if report.value is None:
+            raise ServiceError("no_report", f"beside this model lies {report.told}")
         if self._expose == "full":
-            return json_response(served.report)
-        return json_response({"model": {"sha256": served.sha256}, **(served.headline or {})})
+            return json_response(report.value)
+        return json_response({"model": {"sha256": served.sha256}, **(report.headline or {})})
 
     async def reload(self, _: Request) -> Response:
         return json_response(await self._worker.reload())

@@ -13,6 +13,7 @@ import onnx
 import psutil
 import pytest
 
+from dverge_serve.engine.report import report_path
 from dverge_serve.errors import UserError
 from dverge_serve.serving.settings import Settings
 from dverge_serve.serving.worker import Worker
@@ -90,6 +91,8 @@ def _foreign(model: Path) -> None:
         (lambda model: model.write_bytes(b""), {}, "cannot be loaded"),
         (_newer, {}, "schema version 99"),
         (_foreign, {}, "no 'dverge' metadata"),
+        (lambda model: report_path(model).write_bytes(b"{"), {}, "cannot use the report"),
+        (lambda _: None, {"DVERGE_TOKEN": ""}, "DVERGE_TOKEN is empty"),
         (
             lambda _: None,
             {"DVERGE_MODEL_SHA256": "0" * 64},
