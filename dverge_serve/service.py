@@ -31,9 +31,9 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
 from dverge_serve.errors import Exit, UserError
-from dverge_serve.serving import tracing
+from dverge_serve.serving import logs, tracing
 from dverge_serve.serving.requests import Receive, Scope, Send
-from dverge_serve.serving.settings import Settings, as_variables
+from dverge_serve.serving.settings import Log, Settings, as_variables
 from dverge_serve.serving.sockets import beyond_loopback, require_free
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
 def application() -> App:
     """Return this worker's application, made at the first call."""
     # Imported here: the supervisor and the command line need none of it.
-    from dverge_serve.serving import logs
     from dverge_serve.serving.app import App
     from dverge_serve.serving.metrics import forget_dead_workers
     from dverge_serve.serving.worker import Worker
@@ -157,19 +156,34 @@ class Dverge:
         """Refuse to start on a model, a setting or a port that cannot be used."""
         folder = Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent
         atexit.register(_clean_up, folder)
+        from dverge_serve.serving import supervisor
+
+        log: Log = "text"
         try:
             settings = service_settings()
+            log = settings.log
+            logs.set_up(log)
             check_model(settings)
             tracing.check()
             require_free(*_address())
             _share(folder, settings)
+            supervisor.take_over()
         except UserError as error:
-            print(f"dverge: {as_variables(error)}", file=sys.stderr, flush=True)  # noqa: T201
+            if log == "json":
+                logs.LOGGER.error("%s", as_variables(error))
+            else:
+                print(f"dverge: {as_variables(error)}", file=sys.stderr, flush=True)  # noqa: T201
             raise SystemExit(Exit.USER) from error
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Begin to load the model."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(
+            lambda _, context: logs.note_failure(context["message"], context.get("exception"))
+        )
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, not nohup
+            loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
         await application().start()
         folder = _run_folder()
         if folder is not None:

@@ -194,7 +194,7 @@ def _brackets(shape: Sequence[int]) -> bytes:
     """Return the brackets and commas of nested lists of this shape."""
     inner = b""
     for side in reversed(shape):
-        inner = b"[" + b",".join([inner] * side) + b"]"
+        inner = b"[" + ((inner + b",") * side)[:-1] + b"]"
     return inner
 
 

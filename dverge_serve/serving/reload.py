@@ -32,7 +32,7 @@ from dverge_serve.engine.report import report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import write_atomic
 from dverge_serve.serving.loaded_model import ServedModel
-from dverge_serve.serving.logs import LOGGER
+from dverge_serve.serving.logs import note_failure
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
@@ -208,8 +208,8 @@ class Reloader:
         while True:
             try:
                 await self._follow()
-            except Exception:  # the watch must survive any failure of the folder
-                LOGGER.exception("following a reload failed")
+            except Exception as error:  # the watch must survive any failure of the folder
+                note_failure("following a reload failed", error)
             await asyncio.sleep(POLL_S)
 
     async def reload(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import onnx
 import psutil
 import pytest
@@ -58,6 +59,30 @@ def test_ctrl_c_ends_it_quickly_and_quietly(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=20) == 0
     assert "Traceback" not in server.log
+
+
+def test_a_closed_terminal_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    with serving(tmp_path) as server:
+        for process in [psutil.Process(server.process.pid), *server.workers()]:
+            process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=20) == 0
+    assert "Traceback" not in server.log
+    assert server.log.count(" is ready after ") == 1
+
+
+def test_under_nohup_it_stays(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving(tmp_path) as server:
+            workers = server.workers()
+            for process in [psutil.Process(server.process.pid), *workers]:
+                process.send_signal(signal.SIGHUP)
+            assert httpx.get(f"{server.url}/livez").status_code == 200
+            assert server.workers() == workers
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
