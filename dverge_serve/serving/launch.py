@@ -31,6 +31,8 @@ def serve(host: str, port: int, **flags: Any) -> int:
         UserError: the model, the address or a setting cannot be used.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    if given.get("token") == "":
+        raise UserError("`token` is empty", "a token", "leave it out to ask for none")
     settings = dataclasses.replace(Settings.from_environment(), **given)
     asked = settings.model
     settings = dataclasses.replace(settings, model=asked.resolve())

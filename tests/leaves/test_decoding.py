@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -131,6 +133,38 @@ def test_sixteen_bit_gray_is_scaled_not_cut(mode: Literal["L", "RGB"]) -> None:
     for channel in found:
         assert np.array_equal(channel, np.rint(wide / 257).astype(np.uint8))
     assert found[0, 0, :4].tolist() == [0, 255, 1, 0]
+
+
+def png(bits: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+    """Return a PNG of equal rows with a value named as transparent; Pillow writes 8 bits alone."""
+    height, width = SIZE
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    rows = zlib.compress((b"\0" + row) * height)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_gray_turns_white_at_every_depth(bits: int) -> None:
+    values = [1, 0] * (SIZE[1] // 2) + [1]
+    row = "".join(f"{value:0{bits}b}" for value in values)
+    row = row.ljust(-(-len(row) // 8) * 8, "0")
+    packed = int(row, 2).to_bytes(len(row) // 8, "big")
+    for mode in ("L", "RGB"):
+        found = load(png(bits, 0, packed, struct.pack(">H", 1)), exactly(mode))
+        assert found[0, 0].tolist() == [255 if value else 0 for value in values]
+
+
+def test_a_transparent_colour_turns_white_at_sixteen_bits() -> None:
+    colours = [(1000, 2000, 3000), (1000, 2000, 60_000)] * (SIZE[1] // 2) + [(0, 0, 0)]
+    row = b"".join(struct.pack(">HHH", *colour) for colour in colours)
+    found = load(png(16, 2, row, struct.pack(">HHH", *colours[0])), exactly("RGB"))
+    assert found[:, 0, 0].tolist() == [255, 255, 255]
+    assert found[:, 0, 1].tolist() == [3, 7, 234]
+    assert found[:, 0, -1].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
