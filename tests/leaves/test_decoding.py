@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from dverge_serve.images import Preprocess, load
+from dverge_serve.images import ImageError, Preprocess, load, to_pixels
 from tests.leaves.pictures import SIZE, Pixels, encode, exactly, noise, smooth
 
 LOSSLESS: list[tuple[str, dict[str, Any]]] = [("PNG", {}), ("WEBP", {"lossless": True})]
@@ -207,3 +209,32 @@ def test_rotation_comes_before_size() -> None:
     pixels = noise(9, 6, 3)  # stored lying; upright it is 6 high and 9 wide
     found = load(encode(pixels, exif=exif.tobytes()), exactly("RGB", (6, 9)))
     assert np.array_equal(found.transpose(1, 2, 0), np.rot90(pixels, -1))
+
+
+def test_a_large_photograph_is_decoded_at_a_part_of_its_size(tmp_path: Path) -> None:
+    """5000 by 4000 pixels: a quarter of a byte for each in place of three."""
+    ramp = np.linspace(0, 255, 5000, dtype=np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (4000, 5000, 3)))
+    preprocess = Preprocess(mode="RGB", resize=(96, 96), crop=(96, 96))
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    sizes: list[tuple[int, int]] = []
+    whole = Image.Image.resize
+
+    def resize(self: Image.Image, *given: Any, **named: Any) -> Image.Image:
+        sizes.append(self.size)
+        return whole(self, *given, **named)
+
+    with mock.patch.object(Image.Image, "resize", resize):
+        small, large = (to_pixels(tmp_path / name, preprocess) for name in ("a.jpg", "a.png"))
+    assert sizes == [(2500, 2000), (5000, 4000)]
+    assert int(np.abs(small.astype(int) - large).max()) <= 2
+    with pytest.raises(ImageError, match="5000x4000 pixels"):
+        load((tmp_path / "a.jpg").read_bytes(), preprocess)
+
+
+def test_a_file_beyond_every_camera_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (12_000, 12_000)).save(tmp_path / "a.png")
+    preprocess = Preprocess(mode="L", resize=(8, 8), crop=(8, 8))
+    with pytest.raises(ImageError, match="12000x12000 pixels"):
+        to_pixels(tmp_path / "a.png", preprocess)

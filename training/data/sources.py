@@ -175,7 +175,7 @@ def decode(
     broken = []
     for at, path in enumerate(paths):
         try:
-            pixels[at] = images.load(path.read_bytes(), preprocess)
+            pixels[at] = images.to_pixels(path, preprocess)
         except (images.ImageError, OSError) as error:
             broken.append(f"{path} ({error})")
     return pixels, broken
