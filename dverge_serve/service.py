@@ -207,9 +207,11 @@ def check_model(settings: Settings) -> None:
     # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
     from dverge_serve.engine.session import Engine, check_device
 
-    check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
-    Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
+    with Engine(
+        settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256
+    ) as engine:
+        check_device(settings.device, engine.card.precision)
 
 
 def _share(folder: Path, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from dverge_serve.engine.providers import providers
 from export import export
+from tests.export.ensembles import card_of
 from tests.pretend_cuda import CUDA, CudaTensor, no_waiting, pretend_cuda
 from training import load_recipe, train
 from training.data.splits import to_float
@@ -109,10 +110,8 @@ def test_neither_torch_nor_onnxruntime_rounds_to_tf32(monkeypatch: pytest.Monkey
         assert not products.allow_tf32
     finally:
         cudnn.allow_tf32, products.allow_tf32 = before
-    monkeypatch.setattr("dverge_serve.engine.providers.check_device", lambda _: None)
-    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     for device in ("cuda", "tensorrt"):
         options: dict[str, Any] = dict(
-            each for each in providers(device) if isinstance(each, tuple)
+            each for each in providers(device, card_of(1, 8, 8, 10, 3)) if isinstance(each, tuple)
         )
         assert options["CUDAExecutionProvider"]["use_tf32"] == 0

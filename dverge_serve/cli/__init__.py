@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -84,8 +85,8 @@ def run(arguments: list[str]) -> int:
         return _say(f"cannot use {error.filename or 'the disk'} ({error.strerror})", Exit.USER)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
-            told = "the device's memory is full; lower batch_size, or use --device cpu"
-            return _say(told, Exit.USER)
+            smaller = "lower batch_size, or " if "train" in arguments else ""
+            return _say(f"the device's memory is full; {smaller}use --device cpu", Exit.USER)
         # Usage errors know how to say themselves, whichever click Typer stands on.
         describe = getattr(error, "format_message", None)
         return _say(f"{describe()} (see --help)", Exit.USER) if callable(describe) else _bug()
@@ -108,7 +109,8 @@ def as_flags(text: str) -> str:
 
 
 def main() -> NoReturn:
-    """Run the command line of this process."""
+    """Run the command line of this process; warnings go to standard error in one line each."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"dverge: {message}", err=True)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -94,7 +94,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (PermissionError(errno.EACCES, "Permission denied", "/locked"), "cannot use /locked"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "full; lower batch_size, or use --device"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line_and_exit_2(

@@ -54,9 +54,9 @@ def test_the_checks_without_long_trainings_pass_on_the_cpu() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[0] for line in done.stdout.splitlines() if " " in line[:5]]
-    assert len(CHECKS) == 18
-    assert (words.count("PASS"), words.count("SKIP")) == (6, 9)
-    assert done.stdout.count("needs a GPU") == 9
+    assert len(CHECKS) == 20
+    assert (words.count("PASS"), words.count("SKIP")) == (7, 10)
+    assert done.stdout.count("needs a GPU") == 10
 
 
 @pytest.mark.long
