@@ -14,16 +14,21 @@ import torch
 
 from dverge_serve.engine.providers import providers
 from dverge_serve.engine.report import page_path
+from dverge_serve.engine.session import Engine
 from export import export
+from export.parity import compare, torch_scores
 from tests.export.ensembles import card_of
 from tests.pretend_cuda import CUDA, CudaTensor, no_waiting, pretend_cuda
 from training import load_recipe, train
 from training.data.splits import to_float
 from training.device import autocast_dtype
 from training.method_registry import METHODS
+from training.models.ensemble import Ensemble
+from training.runs.directory import Run
 from verification import verify
 from verification.attacks import presets
 from verification.attacks.attack import Attack
+from verification.gradients import ready
 
 SMALL = {
     "width": 8,
@@ -145,6 +150,22 @@ def test_every_level_becomes_the_services_number() -> None:
     levels = np.arange(256, dtype=np.uint8)
     found = to_float(torch.from_numpy(levels))
     assert np.array_equal(found.numpy(), levels.astype(np.float32) / np.float32(255))
+
+
+def test_what_tf32_would_do_is_found_by_parity(trained: Path) -> None:
+    """A member that is made ready for gradients is compared without TF32, which would fail."""
+    run = Run.open_finished(trained / "run")
+    floats = run.probe().numpy().astype(np.float32) / np.float32(255)
+    expected = Engine(trained / "model.onnx", device="cpu").run_all(floats)
+    with pretend_cuda() as device:
+        assert torch.backends.cudnn.allow_tf32  # by default
+        members = Ensemble([ready(member, device) for member in run.members()])
+        images = torch.from_numpy(floats).to(device)
+        assert compare(torch_scores(members, images), expected).holds
+        torch.backends.cudnn.allow_tf32 = True
+        rounded = compare(torch_scores(members, images), expected)
+    assert rounded.difference > 2 * rounded.tolerance
+    assert not rounded.holds
 
 
 def test_neither_torch_nor_onnxruntime_rounds_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
