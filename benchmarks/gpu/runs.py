@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu.smoke import needs_gpu
-from benchmarks.gpu.tiny import METHODS, python, tiny_config
+from benchmarks.gpu.tiny import python, tiny_config
 from dverge_serve.engine.card import FusionMode
 from dverge_serve.engine.providers import PROVIDER, Device
 from dverge_serve.engine.session import Engine
@@ -23,6 +23,7 @@ from export import export
 from export.parity import check
 from export.source import from_run
 from training import train
+from training.method_registry import METHODS
 from verification import verify
 
 

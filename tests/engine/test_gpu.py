@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import warnings
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from packaging.requirements import Requirement
 
 from dverge_serve import cli
 from dverge_serve.engine import providers as devices
@@ -21,6 +24,7 @@ from dverge_serve.engine import session as sessions
 from dverge_serve.engine.model_file import check_placement
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.serving import logs
 from tests.serving import tiny
 
 NO_GPU = devices.gpus() == 0
@@ -105,7 +109,14 @@ def test_a_gpu_that_was_named_is_refused_in_one_line(
 
 
 @pytest.mark.usefixtures("unusable_gpu")
-def test_json_stays_json(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_one_line_and_json_stays_json(
+    tiny_model: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = ["bench", str(tiny_model), "--json", "--batches", "1", "--seconds", "0.01"]
     with pytest.warns(RuntimeWarning, match="the CPU is used"):
         assert cli.run(arguments) == 0
@@ -115,14 +126,21 @@ def test_json_stays_json(tiny_model: Path, capfd: pytest.CaptureFixture[str]) ->
     assert said.out == ""
     (line,) = said.err.splitlines()
     assert "use --device cpu" in line
+    # `export` has no --device; it measures for its --target.
+    run = str(tiny_run)
+    assert cli.run(["export", "other.onnx", "--run", run, "--target", "cuda"]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert "name a form: --form grouped|branches" in line
+    assert "--device" not in line
+    assert not Path("other.onnx").exists()
 
 
 def test_a_warning_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warn(_: list[str]) -> int:
-        import warnings
-
         warnings.showwarning("no libcurand: the CPU is used", RuntimeWarning, __file__, 1)
         return 0
 
@@ -130,6 +148,32 @@ def test_a_warning_is_one_line(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr() == ("", "dverge: no libcurand: the CPU is used\n")
+
+
+def test_a_worker_logs_a_warning_as_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(logs.LOGGER, "handlers", [])
+    monkeypatch.setattr(logs.LOGGER, "propagate", True)
+    logs.set_up("json")
+    warnings.showwarning("no libcurand: the CPU is used", RuntimeWarning, __file__, 1)
+    said = json.loads(capsys.readouterr().out)
+    assert (said["level"], said["message"]) == ("warning", "no libcurand: the CPU is used")
+
+
+def test_every_library_that_onnxruntime_needs_is_pinned() -> None:
+    """torch alone no longer brings them all: cuRAND was missing."""
+    wanted = [
+        Requirement(line)
+        for line in metadata.requires("onnxruntime-gpu") or []
+        if "extra" in line and ("cuda" in line or "cudnn" in line)
+    ]
+    pinned = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    versions = dict(line.split("==") for line in pinned)
+    assert {each.name for each in wanted} >= {"nvidia-curand", "nvidia-cudnn-cu13"}
+    for each in wanted:
+        assert versions[each.name] in each.specifier, each
 
 
 def test_int8_never_goes_to_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
