@@ -126,9 +126,15 @@ def test_commands_say_one_line_and_json_stays_json(
     assert said.out == ""
     (line,) = said.err.splitlines()
     assert "use --device cpu" in line
-    # `export` has no --device; it measures for its --target.
-    run = str(tiny_run)
-    assert cli.run(["export", "other.onnx", "--run", run, "--target", "cuda"]) == 2
+    # `export`, and with it `demo`: without a named device the work goes on.
+    assert cli.run(["export", "any.onnx", "--run", str(tiny_run)]) == 0
+    said = capfd.readouterr()
+    assert said.out.startswith("wrote any.onnx")
+    (line,) = said.err.splitlines()
+    assert line.startswith("cuda was asked for")
+    assert line.endswith(": the file is made for the CPU")
+    # It has no --device; it measures for its --target.
+    assert cli.run(["export", "other.onnx", "--run", str(tiny_run), "--target", "cuda"]) == 2
     said = capfd.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
