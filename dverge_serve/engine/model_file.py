@@ -95,6 +95,7 @@ def gpu_session(
     lines = printed.getvalue().splitlines()
     missing = [line.removeprefix(failed) for line in lines if line.startswith(failed)]
     options = _options(path)
+    options.intra_op_num_threads = 1  # the work is the GPU's
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     ort.set_default_logger_severity(NOTHING)
     try:

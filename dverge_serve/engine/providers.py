@@ -14,7 +14,6 @@ import onnxruntime as ort
 from dverge_serve.engine.buckets import LARGEST
 from dverge_serve.engine.card import INPUT, Card, Precision
 from dverge_serve.errors import UserError
-from dverge_serve.files import cache_folder
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
@@ -81,16 +80,13 @@ def providers(device: Device, card: Card, device_id: int = 0) -> list[Any]:
     cuda = (CUDA, options)
     if device == "cuda":
         return [cuda, CPU]
-    # One engine for every batch size, kept between starts: building one takes minutes.
+    # One engine for every batch size; else each new size would build another, for minutes. Engines
+    # are not cached: ONNX Runtime's names of them do not tell a file's weights from another's.
     shapes = {
         f"trt_profile_{which}_shapes": f"{INPUT}:{'x'.join(map(str, (batch, *card.input_shape)))}"
         for which, batch in (("min", 1), ("opt", LARGEST), ("max", LARGEST))
     }
-    kept = {
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache_folder() / "tensorrt"),
-    }
-    return [(TENSORRT, {"device_id": device_id} | shapes | kept), cuda, CPU]
+    return [(TENSORRT, {"device_id": device_id} | shapes), cuda, CPU]
 
 
 def gpus() -> int:
