@@ -243,13 +243,13 @@ def test_a_call_that_fails_does_not_go_on_elsewhere(tiny_model: Path) -> None:
         assert engine.session._enable_fallback is False
 
 
-def test_tensorrt_gets_one_profile_for_every_batch(tiny_model: Path, cache: Path) -> None:
+def test_tensorrt_gets_one_profile_for_every_batch(tiny_model: Path) -> None:
     card = Engine(tiny_model, device="cpu", threads=1).card
     (name, options), *rest = devices.providers("tensorrt", card, 1)
     assert name == devices.TENSORRT
     assert options["trt_profile_min_shapes"] == "images:1x1x8x8"
     assert options["trt_profile_opt_shapes"] == options["trt_profile_max_shapes"]
     assert options["trt_profile_max_shapes"] == "images:64x1x8x8"
-    assert Path(options["trt_engine_cache_path"]).parent == cache
+    assert not any("cache" in key for key in options)  # its names do not tell weights apart
     assert [each[0] for each in rest[:-1]] == [devices.CUDA]
     assert rest[-1] == devices.CPU
