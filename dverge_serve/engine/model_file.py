@@ -91,9 +91,9 @@ def gpu_session(
     """
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         ort.preload_dlls()
-    failed = "Failed to load "
+    # "Failed to load NAME: NAME: REASON"
     lines = printed.getvalue().splitlines()
-    missing = [line.removeprefix(failed) for line in lines if line.startswith(failed)]
+    missing = [line.partition(": ")[2] for line in lines if line.startswith("Failed to load ")]
     options = _options(path)
     options.intra_op_num_threads = 1  # the work is the GPU's
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -133,7 +133,7 @@ def check_placement(device: Device, session: ort.InferenceSession, missing: list
     if found != PROVIDER[device]:
         reason = f" ({missing[0]})" if missing else ""
         raise UserError(
-            f"{device} was asked for but ONNX Runtime fell back to {found}{reason}",
+            f"ONNX Runtime cannot use {device}, it fell back to {found}{reason}",
             "a GPU with matching CUDA and cuDNN libraries",
             "install `dverge-serve[gpu]` or use `device` cpu",
         )
@@ -146,7 +146,7 @@ def check_placement(device: Device, session: ort.InferenceSession, missing: list
     }
     if stray:
         raise UserError(
-            f"{device} was asked for but has no kernel for the model's {', '.join(sorted(stray))}",
+            f"{device} has no kernel for the model's {', '.join(sorted(stray))}",
             "a model that runs on the GPU as a whole",
             "use `device` cpu",
         )
