@@ -225,11 +225,11 @@ def check_model(settings: Settings) -> None:
     from dverge_serve.engine.session import Engine, check_device
     from dverge_serve.serving.model_report import read_model_report
 
-    check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
     expected = settings.model_sha256
-    engine = Engine(settings.model, device="cpu", threads=1, expected_sha256=expected)
-    read_model_report(settings.model, engine.sha256)
+    with Engine(settings.model, device="cpu", threads=1, expected_sha256=expected) as engine:
+        check_device(settings.device, engine.card.precision)
+        read_model_report(settings.model, engine.sha256)
 
 
 def _share(folder: Path, settings: Settings) -> None:

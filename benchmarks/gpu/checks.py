@@ -24,7 +24,9 @@ CHECKS: tuple[Check, ...] = (
     runs.nccl_alone,
     runs.every_method_trains,
     runs.two_processes_share_one_device,
+    runs.images_are_read_during_training,
     runs.onnxruntime_on_cuda,
+    runs.onnxruntime_on_tensorrt,
     runs.the_suites_own_gpu_tests,
     runs.verify_quick,
 )

@@ -9,6 +9,7 @@ import errno
 import re
 import sys
 import traceback
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -87,11 +88,10 @@ def run(arguments: list[str]) -> int:
         return _say(f"cannot use {error.filename or 'the disk'} ({error.strerror})", Exit.USER)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
-            told = "the device's memory is full; lower batch_size, or use --device cpu"
-            return _say(told, Exit.USER)
+            smaller = "lower batch_size, or " if "train" in arguments else ""
+            return _say(f"the device's memory is full; {smaller}use --device cpu", Exit.USER)
         if isinstance(error, MemoryError) or NO_MEMORY in str(error):
-            told = "not enough memory; lower batch_size, width or members"
-            return _say(told, Exit.USER)
+            return _say("not enough memory; lower batch_size, width or members", Exit.USER)
         # Usage errors know how to say themselves, whichever click Typer stands on.
         describe = getattr(error, "format_message", None)
         return _say(f"{describe()} (see --help)", Exit.USER) if callable(describe) else _bug()
@@ -114,9 +114,10 @@ def as_flags(text: str) -> str:
 
 
 def main() -> NoReturn:
-    """Run the command line of this process."""
+    """Run the command line of this process; warnings go to standard error in one line each."""
     for stream in (sys.stdout, sys.stderr):  # a class or file name must not stop a command
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"dverge: {message}", err=True)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from dverge_serve import __version__
 from dverge_serve.cores import cores
-from dverge_serve.engine.providers import CUDA, has_gpu
+from dverge_serve.engine.providers import CUDA, gpus
 from dverge_serve.files import cache_folder
 from dverge_serve.progress import gigabytes
 
@@ -111,7 +111,7 @@ def _processor() -> Iterator[Finding]:
 
 
 def _gpu() -> Iterator[Finding]:
-    if not has_gpu():
+    if not gpus():
         advice = "training beyond small images takes hours; the recipes ending in -fast suit a CPU"
         yield Finding("GPU", "no NVIDIA GPU", advice)
         return

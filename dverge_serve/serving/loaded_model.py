@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -17,7 +15,7 @@ from PIL import Image
 from dverge_serve.cores import cores
 from dverge_serve.engine.card import Card
 from dverge_serve.engine.predictions import Predictions
-from dverge_serve.engine.providers import CPU
+from dverge_serve.engine.providers import CPU, gpus
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import FORMATS, load, to_float
@@ -131,14 +129,6 @@ class ServedModel:
     def is_suspicious(self, disagreement: float) -> bool:
         """Whether members that disagree this much should raise an alarm."""
         return self.threshold is not None and disagreement > self.threshold
-
-
-def gpus() -> int:
-    """Return how many NVIDIA GPUs this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _warm_up_codecs(card: Card) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from typing import Any, TextIO
 
 from dverge_serve.serving.settings import Log
@@ -50,13 +51,14 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(form: Log) -> None:
-    """Send our lines to standard output in `form`; in JSON, those of the libraries too."""
+    """Send our lines and warnings to standard output in `form`; in JSON, the libraries' too."""
     formatter = JsonFormatter() if form == "json" else TextFormatter()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+    warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)
     if form == "json":
         loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
         for logger in (logging.root, *loggers):

@@ -107,7 +107,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (PermissionError(errno.EACCES, "Permission denied", "/locked"), "cannot use /locked"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "full; lower batch_size, or use --device"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line_and_exit_2(
@@ -124,6 +124,17 @@ def test_what_the_machine_refuses_is_one_line_and_exit_2(
     told = capsys.readouterr().err
     assert words in told
     assert len(told.splitlines()) == 1
+
+
+def test_memory_of_the_device_is_full_and_there_is_no_batch_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("verification.verify", fail)
+    assert run(["verify-robustness", "model.onnx"]) == 2
+    assert capsys.readouterr().err == "dverge: the device's memory is full; use --device cpu\n"
 
 
 def test_the_four_commands_and_the_gate(

@@ -34,7 +34,7 @@ def test_doctor_says_what_will_be_slow(
     info.write_text("processor : 0\nflags : fpu avx2\nflags : fpu\n")
     monkeypatch.setattr(environment, "CPU_INFO", info)
     monkeypatch.setattr(environment, "cores", lambda: 1)
-    monkeypatch.setattr(environment, "has_gpu", lambda: False)
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
     monkeypatch.setattr(environment, "LITTLE_DISK", 2**62)
     found = findings(capsys)
     assert found["instructions"]["found"] == "avx2"
@@ -51,7 +51,7 @@ def test_doctor_names_the_library_that_cuda_lacks(
         if path.endswith("cuda.so"):
             raise OSError("libcurand.so.10: cannot open shared object file")
 
-    monkeypatch.setattr(environment, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "gpus", lambda: 1)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: print("Failed to load"))
     monkeypatch.setattr("ctypes.CDLL", load)
