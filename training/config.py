@@ -26,6 +26,7 @@ DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
 FREE = {
     "data.memory_gb",
     "data.workers",
+    "graphs",
     "tensorboard",
 }  # may change from one half of a run to the other
 DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
