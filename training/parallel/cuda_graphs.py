@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from dverge_serve.errors import UserError
 from training.config import Config
 from training.optimizers import RateOnDevice
 from training.parallel.topology import Batch
@@ -65,9 +65,19 @@ class CudaRecorder:
             RuntimeError: the work cannot be recorded.
         """
         gc.collect()  # gradients' graphs left over from other streams would spoil the recording
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), _open(self._lanes):
-            found = work()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        recording = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # NCCL's own thread asks for its events meanwhile
+        )
+        try:
+            with recording, _open(self._lanes):
+                found = work()
+        except BaseException:
+            torch.cuda.set_stream(here)  # a recording that cannot be ended stays on its own
+            raise
 
         def replay() -> Tensor:
             graph.replay()
@@ -79,8 +89,7 @@ class CudaRecorder:
 class Recorded:
     """A step that is done a few times as it is, then recorded, then replayed; by layer.
 
-    A batch of another size than the recipe's is done as it is; so is everything, after a word of
-    warning, once a recording failed.
+    A batch of another size than the recipe's is done as it is.
 
     Args:
         work: the step.
@@ -97,30 +106,40 @@ class Recorded:
         recorder: CudaRecorder,
     ) -> None:
         self._work, self._optimizers, self._batch_size = work, optimizers, batch_size
-        self._recorder: CudaRecorder | None = recorder
+        self._recorder = recorder
         self._inputs: Batch | None = None
         self._seen: Counter[int] = Counter()
         self._replays: dict[int, Callable[[], Tensor]] = {}
 
     def __call__(self, layer: int, batch: Batch) -> Tensor:
-        """Make the step; return each member's loss, `[members]`."""
+        """Make the step; return each member's loss, `[members]`.
+
+        Raises:
+            UserError: it cannot be recorded, or the GPU's memory is too small for it.
+        """
         for optimizer in self._optimizers:
             optimizer.send_rate()
-        if self._recorder is None or len(batch[1]) != self._batch_size:
+        if len(batch[1]) != self._batch_size:
             return self._work(layer, batch)
         inputs = self._filled(batch)
         if layer not in self._replays:
             self._seen[layer] += 1
-            if self._seen[layer] <= WARM_UPS:
-                return self._recorder.warm(lambda: self._work(layer, inputs))
+            warming = self._seen[layer] <= WARM_UPS
             try:
+                if warming:
+                    return self._recorder.warm(lambda: self._work(layer, inputs))
                 self._replays[layer] = self._recorder.record(lambda: self._work(layer, inputs))
             except RuntimeError as error:
+                # Half a step is made, and after a failed recording the GPU's memory and streams
+                # are in no known state: going on would be a guess.
+                if warming and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                warnings.warn(f"steps are not recorded as CUDA graphs: {reason}", stacklevel=2)
-                self._recorder = None
-                self._replays.clear()
-                return self._work(layer, batch)
+                raise UserError(
+                    f"a step cannot be recorded as a CUDA graph: {reason}",
+                    next_step="what was saved stands; go on with `resume` and `overrides` "
+                    "graphs=off, which also takes less memory",
+                ) from error
         return self._replays[layer]()
 
     def _filled(self, batch: Batch) -> Batch:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
+from tests.training.tape import Tape
 from training import optimizers as optimizing
 from training.data.splits import load_training
 from training.methods import dverge, epoch_batches, stages
@@ -24,29 +27,6 @@ from training.schedules import Dverge
 from training.trainer import prepare
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
-
-
-class Tape(CudaRecorder):
-    """Records by remembering the work, and says what it was asked for."""
-
-    def __init__(self, *, fails: bool = False) -> None:
-        self.asked: list[str] = []
-        self._fails = fails
-
-    def warm(self, work: Callable[[], Tensor]) -> Tensor:
-        self.asked.append("warm")
-        return work()
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self.asked.append("record")
-        if self._fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-        def replay() -> Tensor:
-            self.asked.append("replay")
-            return work()
-
-        return replay
 
 
 def ours(members: Sequence[Member]) -> list[RateOnDevice]:
@@ -152,22 +132,58 @@ def test_a_replay_finds_the_present_rate() -> None:
         assert [rate.item() for rate in optimizer._rates] == pytest.approx([1 / (2 + number)])
 
 
-def test_a_step_that_cannot_be_recorded_is_made_as_it_is() -> None:
-    tape, members = Tape(fails=True), tiny_members(2)
-    reference = copy.deepcopy(members)
-    optimizers, others = ours(members), ours(reference)
-    step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
-    eager = dverge_work(reference, others)
-    for number in range(WARM_UPS):
-        step(1, batch(4, number))
-        eager(1, batch(4, number))
-    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: operation not permitted"):
-        step(1, batch(4, 9))
-    eager(1, batch(4, 9))
-    step(1, batch(4, 10))
-    eager(1, batch(4, 10))
-    assert tape.asked == ["warm"] * WARM_UPS + ["record"]
-    same(members, reference, 0)
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        ("record", RuntimeError("operation not permitted when stream is capturing\nand more")),
+        ("record", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+        ("warm", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_ends_the_training(fails: str, error: Exception) -> None:
+    (optimizer,) = optimizers = ours(tiny_members(1))
+    tape = Tape(fails=fails, error=error)
+    step = Recorded(lambda layer, batch: torch.zeros(1), optimizers, 4, tape)
+    with pytest.raises(UserError, match="graphs=off") as caught:
+        for number in range(WARM_UPS + 1):
+            step(1, batch(4, number))
+    assert str(error).partition("\n")[0] in str(caught.value)
+    assert "and more" not in str(caught.value)
+    assert tape.asked[-1] == fails
+
+
+def test_any_other_error_of_a_warm_up_is_its_own() -> None:
+    optimizers = ours(tiny_members(1))
+    tape = Tape(fails="warm", error=RuntimeError("shapes differ"))
+    step = Recorded(lambda layer, batch: torch.zeros(1), optimizers, 4, tape)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        step(1, batch(4, 0))
+
+
+def test_a_recording_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's: where it cannot be ended, its stream stays the current one."""
+    current, given = ["default"], {}
+
+    @contextlib.contextmanager
+    def graph(graph: object, **settings: object) -> Iterator[None]:
+        given.update(settings)
+        current[0] = "recording"
+        yield
+        current[0] = "default"
+
+    def work() -> Tensor:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: current[0])
+    monkeypatch.setattr("torch.cuda.set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr("torch.cuda.graph", graph)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaRecorder(torch.device("cuda"), 1).record(work)
+    assert current == ["default"]
+    assert given["capture_error_mode"] == "thread_local"
 
 
 def test_a_recording_that_fails_half_way_leaves_batchnorm_its_momentum(
