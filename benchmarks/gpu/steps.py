@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -84,12 +83,10 @@ class Stepper:
             their seconds.
 
         Raises:
-            UserWarning: the step cannot be recorded; training would go on with eager ones.
+            UserError: the step cannot be recorded.
         """
         count = WARM_UPS + 1 if self._recorded is not None else 2
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="steps are not recorded")
-            return sum(self.seconds(images, layer) for _ in range(count))
+        return sum(self.seconds(images, layer) for _ in range(count))
 
     def seconds(self, images: Batch, layer: int) -> float:
         """Return what one step takes."""

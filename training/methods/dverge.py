@@ -253,28 +253,35 @@ def _features_and_statistics(
     form `running <- (1 - momentum) * running + momentum * batch`.
     """
     norms = [module for module in member.modules_upto(layer) if isinstance(module, nn.BatchNorm2d)]
-    before = [[tensor.clone() for tensor in _statistics(norm)] for norm in norms]
+    running = [tensor for norm in norms for tensor in _statistics(norm)[:2]]
+    counts = [_statistics(norm)[2] for norm in norms]
+    before = [tensor.clone() for tensor in (*running, *counts)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # running statistics become the batch's, exactly
     try:
         features = member(images, layer)
-    finally:  # a recording that fails is followed by the same step unrecorded
+    finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    of_batch = [[tensor.clone() for tensor in _statistics(norm)[:2]] for norm in norms]
-    for norm, stored in zip(norms, before, strict=True):
-        for tensor, value in zip(_statistics(norm), stored, strict=True):
-            tensor.copy_(value)
+    of_batch = [tensor.clone() for tensor in running]
+    for tensor, value in zip((*running, *counts), before, strict=True):
+        tensor.copy_(value)
+    # Momentum by momentum, all norms of one at once: on a GPU each operation is a launch.
+    alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for number, momentum in enumerate(momenta):
+        assert momentum is not None
+        moving, still = alike.setdefault(momentum, ([], []))
+        moving += running[2 * number : 2 * number + 2]
+        still += of_batch[2 * number : 2 * number + 2]
 
     @torch.no_grad()
     def again() -> None:
-        for norm, (mean, variance) in zip(norms, of_batch, strict=True):
-            running_mean, running_var, count = _statistics(norm)
-            assert norm.momentum is not None
-            running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
-            running_var.mul_(1 - norm.momentum).add_(variance, alpha=norm.momentum)
-            count.add_(1)
+        for momentum, (moving, still) in alike.items():
+            torch._foreach_mul_(moving, 1 - momentum)
+            torch._foreach_add_(moving, still, alpha=momentum)
+        if counts:
+            torch._foreach_add_(counts, 1)
 
     return features, again
 
