@@ -28,7 +28,7 @@ FREE = {
     "data.workers",
     "graphs",
     "tensorboard",
-}  # may change from one half of a run to the other
+}  # how the work is done: may change from one half of a run to the other
 DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 

@@ -47,8 +47,8 @@ def properties(device: torch.device) -> SimpleNamespace:
 if __name__ == "__main__":
     atexit.register(wait_for_ever)
     with (
-        mock.patch("torch.cuda.is_available", lambda: True),
-        mock.patch("torch.cuda.device_count", lambda: 1),  # each process sees its own alone
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.device_count", return_value=1),  # each process sees its own alone
         mock.patch("torch.cuda.set_device"),
         mock.patch("torch.cuda.get_device_properties", properties),
         mock.patch("torch.distributed.new_group", group_over_gloo),
