@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from training.data.splits import TrainingData, load_training
 from training.methods import epoch_batches, stages
 from training.optimizers import RateOnDevice
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
-from training.parallel.topology import Batch
 from training.recipe import load_recipe
 from training.trainer import prepare
 
@@ -65,19 +65,18 @@ def fail_to_record() -> None:
     weight = nn.Parameter(torch.ones(4, device=device))
     optimizer = RateOnDevice([weight], lr=0.1, momentum=0.9, weight_decay=0.0)
 
-    def work(layer: int, batch: Batch) -> Tensor:
+    def work(layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         optimizer.zero_grad()
-        loss = (weight * batch[0].mean()).sum()
+        loss = (weight * inputs[0].mean()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         loss.item()
         optimizer.step()
-        return loss.detach()[None]
+        return [loss.detach()]
 
     step = Recorded(work, [optimizer], 4, CudaRecorder(device, 1))
-    images = torch.rand(4, 8, device=device)
     try:
         for _ in range(WARM_UPS + 1):
-            step(1, (images, torch.zeros(4, dtype=torch.long, device=device), images))
+            step(1, [torch.rand(4, 8, device=device)])
     except UserError as error:
         print(error)
     else:

@@ -103,9 +103,10 @@ class Stepper:
     def step(self, images: Batch, layer: int) -> Tensor:
         """Make one recorded step; return each member's loss, `[members]`."""
         assert self._recorded is not None
-        return self._recorded(layer, images)
+        (distil, update), (source, labels, target) = self._recorded, images
+        return update(0, (labels, *distil(layer, (source, target))))[0]
 
-    def _record(self, batch: int) -> Recorded:
+    def _record(self, batch: int) -> list[Recorded]:
         members, settings = self._side.members, self._side.settings
         optimizers = [
             RateOnDevice(
@@ -117,13 +118,9 @@ class Stepper:
             for member in members
         ]
 
-        def work(layer: int, images: Batch) -> Tensor:
-            source, labels, target = images
-            return dverge.step(
-                members, optimizers, source, labels, target, layer=layer, settings=settings
-            )
-
-        return Recorded(work, optimizers, batch, CudaRecorder(self._device, len(members)))
+        recorder = CudaRecorder(self._device, len(members))
+        parts = dverge.halves(members, optimizers, settings=settings)
+        return [Recorded(part, optimizers, batch, recorder) for part in parts]
 
 
 def measure(

@@ -21,14 +21,14 @@ class Tape(CudaRecorder):
         if what == self._fails and self._error is not None:
             raise self._error
 
-    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+    def warm(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         self._asked("warm")
         return work()
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         self._asked("record")
 
-        def replay() -> Tensor:
+        def replay() -> list[Tensor]:
             self.asked.append("replay")
             return work()
 
