@@ -15,6 +15,7 @@ from torch import Tensor
 from dverge_serve.engine.providers import providers
 from export import export
 from tests.pretend_cuda import CUDA, CudaTensor, no_waiting, pretend_cuda
+from tests.training.tape import Tape
 from training import load_recipe, train
 from training.config import Data
 from training.data.splits import Split, batches, load_training, to_float
@@ -22,6 +23,8 @@ from training.data.streaming import Streamed
 from training.device import autocast_dtype
 from training.method_registry import METHODS
 from training.methods import epoch_batches, stages
+from training.parallel import cuda_graphs
+from training.parallel.cuda_graphs import WARM_UPS
 from training.seeds import generator
 from training.trainer import prepare
 from verification import verify
@@ -122,16 +125,27 @@ def test_diverse_inputs_do_not_wait() -> None:
     assert seen == [(2, 1, 8, 8)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_for_the_device(method: str) -> None:
-    config = load_recipe("digits", {**SMALL, "method": method, "precision": "fp32"})
+@pytest.mark.parametrize(
+    ("method", "batchnorm"), [*((each, "running") for each in METHODS), ("dverge", "batch")]
+)
+def test_no_step_waits_for_the_device(
+    method: str, batchnorm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warmed up, recorded and replayed where it is recorded: DVERGE and standard training."""
+    tape = Tape()
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
+    small = {"batch_size": 8, "data.train_limit": 40, "members": 2, "graphs": "auto"}
+    small |= {"dverge.steps": 1, "adversarial.steps": 1, "dverge.batchnorm": batchnorm}
+    config = load_recipe("digits", {**SMALL, **small, "method": method, "precision": "fp32"})
     data = load_training(config.data)
     with pretend_cuda() as device:
         members, optimizers = prepare(config, data, device)
         stage = stages(config, members, optimizers)[-1]
         batch = next(epoch_batches(data.train.to(device), config, stage, 0))
         with no_waiting():
-            stage.step(0, 0, batch)
+            for _ in range(WARM_UPS + 2):
+                stage.step(0, 0, batch)
+    assert ("replay" in tape.asked) == (method in ("standard", "dverge"))
 
 
 @pytest.mark.parametrize("preset", ["quick", pytest.param("full", marks=pytest.mark.long)])
