@@ -23,9 +23,6 @@ from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 # goes over it is a step's: images, gradients, weights. No process is ever minutes behind there.
 PATIENCE = {"gloo": timedelta(days=1), "nccl": timedelta(minutes=10)}
 
-ENDED = "another process of this training ended"
-GO_ON = "what was saved stands; train again with `resume` to go on"
-
 
 @contextlib.contextmanager
 def join(config: Config, device: torch.device) -> Iterator[tuple[ProcessTopology, torch.device]]:
@@ -61,7 +58,12 @@ def join(config: Config, device: torch.device) -> Iterator[tuple[ProcessTopology
     try:
         yield _grid(place, backend), device
     except BaseException as error:
-        told = UserError(ENDED, next_step=GO_ON) if _lost(error) else error
+        told = error
+        if _lost(error):
+            told = UserError(
+                "another process of this training ended",
+                next_step="what was saved stands; train again with `resume` to go on",
+            )
         if backend == "nccl":
             atexit.register(_end_without_goodbye, _exit_code(told))
         else:

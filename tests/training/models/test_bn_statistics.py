@@ -14,7 +14,7 @@ from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.models.bn_statistics import features_and_statistics
 
 
-class Counted(TorchDispatchMode):
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations: on a GPU each is a launch."""
 
     operations = 0
@@ -38,7 +38,7 @@ def test_a_repeated_pass_is_a_pass_in_operations_for_all_norms_at_once(
         assert torch.equal(features, literal(images, DEPTH))
         literal(images, DEPTH)
     for _ in range(2):
-        with Counted() as counted:
+        with Counted() as counted:  # type: ignore[no-untyped-call]
             again()
         assert counted.operations == operations
     for name, tensor in literal.state_dict().items():
