@@ -1,8 +1,9 @@
 """A pretend CUDA device: CPU tensors that say they are on `cuda`, and refuse what a GPU refuses.
 
 They refuse `numpy()`, refuse to meet CPU tensors in one operation (scalars and indices excepted, as
-on a GPU) and, inside `no_waiting()`, whatever makes the host wait for the device. Convolutions and
-matrix products are rounded to TF32 where PyTorch allows it, which it does for convolutions.
+on a GPU) and, inside `no_waiting()`, whatever makes the host wait for the device. Generators of the
+device draw other numbers than the CPU's. Convolutions and matrix products are rounded to TF32 where
+PyTorch allows it, which it does for convolutions.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ class CudaTensor(Tensor):
         return _call(func, args, kwargs or {})
 
 
+class CudaGenerator(torch.Generator):
+    """A generator that says it is on the pretend GPU."""
+
+    device = CUDA
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        return super().manual_seed(seed ^ 1)
+
+
 class PretendCuda(TorchFunctionMode):
     """Lets factories and copies with `device="cuda"` give pretend tensors."""
 
@@ -51,7 +61,11 @@ def pretend_cuda() -> Iterator[torch.device]:
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     allowed = cudnn.allow_tf32, products.allow_tf32
     with pytest.MonkeyPatch.context() as patch, PretendCuda():
-        patch.setattr(torch, "Generator", lambda device="cpu": plain("cpu"))
+        patch.setattr(
+            torch,
+            "Generator",
+            lambda device="cpu": CudaGenerator() if _device(device) == "cuda" else plain(),
+        )
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -65,7 +79,7 @@ def pretend_cuda() -> Iterator[torch.device]:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Refuse transfers to the host while the block runs."""
+    """Refuse to wait for the device, and copies to it that do, while the block runs."""
     PretendCuda.waiting_is_wrong = True
     try:
         yield
@@ -91,7 +105,9 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return not (gpu and host)
     if gpu and name in ("numpy", "__array__"):
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
-    if gpu and PretendCuda.waiting_is_wrong and name in WAITS:
+    if name == "pin_memory":
+        return _pinned(*args)
+    if PretendCuda.waiting_is_wrong and _waits(name, args, kwargs, bool(gpu)):
         raise RuntimeError(f"{name} waits for the device inside a recorded step")
     if gpu and name not in MAY_MEET and any(each.dim() for each in host):
         raise RuntimeError(f"tensors on cuda:0 and cpu meet in {name}")
@@ -122,6 +138,21 @@ def _rounded(value: Any) -> Any:
     with torch._C.DisableTorchFunction():
         bits = (value.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
         return value + (bits.view(torch.float32) - value.detach())
+
+
+def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:
+    if name in ("to", "cuda") and not on_gpu:
+        sent = any(_device(each) == "cuda" for each in tree_iter((args, kwargs)))
+        return sent and not (hasattr(args[0], "pinned") and kwargs.get("non_blocking"))
+    if name == "__getitem__":
+        return any(_is_gpu(each) and each.dtype is torch.bool for each in tree_iter(args[1]))
+    return on_gpu and name in WAITS
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    found = tensor.clone()
+    found.pinned = True  # type: ignore[attr-defined]
+    return found
 
 
 def _is_gpu(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dverge_serve.engine.providers import providers
 from dverge_serve.engine.report import page_path
@@ -19,15 +22,24 @@ from export import export
 from export.parity import compare, torch_scores
 from tests.export.ensembles import card_of
 from tests.pretend_cuda import CUDA, CudaTensor, no_waiting, pretend_cuda
+from tests.training.tape import Tape
 from training import load_recipe, train
-from training.data.splits import to_float
+from training.config import Data
+from training.data.splits import Split, batches, load_training, to_float
+from training.data.streaming import Streamed
 from training.device import autocast_dtype
 from training.method_registry import METHODS
+from training.methods import epoch_batches, stages
 from training.models.ensemble import Ensemble
+from training.parallel import cuda_graphs
+from training.parallel.cuda_graphs import WARM_UPS
 from training.runs.directory import Run
+from training.seeds import generator
+from training.trainer import prepare
 from verification import verify
 from verification.attacks import presets
 from verification.attacks.attack import Attack
+from verification.attacks.transforms import diverse_inputs
 from verification.gradients import ready
 
 SMALL = {
@@ -55,6 +67,10 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
             x + torch.rand(2, 3)
         with no_waiting(), pytest.raises(RuntimeError, match="waits"):
             x.sum().item()
+        with no_waiting(), pytest.raises(RuntimeError, match="waits"):
+            x[x > 0.5]
+        with no_waiting(), pytest.raises(RuntimeError, match="waits"):
+            torch.rand(3).to(device)
         network = torch.nn.Conv2d(1, 2, 1).to(device)
         network(torch.rand(1, 1, 4, 4, device=device)).sum().backward()
         assert network.weight.grad is not None
@@ -71,6 +87,77 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
     assert run.checkpoint["provenance"]["device"] == "cuda:0"
     assert run.labels == tuple("0123456789")
     assert np.isfinite(run.checkpoint["holdout_accuracy"])
+
+
+def test_batches_are_the_cpus_and_nothing_waits_for_them() -> None:
+    """Order, crops and flips are drawn where every machine draws the same."""
+    draw = torch.Generator().manual_seed(0)
+    split = Split(
+        torch.randint(0, 256, (20, 1, 8, 8), generator=draw, dtype=torch.uint8), torch.arange(20)
+    )
+    data = Data(mode="L", crop=(8, 8), pad=2, flip=True)
+    expected = list(batches(split, 8, data, 0, "t"))
+    with pretend_cuda() as device:
+        there = split.to(device)
+        with no_waiting():
+            found = list(batches(there, 8, data, 0, "t"))
+        assert all(images.is_cuda and labels.is_cuda for images, labels in found)
+    for (images, labels), (wanted, classes) in zip(found, expected, strict=True):
+        assert torch.equal(images.cpu(), wanted)
+        assert torch.equal(labels.cpu(), classes)
+
+
+def test_streamed_images_are_sent_without_waiting(tmp_path: Path) -> None:
+    for part, name, index in product(("train", "test"), "ab", range(3)):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * index).save(folder / f"{index}.png")
+    data = Data(
+        name="imagefolder", path=str(tmp_path), mode="L", crop=(8, 8), memory_gb=0, workers=0
+    )
+    split = load_training(data).train
+    assert isinstance(split, Streamed)
+    with pretend_cuda() as device, no_waiting():
+        found = list(split.to(device).fetch([torch.tensor([0, 1])]))
+        assert [(images.is_cuda, labels.is_cuda) for images, labels in found] == [(True, True)]
+
+
+def test_diverse_inputs_do_not_wait() -> None:
+    """What the host must know of a draw is drawn by the host."""
+    seen: list[tuple[int, ...]] = []
+
+    def loss(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return x.sum((1, 2, 3))
+
+    with pretend_cuda() as device, no_waiting():
+        draw = generator("t", device=device)
+        diverse = diverse_inputs(loss, draw, probability=1.0)
+        diverse(torch.rand(2, 1, 8, 8, device=device))
+    assert seen == [(2, 1, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("method", "batchnorm"), [*((each, "running") for each in METHODS), ("dverge", "batch")]
+)
+def test_no_step_waits_for_the_device(
+    method: str, batchnorm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warmed up, recorded and replayed where it is recorded: DVERGE and standard training."""
+    tape = Tape()
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
+    small = {"batch_size": 8, "data.train_limit": 40, "members": 2, "graphs": "auto"}
+    small |= {"dverge.steps": 1, "adversarial.steps": 1, "dverge.batchnorm": batchnorm}
+    config = load_recipe("digits", {**SMALL, **small, "method": method, "precision": "fp32"})
+    data = load_training(config.data)
+    with pretend_cuda() as device:
+        members, optimizers = prepare(config, data, device)
+        stage = stages(config, members, optimizers)[-1]
+        batch = next(epoch_batches(data.train.to(device), config, stage, 0))
+        with no_waiting():
+            for _ in range(WARM_UPS + 2):
+                stage.step(0, 0, batch)
+    assert ("replay" in tape.asked) == (method in ("standard", "dverge"))
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,9 @@ DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
 FREE = {
     "data.memory_gb",
     "data.workers",
+    "graphs",
     "tensorboard",
-}  # may change from one half of a run to the other
+}  # how the work is done: may change from one half of a run to the other
 DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 

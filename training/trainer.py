@@ -166,7 +166,7 @@ def prepare(
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
-    on_device = topology.size == 1 and cuda_graphs.wanted(config, device)
+    on_device = topology.shares == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 
 

@@ -18,7 +18,7 @@ CHECKS: tuple[Check, ...] = (
     recording.recorded_bf16_batch,
     recording.recorded_bf16_running,
     recording.recorded_fp32_batch,
-    recording.a_failed_recording_leaves_nothing_behind,
+    recording.a_failed_recording_ends_in_one_line,
     recording.dropout_is_recorded,
     recording.steps_do_not_wait,
     runs.nccl_alone,

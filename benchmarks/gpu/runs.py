@@ -40,8 +40,9 @@ def use_nccl() -> None:
     torch.cuda.set_device(0)
     free_port = 0
     store = dist.TCPStore("127.0.0.1", free_port, 1, is_master=True)  # type: ignore[attr-defined]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    group, tensor = dist.new_group([0]), torch.ones(5, device="cuda", dtype=torch.float64)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = dist.new_group([0], backend="nccl")
+    tensor = torch.ones(5, device="cuda", dtype=torch.float64)
     assert isinstance(group, dist.ProcessGroup)
     waiting = dist.broadcast(tensor, 0, group, async_op=True)
     assert waiting is not None

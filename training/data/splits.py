@@ -15,6 +15,7 @@ from dverge_serve.errors import UserError
 from training.config import Data
 from training.data import sources
 from training.data.streaming import Streamed, streamed, streams
+from training.device import send
 from training.seeds import generator
 
 
@@ -57,8 +58,9 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def fetch(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is rows, `[n]`."""
-        for rows in parts:
+        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is CPU rows, `[n]`."""
+        for part in parts:
+            rows = send(part, self.device)
             yield self.images[rows], self.labels[rows]
 
     @property
@@ -192,6 +194,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one shuffled, augmented epoch: float32 images `[B,C,H,W]` in `[0,1]` and labels `[B]`.
 
+    All is drawn on the CPU: what a GPU draws depends on its model.
+
     Args:
         split: the images, on or bound for the device where the batches are made.
         batch_size: images a batch; the last may be smaller, but never a single image, which
@@ -199,21 +203,27 @@ def batches(
         data: the augmentation.
         seed_path: what this epoch is, for the random generator (see `training.seeds`).
     """
-    draw = generator(*seed_path, device=split.device)
-    order = torch.randperm(len(split), generator=draw, device=split.device)
+    draw = generator(*seed_path)
+    order = torch.randperm(len(split), generator=draw)
     parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
     for images, labels in split.fetch(parts):
         yield to_float(augment(images, data, draw)), labels
 
 
 def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:
-    """Return the batch `[B,C,H,W]` after random crop (zero padding) and horizontal flip."""
+    """Return the batch `[B,C,H,W]` after random crop (zero padding) and horizontal flip.
+
+    Args:
+        batch: images, anywhere.
+        data: the augmentation.
+        draw: on the CPU.
+    """
     count, _, height, width = batch.shape
     rows = torch.arange(height, device=batch.device).expand(count, -1)
     columns = torch.arange(width, device=batch.device).expand(count, -1)
 
     def random(high: int) -> Tensor:
-        return torch.randint(high, (count, 1), generator=draw, device=batch.device)
+        return send(torch.randint(high, (count, 1), generator=draw), batch.device)
 
     if data.flip:
         columns = torch.where(random(2) == 1, columns.flip(1), columns)
