@@ -94,9 +94,11 @@ def _end_without_goodbye(code: int) -> None:
 
 
 def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    return Exit.USER if isinstance(error, UserError | torch.OutOfMemoryError) else Exit.BUG
+    return Exit.USER if isinstance(error, torch.OutOfMemoryError) else Exit.BUG
 
 
 def _refuse_misfits(place: ProcessTopology, world: int, config: Config) -> None:
