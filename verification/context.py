@@ -28,7 +28,7 @@ from verification.config import PRESETS, VerificationConfig
 from verification.foreign_model import ForeignEngine
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
-from verification.live import Service
+from verification.service_client import Service
 from verification.surrogates import Surrogate, given_surrogates, surrogate_configs, surrogates
 
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence

@@ -20,7 +20,8 @@ from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from tests.verification.models import Linear, TorchEngine, linear_split
 from verification.attacks.outcomes import Outcomes
-from verification.live import Service, attack_service
+from verification.live import attack_service
+from verification.service_client import Service
 
 EPS = 0.05
 
@@ -110,8 +111,8 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("verification.live.time.sleep", slept.append)
-    monkeypatch.setattr("verification.live.time.monotonic", lambda: 10.0)
+    monkeypatch.setattr("verification.service_client.time.sleep", slept.append)
+    monkeypatch.setattr("verification.service_client.time.monotonic", lambda: 10.0)
     with Service(url, 2, requests=3, rate=4.0, token="secret") as service:
         images = linear_split([10, 20, 30]).images.numpy()
         service.scores(images)
@@ -123,7 +124,7 @@ def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_busy_service_is_asked_again_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("verification.live.time.sleep", slept.append)
+    monkeypatch.setattr("verification.service_client.time.sleep", slept.append)
     images = linear_split([10]).images.numpy()
     with Service(url, 2, rate=1e6, token="secret") as service:
         Handler.busy = 2

@@ -19,7 +19,8 @@ from verification.attacks.gradient_attack import Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
-from verification.live import Service, attack_service, chosen
+from verification.live import attack_service, chosen
+from verification.service_client import Service
 
 EPS, REQUESTS = 0.1, 150
 NOISE = Noise(name="noise", threat="transfer", source="none")

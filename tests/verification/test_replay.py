@@ -81,7 +81,7 @@ def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
     def gone(*_: object) -> None:
         raise UserError("no answer from somewhere", "a running service")
 
-    monkeypatch.setattr("verification.live.Service.scores", lambda *_: None)
+    monkeypatch.setattr("verification.service_client.Service.scores", lambda *_: None)
     monkeypatch.setattr("verification.pipeline.attack_service", gone)
     shutil.copy(tiny_model, tmp_path / "model.onnx")
     model, url = tmp_path / "model.onnx", "http://somewhere"
