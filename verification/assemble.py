@@ -8,11 +8,14 @@ from typing import Any
 
 from dverge_serve import __version__
 from dverge_serve.engine.report import NORMS, SCHEMA_VERSION, Gate
+from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
 from verification.context import Context
+from verification.foreign_model import ForeignEngine
 from verification.metrics.robust_accuracy import comparison, figures
+from verification.taxonomies import IDENTIFIERS
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
@@ -55,6 +58,7 @@ def assemble(
             "labels": list(card.labels),
             "gradients": gradients.origin if gradients else "none",
             "foreign": config.labels is not None,
+            **_contract(context.engine),
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",
@@ -68,6 +72,7 @@ def assemble(
             "float": "unrounded (changes kept in float16), to set beside published figures",
             "robust": "right when clean and after every attack, float and delivered",
         },
+        "identifiers": IDENTIFIERS,
         "data": {
             "name": context.training.data.name,
             "part": "test",
@@ -105,6 +110,14 @@ def assemble(
         canonical_json([report["attacks"], list(context.eps), config.seed, report["surrogates"]])
     )
     return report
+
+
+def _contract(engine: Engine | ForeignEngine) -> dict[str, Any]:
+    """Return a foreign classifier's contract, and how it was found."""
+    if not isinstance(engine, ForeignEngine):
+        return {}
+    assert engine.found is not None
+    return {"contract": engine.contract.to_json(), "contract_found": engine.found.to_json()}
 
 
 def nulls(value: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dverge_serve.engine.report import NORMS
 from dverge_serve.errors import UserError, one_of
+from verification.contract import Contract
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,9 @@ class VerificationConfig:
     run: Path | None = None  # by default the run with these weights, if it is found
     checkpoint: Path | None = None  # of the paper's published code, for gradients
     data: str | None = None  # a folder or a data set's name; by default the run's own
-    labels: str | None = None  # file or set of class names of a foreign classifier: black-box only
+    labels: str | None = None  # file or set of class names of a foreign classifier, in its order
+    contract: Mapping[str, Any] = field(default_factory=dict)  # fields of its `Contract`
+    search_contract: bool = False  # try what `contract` leaves open on held-out images
     surrogates: Path | None = None  # a folder of runs; by default trained and cached
     url: str | None = None  # a live service of this model, attacked as well
     requests: int = 2000  # most requests to the live service
@@ -87,6 +90,11 @@ class VerificationConfig:
 
     def __post_init__(self) -> None:
         given = ",".join(f"{eps:g}" for eps in self.eps)
+        if self.labels is None and (self.contract or self.search_contract):
+            raise UserError("a foreign classifier without `labels`", "its class names in its order")
+        if self.labels is not None and self.data is None:
+            raise UserError("a foreign classifier without `data`", "the images it is made for")
+        Contract(**self.contract)
         if self.preset not in PRESETS:
             raise UserError(f"preset '{self.preset}'", one_of(PRESETS))
         if self.norm not in NORMS:

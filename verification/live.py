@@ -58,7 +58,7 @@ def attack_service(
     return {
         "eps": eps,
         "model_sha256": service.sha256,
-        "same_model": service.sha256 == served_sha256,
+        "same_model": service.sha256 == served_sha256 if service.sha256 else None,
         "exposure": service.exposure,
         "exposed": sorted(service.exposed),
         "requests": service.asked,

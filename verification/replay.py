@@ -19,6 +19,8 @@ from verification.attacks import presets
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
 from verification.attacks.recorder import OutcomeRecorder
+from verification.contract import Contract
+from verification.foreign_file import open_foreign
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
 from verification.metrics import detection
@@ -61,7 +63,7 @@ def replay(path: Path) -> Replay:
     model = path.with_name(report["model"]["file"])
     engine: Engine | ForeignEngine
     if report["model"].get("foreign"):
-        engine = ForeignEngine(model, report["model"]["labels"], report["data"]["name"])
+        engine = _foreign(model, report)
     else:
         engine = Engine(model, device="cpu")
     if engine.sha256 != report["model"]["sha256"]:
@@ -124,6 +126,21 @@ def replay(path: Path) -> Replay:
     differences: list[tuple[str, Any, Any]] = []
     compared = _compare(nulls(again), report, "", differences)
     return Replay(count, compared, differences)
+
+
+def _foreign(model: Path, report: dict[str, Any]) -> ForeignEngine:
+    """Open the foreign classifier of a report, whose weights may lie in other files."""
+    told = report["model"]
+    labels, data = told["labels"], report["data"]["name"]
+    contract = Contract.from_json(told.get("contract", {"order": list(range(len(labels)))}))
+    file = open_foreign(model, layout=contract.layout, labels_alone=contract.outputs == "labels")
+    engine = ForeignEngine(file, labels, data, contract)
+    if "contract" in told and engine.card.weights_sha256 != told["weights_sha256"]:
+        raise UserError(
+            f"the weights of {model} are others than the report's",
+            "the files as they were attacked",
+        )
+    return engine
 
 
 def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:

@@ -22,6 +22,10 @@ from verification.attacks.outcomes import Pixels
 TIMEOUT_S = 30.0
 BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again
 LEAST = -20.0  # log-probability of a class that the service leaves out
+NEXT_STEPS = {
+    401: "set DVERGE_TOKEN to its token",
+    404: "of a server of the Open Inference Protocol, give http://host:port/v2/models/NAME",
+}
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Service:
     asked: int = 0
     exposed: set[str] = field(default_factory=set)
     sha256: str = ""
+
+    content_type = "image/png"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -87,21 +93,30 @@ class Service:
             log-probabilities `[n, classes]` as far as the service gives them; where it gives
             labels alone, 0 for the label and `LEAST` for the others.
         """
-        return np.array([self._ask(_png(image)) for image in images], np.float32)
+        return np.array(
+            [self._answer(self._ask(self._body(image))) for image in images], np.float32
+        )
 
-    def _ask(self, body: bytes) -> npt.NDArray[np.float64]:
+    def _ask(self, body: bytes | None, path: str = "") -> bytes:
+        """Return the answer to one request: a POST of `body`, or a GET without one."""
         for wait in (*BUSY_S, None):
-            response, text = self._send(body)
+            response, text = self._send(body, path or self._path)
             if response.status != 503 or wait is None:
                 break
             time.sleep(wait)  # it is busy: try again later
         if response.status != 200:
             raise UserError(
-                f"the service answered {response.status}",
+                f"the service answered {response.status} to {path or self._path}",
                 "200",
-                "set DVERGE_TOKEN to its token" if response.status == 401 else "look at its log",
+                NEXT_STEPS.get(response.status, "look at its log"),
             )
         self.sha256 = response.headers.get("X-Model-Sha256", "")
+        return text
+
+    def _body(self, image: Pixels) -> bytes:
+        return _png(image)
+
+    def _answer(self, text: bytes) -> npt.NDArray[np.float64]:
         try:
             (answer,) = json.loads(text)["predictions"]
             return self._read(answer)
@@ -110,20 +125,20 @@ class Service:
                 "the service's answer is not ours", "POST /predict of dverge"
             ) from error
 
-    def _send(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+    def _send(self, body: bytes | None, path: str) -> tuple[http.client.HTTPResponse, bytes]:
         """Send one request within budget and rate; reopen a connection closed while idle."""
         if self.left <= 0:
             raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
         time.sleep(max(0.0, self._next - time.monotonic()))
         self._next = time.monotonic() + 1 / self.rate
         self.asked += 1
-        headers = {"content-type": "image/png"}
+        headers = {"content-type": self.content_type}
         if self.token:
             headers["authorization"] = f"Bearer {self.token}"
         idle = self._connection.sock is not None
         while True:
             try:
-                self._connection.request("POST", self._path, body, headers)
+                self._connection.request("GET" if body is None else "POST", path, body, headers)
                 response = self._connection.getresponse()
                 return response, response.read()
             except (OSError, http.client.HTTPException) as error:

@@ -55,9 +55,9 @@ def report_table(report: Report) -> None:
 
 def live_line(live: Live) -> str:
     """Return what the attack on a running service found, as one line."""
-    same = "" if live.same_model else ", which serves ANOTHER model"
+    told = {True: "", False: ", which serves ANOTHER model", None: ", which names no model file"}
     return (
-        f"live service{same}: {percent(live.clean_accuracy)} clean, "
+        f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean, "
         f"{percent(live.transfer)} transferred at eps {live.eps:g}; Square broke "
         f"{live.square.broken} of {live.square.images} images in {live.square.queries} queries; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"

@@ -149,7 +149,7 @@ class Live:
     """The attack on a live service."""
 
     eps: float
-    same_model: bool  # whether it serves the verified file
+    same_model: bool | None  # whether it serves the verified file; None: it does not say
     exposure: str  # `label`, `scores` or `full`
     exposed: tuple[str, ...]
     requests: int

@@ -29,6 +29,7 @@ class Variant:
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
         reference: whether pyautoattack is installed.
+        scores: whether the model gives scores, which Square follows.
     """
 
     preset: str
@@ -36,6 +37,7 @@ class Variant:
     norm: Norm = "linf"
     skips: bool = True
     reference: bool = False
+    scores: bool = True
 
 
 def left_out(variant: Variant) -> dict[str, str]:
@@ -49,6 +51,7 @@ def left_out(variant: Variant) -> dict[str, str]:
         "DLR": (whole and variant.classes < 3, "it needs three classes"),
         "AutoAttack": (preset == "full" and not variant.reference, missing),
         "Square": (square and variant.norm != "linf", "it is an Linf attack"),
+        "Square, by scores": (square and not variant.scores, "the model gives labels alone"),
     }
     return {what: why for what, (is_left_out, why) in found.items() if is_left_out}
 
@@ -83,7 +86,7 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     if preset == "full":
         chosen += _full(surrogates, variant.reference)
     queries = PRESETS[preset].square_queries
-    if queries and norm == "linf":
+    if queries and norm == "linf" and variant.scores:
         chosen.append(
             Square(
                 name="square",

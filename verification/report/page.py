@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dverge_serve.engine.report import Report
+from verification.contract import Contract
 
 PLOTS = ("curves", "matrices", "regions", "pictures")
 SAID_ELSEWHERE = ("name", "gate", "control", "norm")  # of an attack's parameters
@@ -37,6 +38,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
             radii=[f"eps {eps:g}" for eps in report.robust_accuracy],
             alone=_alone(table),
             parameters=_parameters(table["attacks"]),
+            contract=str(Contract.from_json(table["model"].get("contract", {}))),
         )
         .encode()
     )
