@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dverge_serve.engine.report import Accuracies, Live, Rate, Report
+    from dverge_serve.engine.live_report import Live
+    from dverge_serve.engine.rates import Accuracies, Rate
+    from dverge_serve.engine.report import Report
 
 
 def show(table: Table) -> None:

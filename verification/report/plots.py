@@ -14,7 +14,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dverge_serve.engine.report import Accuracies, Report
+from dverge_serve.engine.rates import Accuracies
+from dverge_serve.engine.report import Report
 from verification.attacks.outcomes import Pixels
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
