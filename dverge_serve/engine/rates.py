@@ -53,6 +53,50 @@ class RobustAccuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateByQueries(Rate):
+    """The share of a sample that is answered rightly after so many queries an image."""
+
+    queries: int
+    attack: str  # that leaves the fewest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByQueries:
+    """Robust accuracy at one radius against callers who see `scores`, or `labels` alone."""
+
+    eps: float
+    answers: str
+    median: float | None  # queries for half of the images that were broken
+    points: tuple[RateByQueries, ...]  # in rising order of queries
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> ByQueries:
+        """Return it from an entry of the report's section `by_queries`."""
+        points = tuple(pick(RateByQueries, point) for point in table["points"])
+        return pick(cls, table, points=points)
+
+    def at(self, queries: int) -> RateByQueries:
+        """Return the rate at the most of the listed queries that are no more than these."""
+        return [point for point in self.points if point.queries <= queries][-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Substitute:
+    """A network trained on the model's own answers, and the attacks transferred from it."""
+
+    answers: str
+    queries: int
+    agreement: float  # share of the test images that it answers as the model does
+    robust_accuracy: Mapping[float, Rate]
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Substitute:
+        """Return it from the report's section `substitute`."""
+        rows = {row["eps"]: pick(Rate, row) for row in table["robust_accuracy"]}
+        return pick(cls, table, robust_accuracy=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accuracies:
     """Clean accuracy, and robust accuracy by radius, in rising order."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dverge_serve.engine.live_report import Live
-from dverge_serve.engine.rates import Accuracies, accuracies, pick
+from dverge_serve.engine.rates import Accuracies, ByQueries, Substitute, accuracies, pick
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
 
@@ -94,6 +94,8 @@ class Report(Accuracies):
     data: Images
     norm: Literal["Linf", "L2"]
     seed: int
+    by_queries: tuple[ByQueries, ...]
+    substitute: Substitute | None  # None in reports of older versions
     control: Control | None
     against: Against | None
     gates: tuple[Gate, ...]
@@ -136,6 +138,7 @@ class Report(Accuracies):
     @classmethod
     def _from_table(cls, table: dict[str, Any]) -> Report:
         control, against, live = table["control"], table["against"], table.get("live", {})
+        stolen = table.get("substitute")
         rows = tuple(pick(Comparison, row) for row in against["comparison"]) if against else ()
         return pick(
             cls,
@@ -144,6 +147,8 @@ class Report(Accuracies):
             model=pick(VerifiedModel, table["model"]),
             data=pick(Images, table["data"]),
             norm=table["threat_model"]["norm"],
+            by_queries=tuple(map(ByQueries.from_json, table.get("by_queries", ()))),
+            substitute=Substitute.from_json(stolen) if stolen else None,
             control=control and pick(Control, control, **accuracies(control)),
             against=against and pick(Against, against, comparison=rows, **accuracies(against)),
             gates=tuple(pick(Gate, gate) for gate in table["gates"]),
