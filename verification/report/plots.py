@@ -92,7 +92,7 @@ def query_curves(report: Report) -> bytes | None:
     with mpl.rc_context(STYLE):
         kinds = list(dict.fromkeys(row.answers for row in report.by_queries))
         figure = _figure(3.6 * len(kinds) + 0.8, 3.2)
-        shades = mpl.colormaps["viridis"].resampled(len(report.robust_accuracy) + 1)
+        shades = mpl.colormaps["viridis"](np.linspace(0, 0.8, len(report.robust_accuracy)))
         for at, kind in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), at + 1)
             for number, row in enumerate(
