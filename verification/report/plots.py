@@ -99,7 +99,7 @@ def query_curves(report: Report) -> bytes | None:
                 each for each in report.by_queries if each.answers == kind
             ):
                 x = [point.queries for point in row.points]
-                colour = shades(number)
+                colour = tuple(shades[number])
                 value = [100 * point.value for point in row.points]
                 axes.plot(
                     x, value, color=colour, marker="o", markersize=3, label=f"eps {row.eps:g}"
