@@ -25,23 +25,42 @@ class Preset:
 
     Args:
         surrogates: kinds: method and members.
-        square_queries: most queries of Square for an image; 0 leaves it out.
+        sample: images that are attacked by queries, drawn at random.
+        budgets: queries an image.
+        substitute: queries for a substitute trained on the model's answers.
         aware_steps: steps of the attack that knows the detector.
     """
 
     surrogates: tuple[str, ...]
-    square_queries: int
+    sample: int
+    budgets: tuple[int, ...]
+    substitute: int
     aware_steps: int
+    hop_skip_jump: bool = True
 
 
 # The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
 # comes closest to the model itself, and what differs from it in kind.
+SUBSTITUTE = "substitute"  # the source of attacks from a stolen model
 PAPER = ("standard-3", "standard-5", "standard-8")
 PRESETS = {
-    "quick": Preset(PAPER[:2], square_queries=100, aware_steps=20),
-    "standard": Preset(PAPER, square_queries=0, aware_steps=50),
+    "quick": Preset(
+        PAPER[:2],
+        sample=60,
+        budgets=(100, 1000),
+        substitute=1000,
+        aware_steps=20,
+        hop_skip_jump=False,
+    ),
+    "standard": Preset(
+        PAPER, sample=100, budgets=(100, 1000, 5000), substitute=2000, aware_steps=50
+    ),
     "full": Preset(
-        (*PAPER, "dverge-3", "deeper-3", "adversarial-3"), square_queries=5000, aware_steps=100
+        (*PAPER, "dverge-3", "deeper-3", "adversarial-3"),
+        sample=200,
+        budgets=(100, 1000, 5000),
+        substitute=5000,
+        aware_steps=100,
     ),
 }
 

@@ -24,6 +24,7 @@ from verification.foreign_file import open_foreign
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
 from verification.metrics import detection
+from verification.metrics.by_queries import by_queries, under_substitute
 from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
 from verification.report.evidence import evidence_folder, read_evidence
 
@@ -107,7 +108,10 @@ def replay(path: Path) -> Replay:
         count += 2 * int(chosen.sum())
 
     outcome, attacks = recorder.outcomes, list(suite.values())
+    outcome.queries |= Outcomes.from_json(report["outcomes"]["model"]).queries
     again: dict[str, Any] = figures(outcome, attacks, eps)
+    again["by_queries"] = by_queries(outcome, attacks, eps)
+    again["substitute"] = {"robust_accuracy": under_substitute(outcome, attacks, eps)}
     again["outcomes"] = {"model": outcome.to_json()}
     attacked = worst_at(outcome, max(eps)) | extra
     again["disagreement"] = detection.calibrate(engine, holdout, split) | {

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dverge_serve.engine.report import Accuracies, Live, Rate, Report
+    from dverge_serve.engine.live_report import Live
+    from dverge_serve.engine.rates import Accuracies, Rate
+    from dverge_serve.engine.report import Report
 
 
 def show(table: Table) -> None:
@@ -43,6 +45,8 @@ def report_table(report: Report) -> None:
         rows.append((f"{eps:g}", interval(row.transfer), interval(row.white_box), held))
     title = f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)"
     show(_table(title, ("eps", "transfer", "white-box", "control, transfer"), rows))
+    if report.by_queries:
+        show(_queries_table(report))
     gates = Table(title="Gates")
     gates.add_column("gate", no_wrap=True)
     gates.add_column("result", no_wrap=True)
@@ -51,6 +55,24 @@ def report_table(report: Report) -> None:
     for gate in report.gates:
         gates.add_row(gate.name, words[gate.passed], plain(gate.detail))
     show(gates)
+
+
+def _queries_table(report: Report) -> Table:
+    """Return accuracy by queries: callers who see scores, or labels alone, or steal the model."""
+    kinds = list(dict.fromkeys(row.answers for row in report.by_queries))
+    found = {(row.eps, row.answers): row.points[-1] for row in report.by_queries}
+    stolen = report.substitute.robust_accuracy if report.substitute else {}
+    rows = [
+        (
+            f"{eps:g}",
+            *(interval(found.get((eps, kind))) for kind in kinds),
+            percent(stolen.get(eps)),
+        )
+        for eps in report.robust_accuracy
+    ]
+    last = report.by_queries[-1].points[-1]
+    title = f"By callers: {last.queries} queries for each of {last.n} images"
+    return _table(title, ("eps", *kinds, "stolen model"), rows)
 
 
 def live_line(live: Live) -> str:

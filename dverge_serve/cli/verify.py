@@ -13,7 +13,8 @@ from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
-    from dverge_serve.engine.report import Rate, Report
+    from dverge_serve.engine.rates import Rate
+    from dverge_serve.engine.report import Report
     from training.pgd import Norm
 
 

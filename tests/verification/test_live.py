@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dverge_serve.cli.tables import live_line
-from dverge_serve.engine.report import Live
+from dverge_serve.engine.live_report import Live
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from tests.verification.models import Linear, TorchEngine, linear_split
