@@ -26,7 +26,7 @@ from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
 from verification.config import PRESETS, VerificationConfig
 from verification.contract import Contract
-from verification.foreign_model import ForeignEngine, open_engine
+from verification.foreign_model import ForeignEngine, gives_scores, open_engine
 from verification.foreign_network import find_foreign_gradients
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
@@ -104,7 +104,7 @@ def find_context(config: VerificationConfig) -> Context:
         norm=config.norm,
         classes=len(engine.card.labels),
         reference=autoattack.available(),
-        scores=not isinstance(engine, ForeignEngine) or engine.file.classes > 0,
+        scores=gives_scores(engine),
     )
     kinds = PRESETS[config.preset].surrogates
     if config.surrogates is not None:

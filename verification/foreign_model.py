@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dverge_serve import __version__
 from dverge_serve.engine.card import Card
 from dverge_serve.engine.outputs import Scores
-from dverge_serve.engine.session import BATCH
+from dverge_serve.engine.session import BATCH, Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.images import Preprocess, to_float
@@ -50,6 +50,11 @@ def open_engine(
     known = {"layout": file.layout, "outputs": "logits" if file.classes else "labels"}
     order = tuple(range(len(labels)))
     return ForeignEngine(file, labels, data, Contract(**(known | dict(given)), order=order))
+
+
+def gives_scores(engine: Engine | ForeignEngine) -> bool:
+    """Return whether a model gives scores; a foreign one may give labels alone."""
+    return not isinstance(engine, ForeignEngine) or engine.file.classes > 0
 
 
 class ForeignEngine:

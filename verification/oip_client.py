@@ -46,6 +46,8 @@ class OipService(Service):
         if found is None:
             raise UserError(f"`url` {self.url}", "http://host:port/v2/models/NAME")
         self._model = found[1]
+        if not self.contract.order:
+            self.contract = replace(self.contract, order=tuple(range(self.classes)))
         self._path = f"{self._model}/infer"
         self._input: dict[str, Any] = {}
         self._output: dict[str, Any] = {}

@@ -15,9 +15,11 @@ from dverge_serve.progress import say
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
+from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
+from verification.foreign_model import gives_scores
 from verification.live import attack_service
 from verification.metrics.by_queries import under_substitute
 from verification.report.decision_regions import illustrate
@@ -95,12 +97,13 @@ def attack_and_report(config: VerificationConfig) -> Report:
 def _steal(context: Context) -> Substitute:
     """Train a substitute on the model's scores."""
     say("training a substitute on the model's answers")
+    answers: Answers = "scores" if gives_scores(context.engine) else "labels"
     return steal(
-        ask_engine(context.engine, "scores"),
+        ask_engine(context.engine, answers),
         context.data.holdout.to(context.device),
         context.training,
         classes=len(context.engine.card.labels),
         queries=PRESETS[context.config.preset].substitute,
-        answers="scores",
+        answers=answers,
         seed=context.config.seed,
     )
