@@ -12,7 +12,6 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -34,7 +33,6 @@ from verification import Report, verify
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.losses import cw_margin
 from verification.config import radii
-from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogate_folder, surrogates
@@ -313,21 +311,3 @@ def test_gradients_come_from_the_file_itself_where_they_can(
     other = gradient(cw_margin(Ensemble(members), labels), x)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert _from_file(tiny_model, replace(card, precision="int8"), torch.device("cpu")) is None
-
-
-def test_a_foreign_classifier_is_attacked_as_a_black_box(tiny_model: Path, tmp_path: Path) -> None:
-    graph = onnx.load(tiny_model)
-    del graph.metadata_props[:], graph.graph.output[1:]
-    graph.graph.input[0].name = "pixels"
-    for node in graph.graph.node:
-        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
-    onnx.save(graph, tmp_path / "foreign.onnx")
-    labels = tuple(map(str, range(10)))
-    engine = ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
-    x = np.random.default_rng(0).random((3, 1, 8, 8), np.float32)
-    np.testing.assert_allclose(
-        engine.run_all(x).logits, Engine(tiny_model, device="cpu").run_all(x).logits, rtol=1e-5
-    )
-    assert engine.card.members == 1
-    with pytest.raises(UserError, match="10 scores"):
-        ForeignEngine(tmp_path / "foreign.onnx", ("a", "b"), "digits")
