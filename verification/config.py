@@ -125,7 +125,7 @@ class VerificationConfig:
                     f"the evaluation's, {self.norm}",
                 )
         if self.norm == "l2" and self.url is not None:
-            raise UserError("`url` with `norm` l2", "linf: Square is an Linf attack")
+            raise UserError("`url` with `norm` l2", "linf: RayS and Square are Linf attacks")
         if self.norm == "l2" and not self.eps:
             raise UserError("`norm` l2 without `eps`", "L2 radii, e.g. `eps` 0.25,0.5")
         most = 1.0 if self.norm == "linf" else math.inf

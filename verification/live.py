@@ -1,29 +1,68 @@
-"""Attacking a running service as any client could, within its budget of requests."""
+"""Attacking a running service as any client could, within its budget of requests.
+
+An eighth of the requests sends clean images, an eighth their transferred versions, a quarter
+trains a substitute on the answers and an eighth sends the images made with it. What is left goes to
+one image after another: by labels where the service tells labels alone, else by scores.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from dverge_serve.images import to_float
+from dverge_serve.engine.outputs import softmax
 from dverge_serve.progress import Progress
-from training.data.splits import Split
+from training.config import Config
+from training.data.splits import Split, to_float
+from training.models.ensemble import Ensemble
 from training.seeds import derive
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
-from verification.attacks.perturbation import uint8_steps
-from verification.attacks.square import square
+from verification.attacks.perturbation import quantize_uint8, uint8_steps
+from verification.attacks.query_attack import Answers, QueryAttack
+from verification.attacks.rays import RayS
+from verification.attacks.square import Square
+from verification.config import SUBSTITUTE
 from verification.metrics.statistics import rate
 from verification.service_client import Service
+from verification.substitute import steal
 
-SQUARE_QUERIES = 100  # an image, at most
+BY_SCORES = Square(name="square", queries=100)
+BY_LABELS = RayS(name="rays", queries=200)
+FROM_SUBSTITUTE = GradientAttack(
+    name="mpgd", threat="queries", source=SUBSTITUTE, loss="cw", momentum=1.0, steps=20
+)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Somebody who may only send images to a service.
+
+    Args:
+        holdout: their own images, which the model was not trained on.
+        config: of the model, whose architecture they guess.
+        seed: of every random draw.
+    """
+
+    holdout: Split
+    config: Config
+    seed: int
 
 
 def attack_service(
-    service: Service, split: Split, outcome: Outcomes, served_sha256: str, eps: float, seed: int
+    service: Service,
+    split: Split,
+    outcome: Outcomes,
+    served_sha256: str,
+    eps: float,
+    caller: Caller,
 ) -> dict[str, Any]:
-    """Send clean and transferred images, then attack by Square with the requests that are left.
+    """Send clean and transferred images, steal the model, then attack by queries.
 
     Args:
         service: to attack.
@@ -31,30 +70,21 @@ def attack_service(
         outcome: of the model file, with its worst transferred images.
         served_sha256: of that file; the service may serve another.
         eps: the radius; images are sent in 8 bits, so whole steps are used.
-        seed: of the choice of images and of Square.
+        caller: who attacks.
 
     Returns:
         the report's section `live`.
     """
-    labels = split.labels.cpu().numpy()
-    sent = chosen(len(labels), service.requests, seed)
-    clean = split.images.cpu().numpy()[sent]
-    transfer = outcome.worst[eps, "transfer"][sent]
-    with Progress("attacking the live service", 2 * len(sent)) as progress:
-        right = _right(service, clean, labels[sent], progress)
-        robust = right & _right(service, transfer, labels[sent], progress)
-    kept = np.flatnonzero(robust)[: max(1, service.left // SQUARE_QUERIES)]
-    queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
-    before = service.asked
-    found = square(
-        lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
-        to_float(clean[kept]),
-        labels[sent][kept],
-        eps=uint8_steps(eps) / 255,
-        queries=queries,
-        seed=derive(seed, "live", "square"),
-    )
-    assert service.asked - before == int(found.queries.sum())
+    sent = chosen(len(split), service.requests, caller.seed)
+    part = split.take(torch.from_numpy(sent).to(split.device))
+    with Progress("attacking the live service", service.left) as progress:
+        live = _Attacked(service, progress)
+        labels = part.labels.cpu().numpy()
+        right = live.labels(part.images.cpu().numpy()) == labels
+        robust = right & (live.labels(outcome.worst[eps, "transfer"][sent]) == labels)
+        stolen = _steal(live, part, right, eps, caller)
+        standing = part.take(torch.from_numpy(right).to(part.device))
+        by_queries = _by_queries(live, standing, eps, caller)
     return {
         "eps": eps,
         "model_sha256": service.sha256,
@@ -64,26 +94,103 @@ def attack_service(
         "requests": service.asked,
         "clean_accuracy": rate(right),
         "transfer": rate(robust),
-        "square": {
-            "images": len(kept),
-            "broken": int(found.broken.sum()),
-            "queries_each_at_most": queries,
-            "queries": int(found.queries.sum()),
-        },
+        "substitute": stolen,
+        "by_queries": by_queries,
     }
 
 
 def chosen(count: int, requests: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return which of `count` images are sent, in order: as many as a quarter of the requests."""
+    """Return which of `count` images are sent, in order: as many as an eighth of the requests."""
     order = np.random.default_rng(derive(seed, "live")).permutation(count)
-    return np.sort(order[: max(1, requests // 4)])
+    return np.sort(order[: max(1, requests // 8)])
 
 
-def _right(
-    service: Service, images: Pixels, labels: npt.NDArray[np.int64], progress: Progress
-) -> Mask:
-    answers = []
-    for image in images:
-        answers.append(int(service.scores(image[None])[0].argmax()))
-        progress.advance()
-    return np.asarray(np.array(answers) == labels)
+class _Attacked:
+    """A service as attacks see it: its answers to 8-bit images, the latest in `last`."""
+
+    def __init__(self, service: Service, progress: Progress) -> None:
+        self.service, self._progress = service, progress
+        self.last: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+
+    @property
+    def answers(self) -> Answers:
+        """What it tells, as far as it has been asked."""
+        return "labels" if self.service.exposure == "label" else "scores"
+
+    def scores(self, images: Pixels) -> npt.NDArray[np.float32]:
+        """Return log-probabilities `[n, classes]` as far as the service gives them."""
+        found = []
+        for image in images:
+            found.append(self.service.scores(image[None])[0])
+            self._progress.advance()
+        self.last = np.array(found, np.float32)
+        return self.last
+
+    def labels(self, images: Pixels) -> npt.NDArray[np.int64]:
+        """Return the labels that it answers with, `[n]`."""
+        return np.asarray(self.scores(images).argmax(1))
+
+    def model(self, images: Tensor) -> Tensor:
+        """Return the scores of float images, sent in 8 bits."""
+        pixels = (images.cpu().numpy() * 255).round().astype(np.uint8)
+        return torch.from_numpy(self.scores(pixels)).to(images.device)
+
+    def probabilities(self, images: Pixels) -> npt.NDArray[np.float64]:
+        """Return the probabilities as far as they are told; one-hot where labels alone are."""
+        scores = self.scores(images)
+        if self.answers == "labels":
+            return np.eye(scores.shape[1])[scores.argmax(1)]
+        return softmax(scores)
+
+
+def _steal(live: _Attacked, part: Split, right: Mask, eps: float, caller: Caller) -> dict[str, Any]:
+    """Train a substitute on the answers and send the images that fool it."""
+    queries = max(2, live.service.requests // 4)
+    found = steal(
+        live.probabilities,
+        caller.holdout,
+        caller.config,
+        classes=live.last.shape[1],
+        queries=queries,
+        answers=live.answers,
+        seed=caller.seed,
+    )
+    ensemble, x = Ensemble([found.member]).eval(), to_float(part.images)
+    made = FROM_SUBSTITUTE.run(ensemble, x, part.labels, eps, caller.seed, "live").images
+    clean, labels = part.images.cpu().numpy(), part.labels.cpu().numpy()
+    robust = right & (live.labels(quantize_uint8(made.cpu().numpy(), clean, eps)) == labels)
+    return {"answers": found.answers, "queries": found.queries, "robust": rate(robust)}
+
+
+def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> dict[str, Any]:
+    """Attack one image after another while there are requests for a whole attack.
+
+    Args:
+        live: the service.
+        right: images that it answers rightly untouched; they are taken in random order.
+        eps: the radius.
+        caller: who attacks.
+    """
+    attack: QueryAttack = BY_LABELS if live.answers == "labels" else BY_SCORES
+    most = min(attack.queries, live.service.left)
+    attack = replace(attack, queries=most)
+    order = np.random.default_rng(derive(caller.seed, "live", "queries")).permutation(len(right))
+    tried, broken, before = 0, 0, live.service.asked
+    for index in order:
+        if not most or live.service.left < most:
+            break
+        one = right.take(slice(int(index), int(index) + 1))
+        names = (caller.seed, "live", attack.name, int(index))
+        reach = uint8_steps(eps) / 255
+        attack.run(attack.seen(live.model), to_float(one.images), one.labels, reach, *names)
+        tried += 1
+        # An image leaves the attack when it is broken: the last answer says whether it is.
+        broken += int(live.last[-1].argmax() != one.labels[0].item())
+    return {
+        "attack": attack.name,
+        "answers": attack.answers,
+        "images": tried,
+        "broken": broken,
+        "queries_each_at_most": most,
+        "queries": live.service.asked - before,
+    }

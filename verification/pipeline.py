@@ -20,7 +20,7 @@ from verification.attacks.suite import run_suite
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
-from verification.live import attack_service
+from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
@@ -63,8 +63,9 @@ def attack_and_report(config: VerificationConfig) -> Report:
         if service is not None:
             try:
                 with service:
+                    caller = Caller(context.data.holdout.to(split.device), context.training, seed)
                     table["live"] = attack_service(
-                        service, split, outcome, context.engine.sha256, max(eps), seed
+                        service, split, outcome, context.engine.sha256, max(eps), caller
                     )
             except UserError as error:  # the rest is worth keeping
                 unanswered, table["live"] = error, {"error": str(error)}

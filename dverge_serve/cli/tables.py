@@ -78,10 +78,12 @@ def _queries_table(report: Report) -> Table:
 def live_line(live: Live) -> str:
     """Return what the attack on a running service found, as one line."""
     told = {True: "", False: ", which serves ANOTHER model", None: ", which names no model file"}
+    asked, stolen = live.by_queries, live.substitute
     return (
-        f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean, "
-        f"{percent(live.transfer)} transferred at eps {live.eps:g}; Square broke "
-        f"{live.square.broken} of {live.square.images} images in {live.square.queries} queries; "
+        f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean; "
+        f"at eps {live.eps:g} {percent(live.transfer)} transferred, "
+        f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} ({stolen.queries} queries); {asked.attack} by {asked.answers} "
+        f"broke {asked.broken} of {asked.images} images in {asked.queries} queries; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )
 

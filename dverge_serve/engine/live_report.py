@@ -10,13 +10,24 @@ from dverge_serve.engine.rates import Rate, pick
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveSquare:
-    """The Square attack on a live service."""
+class LiveQueries:
+    """The attack on one image after another, by the service's scores or by labels alone."""
 
-    images: int
+    attack: str
+    answers: str  # `scores` or `labels`
+    images: int  # random ones that the service answers rightly untouched
     broken: int
     queries: int
     queries_each_at_most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSubstitute:
+    """The attack from a network trained on the service's answers."""
+
+    answers: str  # `scores` or `labels`
+    queries: int
+    robust: Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +41,19 @@ class Live:
     requests: int
     clean_accuracy: Rate
     transfer: Rate
-    square: LiveSquare
+    substitute: LiveSubstitute
+    by_queries: LiveQueries
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Live:
         """Return it from the report's section `live`."""
         rates = {key: pick(Rate, table[key]) for key in ("clean_accuracy", "transfer")}
-        exposed, square = tuple(table["exposed"]), pick(LiveSquare, table["square"])
-        return pick(cls, table, exposed=exposed, square=square, **rates)
+        stolen = table["substitute"]
+        return pick(
+            cls,
+            table,
+            exposed=tuple(table["exposed"]),
+            substitute=pick(LiveSubstitute, stolen, robust=pick(Rate, stolen["robust"])),
+            by_queries=pick(LiveQueries, table["by_queries"]),
+            **rates,
+        )

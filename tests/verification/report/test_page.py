@@ -206,7 +206,15 @@ def test_the_live_service_is_told_in_words() -> None:
         "requests": 30,
         "clean_accuracy": rate(0.97),
         "transfer": rate(0.5),
-        "square": {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17},
+        "substitute": {"answers": "labels", "queries": 7, "robust": rate(0.4)},
+        "by_queries": {
+            "attack": "rays",
+            "answers": "labels",
+            "images": 5,
+            "broken": 1,
+            "queries_each_at_most": 9,
+            "queries": 17,
+        },
     }
     text = shown(live=live)
     for said in (
@@ -214,6 +222,7 @@ def test_the_live_service_is_told_in_words() -> None:
         "label: index, label",
         "97.0 (92.0-100.0)",
         "broke 1 of 5 images in 17 queries, 9 an image at most",
+        "trained on its labels for 7 queries",
     ):
         assert said in text
     assert "{&#39;" not in text
