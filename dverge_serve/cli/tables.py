@@ -82,7 +82,8 @@ def live_line(live: Live) -> str:
     return (
         f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean; "
         f"at eps {live.eps:g} {percent(live.transfer)} transferred, "
-        f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} ({stolen.queries} queries); {asked.attack} by {asked.answers} "
+        f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} "
+        f"({stolen.queries} queries); {asked.attack} by {asked.answers} "
         f"broke {asked.broken} of {asked.images} images in {asked.queries} queries; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )

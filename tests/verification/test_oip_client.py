@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,11 +20,9 @@ from tests.verification.colours import NAMES, SIDE, THEIRS, logits, training_dat
 from tests.verification.test_live_served import served
 from training.data.splits import load_test
 from training.recipe import load_recipe
-from verification.attacks.gradient_attack import Noise
-from verification.attacks.suite import run_suite
-from verification.attacks.target import Target
+from verification.attacks.outcomes import Outcomes
 from verification.contract import Contract
-from verification.live import attack_service
+from verification.live import Caller, attack_service
 from verification.oip_client import OipService, client
 from verification.service_client import Service
 
@@ -196,30 +193,31 @@ def test_our_own_service_answers_as_its_file(
     exposure: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     engine = Engine(tiny_model, device="cpu")
-    _, split = load_test(load_recipe("digits", {"data.test_limit": 32}).data)
-    noise = Noise(name="noise", threat="transfer", source="none")
-    outcome = run_suite([noise], {}, {"m": Target(engine, None)}, split, [0.1], seed=0)["m"]
+    _, split = load_test(load_recipe("digits", {"data.test_limit": 16}).data)
+    expected = engine.run_all(to_float(split.images.numpy()))
     with served(tiny_model, tmp_path, DVERGE_EXPOSE=exposure) as server:
         url = f"{server.url}/v2/models/dverge"
         with client(url, engine.card.labels, Contract(), 150, 1e6) as service:
-            live = attack_service(service, split, outcome, engine.sha256, 0.1, seed=0)
-    assert (live["same_model"], live["exposure"]) == (True, exposure)
-    assert live["clean_accuracy"]["value"] == outcome.clean.mean()
-    assert live["requests"] <= 150
+            scores = service.scores(split.images.numpy())
+    np.testing.assert_array_equal(scores.argmax(1), expected.predictions)
+    assert (service.sha256, service.exposure) == (engine.sha256, exposure)
+    if exposure != "label":
+        np.testing.assert_allclose(softmax(scores), expected.probabilities, atol=1e-5)
 
 
-def test_a_server_that_names_no_model_file_is_neither_the_same_nor_another(url: str) -> None:
-    target = Target(type("Engine", (), {"run_all": lambda _, x: _scores(x)})(), None)
-    noise = Noise(name="noise", threat="transfer", source="none")
-    outcome = run_suite([noise], {}, {"m": target}, SPLIT, [0.05], seed=0)["m"]
-    with made(url, requests=200) as service:
-        live = attack_service(service, SPLIT, outcome, "abc", 0.05, seed=0)
-    assert live["same_model"] is None
+def test_a_server_of_labels_is_attacked_by_labels(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "outputs", [LABEL])
+    outcome = Outcomes({}, np.ones(len(SPLIT), bool), np.zeros(len(SPLIT), bool))
+    outcome.worst[0.3, "transfer"] = IMAGES
+    config = load_recipe(
+        "images", {"architecture": "resnet8", "width": 4, "data.crop": [SIDE, SIDE]}
+    )
+    with made(url, requests=400) as service:
+        live = attack_service(service, SPLIT, outcome, "abc", 0.3, Caller(SPLIT, config, 0))
+    assert live["same_model"] is None  # it names no model file
     assert live["clean_accuracy"]["value"] == 1.0
-
-
-def _scores(images: Any) -> Any:
-    from dverge_serve.engine.outputs import Scores
-
-    found = replace(CONTRACT, outputs="logits").decode(logits(images))
-    return Scores(found, found[:, None])
+    assert live["requests"] == len(Handler.asked) <= 400
+    assert (live["by_queries"]["attack"], live["substitute"]["answers"]) == ("rays", "labels")
+    assert live["by_queries"]["broken"] > 0
