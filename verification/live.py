@@ -139,7 +139,7 @@ class _Attacked:
         """Return the probabilities as far as they are told; one-hot where labels alone are."""
         scores = self.scores(images)
         if self.answers == "labels":
-            return np.eye(scores.shape[1])[scores.argmax(1)]
+            return np.asarray(np.eye(scores.shape[1])[scores.argmax(1)])
         return softmax(scores)
 
 

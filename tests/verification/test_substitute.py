@@ -34,8 +34,8 @@ def stolen(answers: Answers, queries: int, held: Split, seed: int = 0) -> tuple[
         asked.append(images)
         return ask_engine(ENGINE, answers)(images)
 
-    options = {"classes": 2, "queries": queries, "answers": answers, "seed": seed}
-    return steal(ask, held, CONFIG, **options), np.concatenate(asked)
+    found = steal(ask, held, CONFIG, classes=2, queries=queries, answers=answers, seed=seed)
+    return found, np.concatenate(asked)
 
 
 @pytest.mark.parametrize("answers", ["scores", "labels"])
