@@ -139,7 +139,7 @@ class _Attacked:
         """Return the probabilities as far as they are told; one-hot where labels alone are."""
         scores = self.scores(images)
         if self.answers == "labels":
-            return np.eye(scores.shape[1])[scores.argmax(1)]
+            return np.asarray(np.eye(scores.shape[1])[scores.argmax(1)])
         return softmax(scores)
 
 
@@ -155,7 +155,7 @@ def _steal(live: _Attacked, part: Split, right: Mask, eps: float, caller: Caller
         answers=live.answers,
         seed=caller.seed,
     )
-    ensemble, x = Ensemble([found.member]).eval(), to_float(part.images)
+    ensemble, x = Ensemble(found.members).eval(), to_float(part.images)
     made = FROM_SUBSTITUTE.run(ensemble, x, part.labels, eps, caller.seed, "live").images
     clean, labels = part.images.cpu().numpy(), part.labels.cpu().numpy()
     robust = right & (live.labels(quantize_uint8(made.cpu().numpy(), clean, eps)) == labels)

@@ -42,7 +42,7 @@ def attack_and_report(config: VerificationConfig) -> Report:
     targets, control = find_targets(context)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in context.surrogates}
     stolen = _steal(context)
-    sources[SUBSTITUTE] = ([stolen.member], stolen.weights)
+    sources[SUBSTITUTE] = (stolen.members, stolen.weights)
     service, labels, seed = context.service, context.engine.card.labels, config.seed
     eps, split, model = context.eps, context.split, targets["model"]
     with EvidenceWriter(evidence_folder(config.model), split, context.holdout) as evidence:

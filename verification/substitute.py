@@ -1,9 +1,10 @@
-"""A stolen model: a substitute network trained on the model's own answers."""
+"""A stolen model: a substitute, two networks trained on the model's own answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from dverge_serve.images import to_float as images_to_float
 from training.config import Config
 from training.data.splits import Split, normalisation, to_float
 from training.models.build import build_members
+from training.models.ensemble import Ensemble
 from training.models.member import Member
+from training.parallel.threads import side_by_side
 from training.pgd import cross_entropy, gradient
 from training.seeds import derive, generator
 from verification.attacks.outcomes import Pixels
@@ -28,16 +31,17 @@ from verification.metrics.robust_accuracy import clean_scores
 
 # 8-bit images [n, C, H, W] -> probabilities [n, classes]; one-hot where labels alone are told.
 Ask = Callable[[Pixels], npt.NDArray[np.floating]]
+MEMBERS = 2  # one for each of two cores, in the time of one
 LARGEST_STEP = 0.2  # towards the boundary, in one round of queries
 BATCH, ROUND_EPOCHS, LAST_EPOCHS, RATE = 64, 5, 25, 3e-3
 
 
 @dataclass(frozen=True)
 class Substitute:
-    """A substitute network.
+    """A substitute.
 
     Args:
-        member: in evaluation mode; its parameters take no gradient.
+        members: in evaluation mode; their parameters take no gradient.
         weights: a hash of them.
         queries: that it took.
         answers: what it was trained on.
@@ -45,7 +49,7 @@ class Substitute:
         architecture: its name.
     """
 
-    member: Member
+    members: Sequence[Member]
     weights: str
     queries: int
     answers: Answers
@@ -55,7 +59,7 @@ class Substitute:
     def agreement(self, engine: Scorer, split: Split) -> float:
         """Return on which share of images it answers as the model does."""
         with torch.no_grad():
-            answers = self.member(to_float(split.images)).argmax(1).cpu().numpy()
+            answers = Ensemble(self.members)(to_float(split.images)).argmax(1).cpu().numpy()
         same = clean_scores(engine, split).predictions == answers
         return float(same.mean())
 
@@ -65,6 +69,7 @@ class Substitute:
             "answers": self.answers,
             "queries": self.queries,
             "seeds": self.seeds,
+            "members": len(self.members),
             "architecture": self.architecture,
             "weights_sha256": self.weights,
         }
@@ -103,24 +108,31 @@ def steal(
         config,
         method="standard",
         architecture=architecture,
-        members=1,
+        members=MEMBERS,
         seed=derive(*names) >> 31,
     )
     mean, std = normalisation(replace(config.data, mean=(), std=()), seeds)
-    member = build_members(alone, classes, mean, std, "substitute")[0].to(device)
+    members = [m.to(device) for m in build_members(alone, classes, mean, std, "substitute")]
+    ensemble = Ensemble(members)
     draw = generator(*names, "queries", device=device)
     first = torch.randperm(len(seeds), generator=draw, device=device)[: max(1, queries // 4)]
     asked = seeds.images[first]
     told = _told(ask, asked)
-    training = _Training(member, draw)
+    trainings = [
+        _Training(member, generator(*names, index, device=device))
+        for index, member in enumerate(members)
+    ]
     while True:
-        training.run(asked, told, LAST_EPOCHS if len(asked) >= queries else ROUND_EPOCHS)
+        epochs = LAST_EPOCHS if len(asked) >= queries else ROUND_EPOCHS
+        work = partial(_Training.run, images=asked, told=told, epochs=epochs)
+        side_by_side(work, trainings, device)
         if len(asked) >= queries:
             break
-        fresh = _fresh(member, asked, told, draw)[: queries - len(asked)]
+        fresh = _fresh(ensemble.eval(), asked, told, draw)[: queries - len(asked)]
         asked, told = torch.cat([asked, fresh]), torch.cat([told, _told(ask, fresh)])
-    weights = sha256(b"".join(t.cpu().numpy().tobytes() for t in member.state_dict().values()))
-    return Substitute(ready(member, device), weights, len(asked), answers, len(first), architecture)
+    weights = sha256(b"".join(t.cpu().numpy().tobytes() for t in ensemble.state_dict().values()))
+    copies = [ready(member, device) for member in members]
+    return Substitute(copies, weights, len(asked), answers, len(first), architecture)
 
 
 def ask_engine(engine: Scorer, answers: Answers) -> Ask:
@@ -140,14 +152,13 @@ def _told(ask: Ask, images: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(found, np.float32)).to(images.device)
 
 
-def _fresh(member: Member, asked: Tensor, told: Tensor, draw: torch.Generator) -> Tensor:
+def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generator) -> Tensor:
     """Return as many new 8-bit images as were asked, in random order."""
     count, device = len(asked), asked.device
     order = torch.randperm(count, generator=draw, device=device)
     x = to_float(asked[order])
     half = count // 2
-    member.eval()
-    toward = gradient(cross_entropy(member, told[order][:half].argmax(1)), x[:half]).sign()
+    toward = gradient(cross_entropy(ensemble, told[order][:half].argmax(1)), x[:half]).sign()
     share = torch.rand((count, 1, 1, 1), generator=draw, device=device)
     stepped = x[:half] + LARGEST_STEP * share[:half] * toward
     other = x[torch.randperm(count, generator=draw, device=device)[half:]]

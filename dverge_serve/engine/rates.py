@@ -82,7 +82,7 @@ class ByQueries:
 
 @dataclass(frozen=True, kw_only=True)
 class Substitute:
-    """A network trained on the model's own answers, and the attacks transferred from it."""
+    """Networks trained on the model's own answers, and the attacks transferred from them."""
 
     answers: str
     queries: int

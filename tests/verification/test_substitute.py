@@ -34,8 +34,8 @@ def stolen(answers: Answers, queries: int, held: Split, seed: int = 0) -> tuple[
         asked.append(images)
         return ask_engine(ENGINE, answers)(images)
 
-    options = {"classes": 2, "queries": queries, "answers": answers, "seed": seed}
-    return steal(ask, held, CONFIG, **options), np.concatenate(asked)
+    found = steal(ask, held, CONFIG, classes=2, queries=queries, answers=answers, seed=seed)
+    return found, np.concatenate(asked)
 
 
 @pytest.mark.parametrize("answers", ["scores", "labels"])
@@ -46,7 +46,7 @@ def test_it_learns_the_model_from_its_answers_alone(answers: Answers) -> None:
     assert found.agreement(ENGINE, seeds(200, draw=5)) > 0.9
     held = {image.tobytes() for image in seeds(60).images.numpy()}
     assert {image.tobytes() for image in asked[:60]} == held
-    assert not any(parameter.requires_grad for parameter in found.member.parameters())
+    assert not any(p.requires_grad for member in found.members for p in member.parameters())
 
 
 def test_labels_alone_are_one_hot() -> None:

@@ -29,7 +29,8 @@ class Labels:
 
     def __call__(self, images: Tensor) -> Tensor:
         self.asked += len(images)
-        return Linear()(images).argmax(1)
+        answers: Tensor = Linear()(images).argmax(1)
+        return answers
 
 
 def found(attack: LabelAttack, split: Split, radii: list[float], seed: int = 0) -> list[Tensor]:

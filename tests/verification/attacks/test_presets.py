@@ -25,7 +25,7 @@ from verification.attacks.query_attack import QueryAttack
 from verification.attacks.rays import RayS
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
-from verification.attacks.suite import run_suite
+from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
 from verification.config import PRESETS, SUBSTITUTE
 
@@ -114,7 +114,10 @@ def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
     """Run attacks on a model of which 125 is a weak image and 200 is not."""
     members = [Linear(classes=4), Linear(5.0, classes=4)]
     target = Target(TorchEngine([*members]), members)
-    sources = {"s": ([Residual(classes=4)], "s"), SUBSTITUTE: ([Linear(classes=4)], "stolen")}
+    sources: dict[str, Source] = {
+        "s": ([Residual(classes=4)], "s"),
+        SUBSTITUTE: ([Linear(classes=4)], "stolen"),
+    }
     split = linear_split([125, 200])
     outcome = run_suite(attacks, sources, {"m": target}, split, [EPS], seed=0)["m"]
     return {attack.name: outcome.robust([attack], EPS).tolist() for attack in attacks}
