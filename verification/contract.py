@@ -121,13 +121,12 @@ class Contract:
     def from_json(cls, table: Mapping[str, Any]) -> Contract:
         """Read `to_json`'s form back."""
         known = {each.name for each in fields(cls)}
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in table.items()
-                if name in known
-            }
-        )
+        found: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in table.items()
+            if name in known
+        }
+        return cls(**found)
 
 
 def shown(values: Sequence[float]) -> str:
