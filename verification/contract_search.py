@@ -90,7 +90,7 @@ def candidates(base: Contract, given: Mapping[str, Any], colours: int, own: Form
             continue
         for channels in ("rgb", "bgr") if colours == 3 else ("rgb",):
             # Mean and deviation stand in the model's order of channels.
-            turned = {
+            turned: Form = {
                 name: value[::-1] if isinstance(value, tuple) and channels == "bgr" else value
                 for name, value in form.items()
             }

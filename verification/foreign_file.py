@@ -19,7 +19,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from verification.contract import Layout
 
-DTYPES = {
+DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,

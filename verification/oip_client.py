@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from verification.attacks.outcomes import Pixels
-from verification.contract import Contract, looks_like_softmax
+from verification.contract import Contract, Outputs, looks_like_softmax
 from verification.service_client import Service
 
 MODEL_PATH = re.compile(r"(.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?$")
@@ -81,7 +81,7 @@ class OipService(Service):
             elif self._output["datatype"] in INTEGERS:
                 contract = replace(self.contract, outputs="labels")
             else:
-                kind = "softmax" if looks_like_softmax(values) else "logits"
+                kind: Outputs = "softmax" if looks_like_softmax(values) else "logits"
                 contract = replace(self.contract, outputs=kind)
             (logits,) = contract.decode(values).astype(np.float64)
             return np.asarray(logits)

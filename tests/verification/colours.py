@@ -94,7 +94,7 @@ def save(
         "shape": np.array([batch if isinstance(batch, int) else -1, len(THEIRS), *shape]),
     }
     last = "pixels"
-    nodes = []
+    nodes: list[Any] = []
 
     def then(kind: str, *more: str, **attributes: Any) -> None:
         nonlocal last

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         (output,) = request["outputs"]
         values = np.array(tensor["data"], np.float32).reshape(tensor["shape"])
         assert (tensor["name"], tensor["datatype"]) == (INPUT["name"], self.inputs[0]["datatype"])
-        scores = logits(values.transpose(0, 3, 1, 2) / 255)
+        scores = logits(values.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
         found: dict[str, Any] = {
             "dense/softmax": softmax(scores).tolist(),
             "logits": scores.ravel().tolist(),

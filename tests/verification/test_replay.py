@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -100,9 +101,9 @@ def test_a_foreign_classifier_gets_a_whole_report(
     graph = onnx.load(tiny_model)
     del graph.metadata_props[:], graph.graph.output[:]
     kind = "Softmax" if outputs == "softmax" else "ArgMax"
-    keep = {} if outputs == "softmax" else {"keepdims": 0}
+    keep: dict[str, Any] = {} if outputs == "softmax" else {"keepdims": 0}
     graph.graph.node.append(onnx.helper.make_node(kind, ["logits"], ["y"], axis=1, **keep))
-    shape = ["n", 10] if outputs == "softmax" else ["n"]
+    shape: list[Any] = ["n", 10] if outputs == "softmax" else ["n"]
     dtype = onnx.TensorProto.FLOAT if outputs == "softmax" else onnx.TensorProto.INT64
     graph.graph.output.append(onnx.helper.make_tensor_value_info("y", dtype, shape))
     onnx.save(graph, tmp_path / "foreign.onnx")
