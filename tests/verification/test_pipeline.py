@@ -81,6 +81,23 @@ def test_attacks_bite_and_more_eps_bites_more(evaluated: tuple[Path, Report]) ->
     assert large.value < small.value < report.clean_accuracy.value
 
 
+def test_callers_have_figures_of_their_own(evaluated: tuple[Path, Report]) -> None:
+    _, report = evaluated
+    kinds = [(row.eps, row.answers) for row in report.by_queries]
+    assert kinds == [(eps, answers) for eps in EPS for answers in ("scores", "labels")]
+    for row in report.by_queries:
+        assert [point.queries for point in row.points] == [1, 2, 5, 10, 20]
+        values = [point.value for point in row.points]
+        assert values == sorted(values, reverse=True)
+        assert {point.n for point in row.points} == {60}
+    assert report.by_queries[-1].at(15).queries == 10
+    assert report.by_queries[-1].points[-1].value < report.clean_accuracy.value
+    assert report.substitute is not None
+    assert (report.substitute.queries, report.substitute.answers) == (40, "scores")
+    assert list(report.substitute.robust_accuracy) == list(EPS)
+    assert 0 < report.substitute.agreement <= 1
+
+
 def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, Report]) -> None:
     report, schema = evaluated[1].to_json(), REPORT_SCHEMA
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -97,7 +114,7 @@ def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
     model, report = evaluated
     assert report.verdict in page_path(model).read_text(encoding="utf-8")
     folder = model.with_name("model.report")
-    assert {"curves.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
+    assert {"curves.png", "queries.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
     assert not list(model.parent.glob(".*.part"))
 
 
