@@ -113,7 +113,7 @@ class VerificationConfig:
             raise UserError("a foreign classifier without `labels`", "its class names in its order")
         if self.labels is not None and self.data is None:
             raise UserError("a foreign classifier without `data`", "the images it is made for")
-        Contract(**self.contract)
+        Contract.checked(self.contract)
         if self.preset not in PRESETS:
             raise UserError(f"preset '{self.preset}'", one_of(PRESETS))
         if self.norm not in NORMS:

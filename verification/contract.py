@@ -118,6 +118,19 @@ class Contract:
         }
 
     @classmethod
+    def checked(cls, given: Mapping[str, Any]) -> Contract:
+        """Return the contract with these fields, as a user gives them.
+
+        Raises:
+            UserError: a field that a user cannot give, or a value outside its range.
+        """
+        names = [each.name for each in fields(cls) if each.name != "order"]
+        for name in given:
+            if name not in names:
+                raise UserError(f"`contract` with '{name}'", one_of(names))
+        return cls(**given)
+
+    @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Contract:
         """Read `to_json`'s form back."""
         known = {each.name for each in fields(cls)}

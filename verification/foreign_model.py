@@ -22,7 +22,7 @@ from training.config import EMBEDDED, Config, Data
 from training.data.splits import TrainingData, normalisation
 from training.recipe import data_overrides, load_recipe
 from verification import contract_search
-from verification.contract import Contract, looks_like_softmax
+from verification.contract import Contract, looks_like_softmax, shown
 from verification.contract_search import Found
 from verification.foreign_file import ForeignFile, open_foreign
 
@@ -89,6 +89,10 @@ class ForeignEngine:
         if (contract.outputs == "labels") is bool(file.classes):
             gives = "scores" if file.classes else "labels alone"
             raise UserError(f"{path} gives {gives}", f"`outputs` {contract.outputs}, as asked for")
+        for name, values in (("mean", contract.mean), ("std", contract.std)):
+            if len(values) not in (1, file.shape[0]):
+                what = f"`{name}` {shown(values)} for {file.shape[0]} channels"
+                raise UserError(what, "one number, or one each")
         mode = "L" if file.shape[0] == 1 else "RGB"
         size = file.shape[1:]
         self.card = Card(
@@ -144,8 +148,13 @@ class ForeignEngine:
         images = to_float(data.holdout.images.cpu().numpy()[chosen])
         labels = data.holdout.labels.cpu().numpy()[chosen]
         contract = replace(self.contract, order=tuple(names.index(name) for name in data.labels))
-        if "outputs" not in given and looks_like_softmax(self.outputs(images, contract)):
+        softmax = looks_like_softmax(self.outputs(images, contract))
+        if "outputs" not in given and softmax:
             contract = replace(contract, outputs="softmax")
+        if contract.outputs == "softmax" and not softmax:
+            raise UserError(
+                f"{self.file.path} gives scores that are no probabilities", "`outputs` logits"
+            )
 
         def predict(tried: Contract) -> npt.NDArray[np.int64]:
             return np.asarray(tried.decode(self.outputs(images, tried)).argmax(1))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
@@ -114,6 +114,29 @@ def test_what_is_given_is_not_searched(tmp_path: Path) -> None:
     assert found.contract.pixel_max == 255
     assert len(found.found.tried) == 4  # two ranges, two orders of channels
     assert {each.mean for each, _ in found.found.tried} == {(0.0,)}
+
+
+def test_what_is_given_must_fit_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"gives scores that are no probabilities; exp.* logits"):
+        opened(path, {"outputs": "softmax"})
+    labels = save(tmp_path / "labels.onnx", Contract(outputs="labels"))
+    with pytest.raises(UserError, match="gives labels alone; expected `outputs` logits, as asked"):
+        opened(labels, {"outputs": "logits"})
+    grey = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+            helper.make_node("Tile", ["mean", "six"], ["y"]),
+        ],
+        "grey",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6, 1, 1])],
+        [numpy_helper.from_array(np.array([1, 6, 1, 1]), "six")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(grey, ir_version=10, opset_imports=opset), path)
+    with pytest.raises(UserError, match="`std` 1,1,2 for 1 channels; expected one number"):
+        opened(path, {"std": (1, 1, 2)})
 
 
 def test_contracts_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
@@ -230,8 +253,10 @@ def test_a_contract_survives_its_report_and_refuses_nonsense() -> None:
         ({"pixel_max": 256}, "`pixel_max` 256; expected 1 or 255"),
         ({"mean": (0.5, 0.5)}, "`mean` 0.5,0.5; expected 1 or 3 numbers"),
         ({"std": (float("nan"),)}, "`std` nan"),
+        ({"range": 1}, "`contract` with 'range'; expected layout, pixel_max, mean, std, channels"),
+        ({"order": (0, 1)}, "`contract` with 'order'"),
         ({"std": (0.0,)}, "`std` 0; expected numbers above 0"),
     ]
     for given, words in wrong:
         with pytest.raises(UserError, match=words):
-            Contract(**given)
+            Contract.checked(given)
