@@ -6,9 +6,9 @@ report.verdict, report.robust_accuracy[0.1].transfer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dverge_serve.engine.report import Report
 from verification.config import VerificationConfig, radii
@@ -34,6 +34,8 @@ def verify(
     images: int | None = None,
     checkpoint: str | Path | None = None,
     labels: str | Path | None = None,
+    contract: Mapping[str, Any] | None = None,
+    search_contract: bool = False,
     surrogates: str | Path | None = None,
     against: str | Path | None = None,
     url: str | None = None,
@@ -57,11 +59,16 @@ def verify(
         data: a folder of images or a data set's name; by default the run's own.
         images: number of test images; by default the recipe's limit.
         checkpoint: a checkpoint of the paper's published code, for gradients instead of a run.
-        labels: file with the class names of a foreign classifier, which is attacked as a black
-            box.
+        labels: file with the class names of a foreign classifier, in the order of its scores.
+        contract: what of a foreign classifier's `Contract` is known: `layout`, `pixel_max`, `mean`,
+            `std`, `channels`, `outputs`. Layout and outputs are otherwise read off the file, the
+            others are `[0,1]` and RGB.
+        search_contract: instead try the usual contracts on held-out training images.
         surrogates: a folder of runs to attack from; by default trained once and cached.
         against: another model file, attacked alike and compared image by image.
-        url: a live service of this model, attacked through `/predict` as well.
+        url: a live service of this model, attacked as well: through `/predict` of
+            `http://host:port`, or through a server of the Open Inference Protocol V2 at
+            `http://host:port/v2/models/NAME`.
         requests: most requests to the service in total.
         requests_a_second: most requests per second.
         seed: of the attacks' random draws.
@@ -88,6 +95,8 @@ def verify(
         images=images,
         checkpoint=path(checkpoint),
         labels=None if labels is None else str(labels),
+        contract=dict(contract or {}),
+        search_contract=search_contract,
         surrogates=path(surrogates),
         against=path(against),
         url=url,

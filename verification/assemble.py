@@ -8,19 +8,22 @@ from typing import Any
 
 from dverge_serve import __version__
 from dverge_serve.engine.report import NORMS, SCHEMA_VERSION, Gate
+from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json, sha256
 from verification import gates
 from verification.attacks.outcomes import SOFT, Outcomes
 from verification.context import Context
+from verification.foreign_model import ForeignEngine
+from verification.metrics.by_queries import by_queries
 from verification.metrics.robust_accuracy import comparison, figures
+from verification.taxonomies import IDENTIFIERS
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
-    "poisoned training data, model theft, privacy of the training images",
+    "poisoned training data, privacy of the training images",
+    "attackers who query for longer than the numbers stated",
     "attackers who adapt to more than the weights and the alarm of this model",
-    "attackers who query for labels alone and follow the decision boundary",
 )
-NO_QUERIES = "attackers who query the service many times (no query-based attack in this preset)"
 
 
 def assemble(
@@ -40,7 +43,6 @@ def assemble(
         measured: the other measurements, merged into it.
     """
     config, card, gradients = context.config, context.engine.card, context.gradients
-    queries = any(attack.threat == "queries" for attack in context.suite)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": gates.verdict(checks),
@@ -55,19 +57,21 @@ def assemble(
             "labels": list(card.labels),
             "gradients": gradients.origin if gradients else "none",
             "foreign": config.labels is not None,
+            **_contract(context.engine),
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",
             "norm": NORMS[config.norm],
             "eps": list(context.eps),
             "transfer": "knows the training data, architecture and schedule, not the weights",
-            "queries": "asks the model for scores; tried on images that nothing else broke, and "
-            "counted among all attacks alone",
+            "queries": "asks the model, for scores or for labels alone, or trains a substitute "
+            "on its answers; on a random sample of the images",
             "white_box": "knows the weights",
             "delivered": "adversarial images rounded to 8 bits inside the eps ball",
             "float": "unrounded (changes kept in float16), to set beside published figures",
             "robust": "right when clean and after every attack, float and delivered",
         },
+        "identifiers": IDENTIFIERS,
         "data": {
             "name": context.training.data.name,
             "part": "test",
@@ -77,6 +81,7 @@ def assemble(
             "training_known": context.training_known,
         },
         **figures(outcomes["model"], context.suite, context.eps),
+        "by_queries": by_queries(outcomes["model"], context.suite, context.eps),
         "control": None,
         "against": None,
         "gates": [check.to_json() for check in checks],
@@ -87,7 +92,7 @@ def assemble(
         "seed": config.seed,
         "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()}
         | {SOFT: outcomes["model"].by_softmax().to_json()},
-        "out_of_scope": [*OUT_OF_SCOPE, *([] if queries else [NO_QUERIES])],
+        "out_of_scope": list(OUT_OF_SCOPE),
         "tool_version": __version__,
     }
     if "control" in outcomes:
@@ -105,6 +110,14 @@ def assemble(
         canonical_json([report["attacks"], list(context.eps), config.seed, report["surrogates"]])
     )
     return report
+
+
+def _contract(engine: Engine | ForeignEngine) -> dict[str, Any]:
+    """Return a foreign classifier's contract, and how it was found."""
+    if not isinstance(engine, ForeignEngine):
+        return {}
+    assert engine.found is not None
+    return {"contract": engine.contract.to_json(), "contract_found": engine.found.to_json()}
 
 
 def nulls(value: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dverge_serve.engine.report import NORMS
 from dverge_serve.errors import UserError, one_of
+from verification.contract import Contract
 
 if TYPE_CHECKING:
     import torch
@@ -24,23 +25,42 @@ class Preset:
 
     Args:
         surrogates: kinds: method and members.
-        square_queries: most queries of Square for an image; 0 leaves it out.
+        sample: images that are attacked by queries, drawn at random.
+        budgets: queries an image.
+        substitute: queries for a substitute trained on the model's answers.
         aware_steps: steps of the attack that knows the detector.
     """
 
     surrogates: tuple[str, ...]
-    square_queries: int
+    sample: int
+    budgets: tuple[int, ...]
+    substitute: int
     aware_steps: int
+    hop_skip_jump: bool = True
 
 
 # The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
 # comes closest to the model itself, and what differs from it in kind.
+SUBSTITUTE = "substitute"  # the source of attacks from a stolen model
 PAPER = ("standard-3", "standard-5", "standard-8")
 PRESETS = {
-    "quick": Preset(PAPER[:2], square_queries=100, aware_steps=20),
-    "standard": Preset(PAPER, square_queries=0, aware_steps=50),
+    "quick": Preset(
+        PAPER[:2],
+        sample=60,
+        budgets=(100, 1000),
+        substitute=1000,
+        aware_steps=20,
+        hop_skip_jump=False,
+    ),
+    "standard": Preset(
+        PAPER, sample=100, budgets=(100, 1000, 5000), substitute=2000, aware_steps=50
+    ),
     "full": Preset(
-        (*PAPER, "dverge-3", "deeper-3", "adversarial-3"), square_queries=5000, aware_steps=100
+        (*PAPER, "dverge-3", "deeper-3", "adversarial-3"),
+        sample=200,
+        budgets=(100, 1000, 5000),
+        substitute=5000,
+        aware_steps=100,
     ),
 }
 
@@ -71,7 +91,9 @@ class VerificationConfig:
     run: Path | None = None  # by default the run with these weights, if it is found
     checkpoint: Path | None = None  # of the paper's published code, for gradients
     data: str | None = None  # a folder or a data set's name; by default the run's own
-    labels: str | None = None  # file or set of class names of a foreign classifier: black-box only
+    labels: str | None = None  # file or set of class names of a foreign classifier, in its order
+    contract: Mapping[str, Any] = field(default_factory=dict)  # fields of its `Contract`
+    search_contract: bool = False  # try what `contract` leaves open on held-out images
     surrogates: Path | None = None  # a folder of runs; by default trained and cached
     url: str | None = None  # a live service of this model, attacked as well
     requests: int = 2000  # most requests to the live service
@@ -87,6 +109,11 @@ class VerificationConfig:
 
     def __post_init__(self) -> None:
         given = ",".join(f"{eps:g}" for eps in self.eps)
+        if self.labels is None and (self.contract or self.search_contract):
+            raise UserError("a foreign classifier without `labels`", "its class names in its order")
+        if self.labels is not None and self.data is None:
+            raise UserError("a foreign classifier without `data`", "the images it is made for")
+        Contract.checked(self.contract)
         if self.preset not in PRESETS:
             raise UserError(f"preset '{self.preset}'", one_of(PRESETS))
         if self.norm not in NORMS:
@@ -98,7 +125,7 @@ class VerificationConfig:
                     f"the evaluation's, {self.norm}",
                 )
         if self.norm == "l2" and self.url is not None:
-            raise UserError("`url` with `norm` l2", "linf: Square is an Linf attack")
+            raise UserError("`url` with `norm` l2", "linf: RayS and Square are Linf attacks")
         if self.norm == "l2" and not self.eps:
             raise UserError("`norm` l2 without `eps`", "L2 radii, e.g. `eps` 0.25,0.5")
         most = 1.0 if self.norm == "linf" else math.inf

@@ -25,10 +25,13 @@ from verification.attacks.presets import Variant
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
 from verification.config import PRESETS, VerificationConfig
-from verification.foreign_model import ForeignEngine
+from verification.contract import Contract
+from verification.foreign_model import ForeignEngine, gives_scores, open_engine
+from verification.foreign_network import find_foreign_gradients
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
-from verification.live import Service
+from verification.oip_client import client
+from verification.service_client import Service
 from verification.surrogates import Surrogate, given_surrogates, surrogate_configs, surrogates
 
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
@@ -67,11 +70,9 @@ def find_context(config: VerificationConfig) -> Context:
     """
     device = pick_device(config.device)
     engine: Engine | ForeignEngine
-    gradients = None
-    if config.labels is not None:
-        if config.data is None:
-            raise UserError("a foreign classifier without `data`", "the images it is made for")
-        engine = ForeignEngine(config.model, read_labels(config.labels, None), config.data)
+    gradients, no_gradients = None, NO_WEIGHTS
+    if config.labels is not None and config.data is not None:
+        engine = open_engine(config.model, read_labels(config.labels), config.data, config.contract)
     else:
         engine = Engine(config.model, device="cpu")
         gradients = find_gradients(
@@ -86,18 +87,24 @@ def find_context(config: VerificationConfig) -> Context:
         raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
     against = _opponent(config.against, engine.card)
     data = load_training(training.data)
+    if isinstance(engine, ForeignEngine):
+        engine = engine.settled(data, config.contract, search=config.search_contract)
+        gradients, no_gradients = find_foreign_gradients(engine, device)
+        if gradients is None:
+            say(f"no white-box attacks: {no_gradients}")
     attacked = training.data
     if config.images is not None:
         attacked = replace(attacked, test_limit=config.images)
     split = _test_split(attacked, engine.card).to(device)
     known = engine.card.training.get("train_sha256") == data.train.sha256
     holdout = data.holdout if known else load_rest(attacked)
-    service = _service(config, engine.card, split)
+    service = _service(config, engine, split)
     variant = Variant(
         preset=config.preset,
         norm=config.norm,
         classes=len(engine.card.labels),
         reference=autoattack.available(),
+        scores=gives_scores(engine),
     )
     kinds = PRESETS[config.preset].surrogates
     if config.surrogates is not None:
@@ -122,7 +129,7 @@ def find_context(config: VerificationConfig) -> Context:
         eps=eps,
         surrogates=made,
         suite=suite,
-        left_out=_left_out(config, variant, training, gradients),
+        left_out=_left_out(config, variant, training, no_gradients if gradients is None else None),
         against=against,
         service=service,
     )
@@ -139,18 +146,23 @@ def _opponent(path: Path | None, card: Card) -> Engine | None:
     return engine
 
 
-def _service(config: VerificationConfig, card: Card, split: Split) -> Service | None:
+def _service(
+    config: VerificationConfig, engine: Engine | ForeignEngine, split: Split
+) -> Service | None:
     """Return the live service to attack, after a first answer from it."""
     if config.url is None:
         return None
-    service = Service(config.url, len(card.labels), config.requests, config.requests_a_second)
+    contract = engine.contract if isinstance(engine, ForeignEngine) else Contract()
+    service = client(
+        config.url, engine.card.labels, contract, config.requests, config.requests_a_second
+    )
     with service:
         service.scores(split.images[:1].cpu().numpy())
     return service
 
 
 def _left_out(
-    config: VerificationConfig, variant: Variant, training: Config, gradients: Gradients | None
+    config: VerificationConfig, variant: Variant, training: Config, no_gradients: str | None
 ) -> list[dict[str, str]]:
     """Return the parts of the preset that are not run, each with the reason."""
     missing = presets.left_out(variant)
@@ -162,8 +174,8 @@ def _left_out(
             for kind in kinds
             if kind not in able
         }
-    if gradients is None:
-        missing["white-box attacks"] = NO_WEIGHTS
+    if no_gradients is not None:
+        missing["white-box attacks"] = no_gradients
     return [{"what": what, "why": why} for what, why in missing.items()]
 
 

@@ -157,7 +157,7 @@ def converged(outcome: Outcomes, suite: Sequence[Attack]) -> Gate:
 
 
 def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
-    """Noise, transfer and Square break almost nothing that white-box attacks do not.
+    """Noise, transfer and queries break almost nothing that white-box attacks do not.
 
     Otherwise gradients are masked and the white-box figure flatters. The images count as broken
     either way.

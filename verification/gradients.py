@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from verification.attacks.attack import Attack
 from verification.attacks.batches import in_batches
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask
+
+if TYPE_CHECKING:
+    import onnx
 
 READABLE_OPSET = 17  # onnx2torch knows no newer ReduceMean
 
@@ -126,22 +130,36 @@ def _from_file(model: Path, card: Card, device: torch.device) -> Gradients | Non
     if card.precision != "fp32" or importlib.util.find_spec("onnx2torch") is None:
         return None
     import onnx
-    from onnx2torch import convert
 
-    warnings.filterwarnings("ignore", module=r"onnx2torch\.")  # about tracing, at every call
-    whole = onnx.load(model)
-    for node in whole.graph.node:  # no shape of ours has a zero; the gate `parity` checks it
-        kept = [each for each in node.attribute if each.name != "allowzero"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
     try:
-        graph = convert(onnx.version_converter.convert_version(whole, READABLE_OPSET))
+        graph = torch_graph(onnx.load(model))
     # An operator it does not know may raise any exception.
     except Exception:
         return None
-    shared = _Shared(graph.eval().requires_grad_(False).to(device))
+    shared = _Shared(graph.requires_grad_(False).to(device))
     members = [_View(shared, index) for index in range(card.members)]
     return Gradients(members, sha256(model.read_bytes()), "the file itself, by onnx2torch")
+
+
+def torch_graph(model: onnx.ModelProto) -> nn.Module:
+    """Return an ONNX graph as a torch module in evaluation mode, by the optional onnx2torch.
+
+    Raises:
+        Exception: of any kind, for an operator that it does not know.
+    """
+    from onnx import version_converter
+    from onnx2torch import convert
+
+    warnings.filterwarnings("ignore", module=r"onnx2torch\.")  # about tracing, at every call
+    for node in model.graph.node:  # no shape of ours has a zero; the gate `parity` checks it
+        kept = [each for each in node.attribute if each.name != "allowzero"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    if opset > READABLE_OPSET:
+        model = version_converter.convert_version(model, READABLE_OPSET)
+    graph: nn.Module = convert(model)
+    return graph.eval()
 
 
 class _Shared(threading.local):

@@ -1,165 +1,68 @@
-"""Attacking a running service as any client could: 8-bit PNGs through `/predict`.
+"""Attacking a running service as any client could, within its budget of requests.
 
-Requests are bounded in number and in rate.
+An eighth of the requests sends clean images, an eighth their transferred versions, a quarter
+trains a substitute on the answers and an eighth sends the images made with it. What is left goes to
+one image after another: by labels where the service tells labels alone, else by scores.
 """
 
 from __future__ import annotations
 
-import http.client
-import io
-import json
-import math
-import os
-import time
-from dataclasses import dataclass, field
-from typing import Any, Self
-from urllib.parse import urlsplit
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import torch
+from torch import Tensor
 
-from dverge_serve.errors import UserError
-from dverge_serve.images import to_float
+from dverge_serve.engine.outputs import softmax
 from dverge_serve.progress import Progress
-from training.data.splits import Split
+from training.config import Config
+from training.data.splits import Split, to_float
+from training.models.ensemble import Ensemble
 from training.seeds import derive
+from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
-from verification.attacks.perturbation import uint8_steps
-from verification.attacks.square import square
+from verification.attacks.perturbation import quantize_uint8, uint8_steps
+from verification.attacks.query_attack import Answers, QueryAttack
+from verification.attacks.rays import RayS
+from verification.attacks.square import Square
+from verification.config import SUBSTITUTE
 from verification.metrics.statistics import rate
+from verification.service_client import Service
+from verification.substitute import steal
 
-TIMEOUT_S = 30.0
-BUSY_S = (1.0, 2.0, 4.0)  # waits before a request that was answered 503 is sent again
-SQUARE_QUERIES = 100  # an image, at most
-LEAST = -20.0  # log-probability of a class that the service leaves out
+BY_SCORES = Square(name="square", queries=100)
+BY_LABELS = RayS(name="rays", queries=200)
+FROM_SUBSTITUTE = GradientAttack(
+    name="mpgd", threat="queries", source=SUBSTITUTE, loss="cw", momentum=1.0, steps=20
+)
 
 
-@dataclass
-class Service:
-    """A live service: its address, and the requests made so far.
-
-    As a context manager it closes its connection at the end; a later request opens another.
+@dataclass(frozen=True)
+class Caller:
+    """Somebody who may only send images to a service.
 
     Args:
-        url: `http://host:port`; https works as well.
-        classes: how many the model has.
-        requests: most requests in total.
-        rate: most requests a second.
-        token: sent as a bearer token, if there is one.
+        holdout: their own images, which the model was not trained on.
+        config: of the model, whose architecture they guess.
+        seed: of every random draw.
     """
 
-    url: str
-    classes: int
-    requests: int = 2000
-    rate: float = 50.0
-    token: str = field(default_factory=lambda: os.environ.get("DVERGE_TOKEN", ""), repr=False)
-    asked: int = 0
-    exposed: set[str] = field(default_factory=set)
-    sha256: str = ""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"`url` {self.url}", "http://host:port")
-        try:
-            port = parts.port
-        except ValueError as error:
-            raise UserError(f"`url` {self.url}", "a port from 1 to 65535") from error
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        self._connection = kind(parts.hostname, port, timeout=TIMEOUT_S)
-        self._path = parts.path.rstrip("/") + "/predict"
-        self._next = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    @property
-    def exposure(self) -> str:
-        """How much the service exposes, as a value of its setting `DVERGE_EXPOSE`."""
-        if "disagreement" in self.exposed:
-            return "full"
-        return "scores" if "top" in self.exposed else "label"
-
-    @property
-    def left(self) -> int:
-        """Requests that may still be made."""
-        return self.requests - self.asked
-
-    def scores(self, images: Pixels) -> npt.NDArray[np.float32]:
-        """Return the service's scores of 8-bit images `[n, C, H, W]`, one request each.
-
-        Returns:
-            log-probabilities `[n, classes]` as far as the service gives them; where it gives
-            labels alone, 0 for the label and `LEAST` for the others.
-        """
-        return np.array([self._ask(_png(image)) for image in images], np.float32)
-
-    def _ask(self, body: bytes) -> npt.NDArray[np.float64]:
-        for wait in (*BUSY_S, None):
-            response, text = self._send(body)
-            if response.status != 503 or wait is None:
-                break
-            time.sleep(wait)  # it is busy: try again later
-        if response.status != 200:
-            raise UserError(
-                f"the service answered {response.status}",
-                "200",
-                "set DVERGE_TOKEN to its token" if response.status == 401 else "look at its log",
-            )
-        self.sha256 = response.headers.get("X-Model-Sha256", "")
-        try:
-            (answer,) = json.loads(text)["predictions"]
-            return self._read(answer)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                "the service's answer is not ours", "POST /predict of dverge"
-            ) from error
-
-    def _send(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send one request within budget and rate; reopen a connection closed while idle."""
-        if self.left <= 0:
-            raise UserError(f"the budget of {self.requests} requests is spent", "a larger one")
-        time.sleep(max(0.0, self._next - time.monotonic()))
-        self._next = time.monotonic() + 1 / self.rate
-        self.asked += 1
-        headers = {"content-type": "image/png"}
-        if self.token:
-            headers["authorization"] = f"Bearer {self.token}"
-        idle = self._connection.sock is not None
-        while True:
-            try:
-                self._connection.request("POST", self._path, body, headers)
-                response = self._connection.getresponse()
-                return response, response.read()
-            except (OSError, http.client.HTTPException) as error:
-                self._connection.close()
-                if idle and isinstance(error, ConnectionError):
-                    idle = False
-                    continue
-                raise UserError(
-                    f"no answer from {urlsplit(self.url).netloc} ({type(error).__name__})",
-                    "a running service",
-                ) from error
-
-    def _read(self, answer: dict[str, Any]) -> npt.NDArray[np.float64]:
-        self.exposed |= set(answer)
-        scores = np.full(self.classes, LEAST)
-        scores[int(answer["index"])] = 0.0
-        for entry in answer.get("top", []):
-            scores[int(entry["index"])] = math.log(max(float(entry["probability"]), 1e-9))
-        return scores
+    holdout: Split
+    config: Config
+    seed: int
 
 
 def attack_service(
-    service: Service, split: Split, outcome: Outcomes, served_sha256: str, eps: float, seed: int
+    service: Service,
+    split: Split,
+    outcome: Outcomes,
+    served_sha256: str,
+    eps: float,
+    caller: Caller,
 ) -> dict[str, Any]:
-    """Send clean and transferred images, then attack by Square with the requests that are left.
+    """Send clean and transferred images, steal the model, then attack by queries.
 
     Args:
         service: to attack.
@@ -167,66 +70,127 @@ def attack_service(
         outcome: of the model file, with its worst transferred images.
         served_sha256: of that file; the service may serve another.
         eps: the radius; images are sent in 8 bits, so whole steps are used.
-        seed: of the choice of images and of Square.
+        caller: who attacks.
 
     Returns:
         the report's section `live`.
     """
-    labels = split.labels.cpu().numpy()
-    sent = chosen(len(labels), service.requests, seed)
-    clean = split.images.cpu().numpy()[sent]
-    transfer = outcome.worst[eps, "transfer"][sent]
-    with Progress("attacking the live service", 2 * len(sent)) as progress:
-        right = _right(service, clean, labels[sent], progress)
-        robust = right & _right(service, transfer, labels[sent], progress)
-    kept = np.flatnonzero(robust)[: max(1, service.left // SQUARE_QUERIES)]
-    queries = min(SQUARE_QUERIES, service.left // max(len(kept), 1))
-    before = service.asked
-    found = square(
-        lambda pixels: service.scores(np.rint(pixels * 255).astype(np.uint8)),
-        to_float(clean[kept]),
-        labels[sent][kept],
-        eps=uint8_steps(eps) / 255,
-        queries=queries,
-        seed=derive(seed, "live", "square"),
-    )
-    assert service.asked - before == int(found.queries.sum())
+    sent = chosen(len(split), service.requests, caller.seed)
+    part = split.take(torch.from_numpy(sent).to(split.device))
+    with Progress("attacking the live service", service.left) as progress:
+        live = _Attacked(service, progress)
+        labels = part.labels.cpu().numpy()
+        right = live.labels(part.images.cpu().numpy()) == labels
+        robust = right & (live.labels(outcome.worst[eps, "transfer"][sent]) == labels)
+        stolen = _steal(live, part, right, eps, caller)
+        standing = part.take(torch.from_numpy(right).to(part.device))
+        by_queries = _by_queries(live, standing, eps, caller)
     return {
         "eps": eps,
         "model_sha256": service.sha256,
-        "same_model": service.sha256 == served_sha256,
+        "same_model": service.sha256 == served_sha256 if service.sha256 else None,
         "exposure": service.exposure,
         "exposed": sorted(service.exposed),
         "requests": service.asked,
         "clean_accuracy": rate(right),
         "transfer": rate(robust),
-        "square": {
-            "images": len(kept),
-            "broken": int(found.broken.sum()),
-            "queries_each_at_most": queries,
-            "queries": int(found.queries.sum()),
-        },
+        "substitute": stolen,
+        "by_queries": by_queries,
     }
 
 
 def chosen(count: int, requests: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return which of `count` images are sent, in order: as many as a quarter of the requests."""
+    """Return which of `count` images are sent, in order: as many as an eighth of the requests."""
     order = np.random.default_rng(derive(seed, "live")).permutation(count)
-    return np.sort(order[: max(1, requests // 4)])
+    return np.sort(order[: max(1, requests // 8)])
 
 
-def _right(
-    service: Service, images: Pixels, labels: npt.NDArray[np.int64], progress: Progress
-) -> Mask:
-    answers = []
-    for image in images:
-        answers.append(int(service.scores(image[None])[0].argmax()))
-        progress.advance()
-    return np.asarray(np.array(answers) == labels)
+class _Attacked:
+    """A service as attacks see it: its answers to 8-bit images, the latest in `last`."""
+
+    def __init__(self, service: Service, progress: Progress) -> None:
+        self.service, self._progress = service, progress
+        self.last: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+
+    @property
+    def answers(self) -> Answers:
+        """What it tells, as far as it has been asked."""
+        return "labels" if self.service.exposure == "label" else "scores"
+
+    def scores(self, images: Pixels) -> npt.NDArray[np.float32]:
+        """Return log-probabilities `[n, classes]` as far as the service gives them."""
+        found = []
+        for image in images:
+            found.append(self.service.scores(image[None])[0])
+            self._progress.advance()
+        self.last = np.array(found, np.float32)
+        return self.last
+
+    def labels(self, images: Pixels) -> npt.NDArray[np.int64]:
+        """Return the labels that it answers with, `[n]`."""
+        return np.asarray(self.scores(images).argmax(1))
+
+    def model(self, images: Tensor) -> Tensor:
+        """Return the scores of float images, sent in 8 bits."""
+        pixels = (images.cpu().numpy() * 255).round().astype(np.uint8)
+        return torch.from_numpy(self.scores(pixels)).to(images.device)
+
+    def probabilities(self, images: Pixels) -> npt.NDArray[np.float64]:
+        """Return the probabilities as far as they are told; one-hot where labels alone are."""
+        scores = self.scores(images)
+        if self.answers == "labels":
+            return np.asarray(np.eye(scores.shape[1])[scores.argmax(1)])
+        return softmax(scores)
 
 
-def _png(image: Pixels) -> bytes:
-    out = io.BytesIO()
-    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+def _steal(live: _Attacked, part: Split, right: Mask, eps: float, caller: Caller) -> dict[str, Any]:
+    """Train a substitute on the answers and send the images that fool it."""
+    queries = max(2, live.service.requests // 4)
+    found = steal(
+        live.probabilities,
+        caller.holdout,
+        caller.config,
+        classes=live.last.shape[1],
+        queries=queries,
+        answers=live.answers,
+        seed=caller.seed,
+    )
+    ensemble, x = Ensemble(found.members).eval(), to_float(part.images)
+    made = FROM_SUBSTITUTE.run(ensemble, x, part.labels, eps, caller.seed, "live").images
+    clean, labels = part.images.cpu().numpy(), part.labels.cpu().numpy()
+    robust = right & (live.labels(quantize_uint8(made.cpu().numpy(), clean, eps)) == labels)
+    return {"answers": found.answers, "queries": found.queries, "robust": rate(robust)}
+
+
+def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> dict[str, Any]:
+    """Attack one image after another while there are requests for a whole attack.
+
+    Args:
+        live: the service.
+        right: images that it answers rightly untouched; they are taken in random order.
+        eps: the radius.
+        caller: who attacks.
+    """
+    attack: QueryAttack = BY_LABELS if live.answers == "labels" else BY_SCORES
+    most = min(attack.queries, live.service.left)
+    attack = replace(attack, queries=most)
+    order = np.random.default_rng(derive(caller.seed, "live", "queries")).permutation(len(right))
+    tried, broken, before = 0, 0, live.service.asked
+    for index in order:
+        if not most or live.service.left < most:
+            break
+        one = right.take(slice(int(index), int(index) + 1))
+        names = (caller.seed, "live", attack.name, int(index))
+        reach = uint8_steps(eps) / 255
+        attack.run(attack.seen(live.model), to_float(one.images), one.labels, reach, *names)
+        tried += 1
+        # An image leaves the attack when it is broken: the last answer says whether it is.
+        broken += int(live.last[-1].argmax() != one.labels[0].item())
+    return {
+        "attack": attack.name,
+        "answers": attack.answers,
+        "images": tried,
+        "broken": broken,
+        "queries_each_at_most": most,
+        "queries": live.service.asked - before,
+    }

@@ -11,18 +11,23 @@ import torch
 from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
+from dverge_serve.progress import say
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
+from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
-from verification.config import VerificationConfig
-from verification.context import find_context
-from verification.live import attack_service
+from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
+from verification.context import Context, find_context
+from verification.foreign_model import gives_scores
+from verification.live import Caller, attack_service
+from verification.metrics.by_queries import under_substitute
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.page import page
 from verification.run_gates import check
 from verification.run_metrics import measure
+from verification.substitute import Substitute, ask_engine, steal
 
 
 def attack_and_report(config: VerificationConfig) -> Report:
@@ -36,6 +41,8 @@ def attack_and_report(config: VerificationConfig) -> Report:
     context = find_context(config)
     targets, control = find_targets(context)
     sources = {each.name: (each.members, each.run.weights_sha256) for each in context.surrogates}
+    stolen = _steal(context)
+    sources[SUBSTITUTE] = (stolen.members, stolen.weights)
     service, labels, seed = context.service, context.engine.card.labels, config.seed
     eps, split, model = context.eps, context.split, targets["model"]
     with EvidenceWriter(evidence_folder(config.model), split, context.holdout) as evidence:
@@ -46,13 +53,19 @@ def attack_and_report(config: VerificationConfig) -> Report:
         checks = check(context, model, outcomes, control)
         measured = measure(context, model, outcome, evidence)
         table = assemble(context, outcomes, control, checks, measured)
+        table["substitute"] = {
+            **stolen.to_json(),
+            "agreement": stolen.agreement(context.engine, split),
+            "robust_accuracy": under_substitute(outcome, context.suite, eps),
+        }
         table["evidence"] = evidence.index
         unanswered = None
         if service is not None:
             try:
                 with service:
+                    caller = Caller(context.data.holdout.to(split.device), context.training, seed)
                     table["live"] = attack_service(
-                        service, split, outcome, context.engine.sha256, max(eps), seed
+                        service, split, outcome, context.engine.sha256, max(eps), caller
                     )
             except UserError as error:  # the rest is worth keeping
                 unanswered, table["live"] = error, {"error": str(error)}
@@ -80,3 +93,18 @@ def attack_and_report(config: VerificationConfig) -> Report:
             unanswered.next_step,
         )
     return report
+
+
+def _steal(context: Context) -> Substitute:
+    """Train a substitute on the model's scores."""
+    say("training a substitute on the model's answers")
+    answers: Answers = "scores" if gives_scores(context.engine) else "labels"
+    return steal(
+        ask_engine(context.engine, answers),
+        context.data.holdout.to(context.device),
+        context.training,
+        classes=len(context.engine.card.labels),
+        queries=PRESETS[context.config.preset].substitute,
+        answers=answers,
+        seed=context.config.seed,
+    )

@@ -19,9 +19,12 @@ from verification.attacks import presets
 from verification.attacks.outcomes import SOFT, Outcomes, Pixels
 from verification.attacks.perturbation import count_norm_violations, decode_fp16
 from verification.attacks.recorder import OutcomeRecorder
+from verification.contract import Contract
+from verification.foreign_file import open_foreign
 from verification.foreign_model import ForeignEngine
 from verification.gates import verdict
 from verification.metrics import detection
+from verification.metrics.by_queries import by_queries, under_substitute
 from verification.metrics.robust_accuracy import THREATS, combinations, comparison, figures
 from verification.report.evidence import evidence_folder, read_evidence
 
@@ -61,7 +64,7 @@ def replay(path: Path) -> Replay:
     model = path.with_name(report["model"]["file"])
     engine: Engine | ForeignEngine
     if report["model"].get("foreign"):
-        engine = ForeignEngine(model, report["model"]["labels"], report["data"]["name"])
+        engine = _foreign(model, report)
     else:
         engine = Engine(model, device="cpu")
     if engine.sha256 != report["model"]["sha256"]:
@@ -105,7 +108,10 @@ def replay(path: Path) -> Replay:
         count += 2 * int(chosen.sum())
 
     outcome, attacks = recorder.outcomes, list(suite.values())
+    outcome.queries |= Outcomes.from_json(report["outcomes"]["model"]).queries
     again: dict[str, Any] = figures(outcome, attacks, eps)
+    again["by_queries"] = by_queries(outcome, attacks, eps)
+    again["substitute"] = {"robust_accuracy": under_substitute(outcome, attacks, eps)}
     again["outcomes"] = {"model": outcome.to_json()}
     attacked = worst_at(outcome, max(eps)) | extra
     again["disagreement"] = detection.calibrate(engine, holdout, split) | {
@@ -124,6 +130,21 @@ def replay(path: Path) -> Replay:
     differences: list[tuple[str, Any, Any]] = []
     compared = _compare(nulls(again), report, "", differences)
     return Replay(count, compared, differences)
+
+
+def _foreign(model: Path, report: dict[str, Any]) -> ForeignEngine:
+    """Open the foreign classifier of a report, whose weights may lie in other files."""
+    told = report["model"]
+    labels, data = told["labels"], report["data"]["name"]
+    contract = Contract.from_json(told.get("contract", {"order": list(range(len(labels)))}))
+    file = open_foreign(model, layout=contract.layout, labels_alone=contract.outputs == "labels")
+    engine = ForeignEngine(file, labels, data, contract)
+    if "contract" in told and engine.card.weights_sha256 != told["weights_sha256"]:
+        raise UserError(
+            f"the weights of {model} are others than the report's",
+            "the files as they were attacked",
+        )
+    return engine
 
 
 def worst_at(outcome: Outcomes, eps: float) -> dict[str, tuple[float, Pixels]]:

@@ -45,7 +45,7 @@ def check(
     return [
         gates.finite(everyone),
         gates.deterministic(clean, again),
-        gates.not_probabilities(clean, context.config.labels is not None),
+        gates.not_probabilities(clean, context.config.labels is not None and model.members is None),
         gates.nonzero_gradient(zero, broken),
         gates.eps_8bit(everyone),
         _parity(context, model, mine),

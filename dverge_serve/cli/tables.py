@@ -15,7 +15,9 @@ from dverge_serve.progress import gigabytes
 
 if TYPE_CHECKING:
     from dverge_serve.engine.environment import CacheUse, Finding
-    from dverge_serve.engine.report import Accuracies, Live, Rate, Report
+    from dverge_serve.engine.live_report import Live
+    from dverge_serve.engine.rates import Accuracies, Rate
+    from dverge_serve.engine.report import Report
 
 
 def show(table: Table) -> None:
@@ -48,6 +50,8 @@ def report_table(report: Report) -> None:
         rows.append((f"{eps:g}", interval(row.transfer), interval(row.white_box), held))
     title = f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)"
     show(_table(title, ("eps", "transfer", "white-box", "control, transfer"), rows))
+    if report.by_queries:
+        show(_queries_table(report))
     gates = Table(title="Gates")
     gates.add_column("gate", no_wrap=True)
     gates.add_column("result", no_wrap=True)
@@ -58,13 +62,34 @@ def report_table(report: Report) -> None:
     show(gates)
 
 
+def _queries_table(report: Report) -> Table:
+    """Return accuracy by queries: callers who see scores, or labels alone, or steal the model."""
+    kinds = list(dict.fromkeys(row.answers for row in report.by_queries))
+    found = {(row.eps, row.answers): row.points[-1] for row in report.by_queries}
+    stolen = report.substitute.robust_accuracy if report.substitute else {}
+    rows = [
+        (
+            f"{eps:g}",
+            *(interval(found.get((eps, kind))) for kind in kinds),
+            percent(stolen.get(eps)),
+        )
+        for eps in report.robust_accuracy
+    ]
+    last = report.by_queries[-1].points[-1]
+    title = f"By callers: {last.queries} queries for each of {last.n} images"
+    return _table(title, ("eps", *kinds, "stolen model"), rows)
+
+
 def live_line(live: Live) -> str:
     """Return what the attack on a running service found, as one line."""
-    same = "" if live.same_model else ", which serves ANOTHER model"
+    told = {True: "", False: ", which serves ANOTHER model", None: ", which names no model file"}
+    asked, stolen = live.by_queries, live.substitute
     return (
-        f"live service{same}: {percent(live.clean_accuracy)} clean, "
-        f"{percent(live.transfer)} transferred at eps {live.eps:g}; Square broke "
-        f"{live.square.broken} of {live.square.images} images in {live.square.queries} queries; "
+        f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean; "
+        f"at eps {live.eps:g} {percent(live.transfer)} transferred, "
+        f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} "
+        f"({stolen.queries} queries); {asked.attack} by {asked.answers} "
+        f"broke {asked.broken} of {asked.images} images in {asked.queries} queries; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )
 

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from dverge_serve.cli import app
+from dverge_serve.cli import foreign as options
 from dverge_serve.cli.options import Data, Device, Model
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
-    from dverge_serve.engine.report import Rate, Report
+    from dverge_serve.engine.rates import Rate
+    from dverge_serve.engine.report import Report
     from training.pgd import Norm
 
 
 @app.command(
     "verify-robustness",
+    cls=options.OptionalForeign,
     epilog="Example: dverge verify-robustness model.onnx --min-accuracy 0.6 --at-eps 0.03",
 )
 def verify_robustness(
@@ -32,12 +35,14 @@ def verify_robustness(
         Path | None, typer.Option(help="A checkpoint of the published code to attack with.")
     ] = None,
     data: Data = None,
-    foreign: Annotated[
-        bool, typer.Option("--foreign", help="A classifier not ours: black-box, with --labels.")
-    ] = False,
-    labels: Annotated[
-        str | None, typer.Option(help="With --foreign: a file with one class name a line.")
-    ] = None,
+    foreign: options.Foreign = None,
+    labels: options.Labels = None,
+    layout: options.Layout = None,
+    pixel_max: options.PixelMax = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    channels: options.Channels = None,
+    outputs: options.Outputs = None,
     surrogates: Annotated[
         Path | None,
         typer.Option(help="A folder of runs to attack from. [default: trained, cached]"),
@@ -51,7 +56,8 @@ def verify_robustness(
         Path | None, typer.Option(help="Another model, attacked alike and compared.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="A live service of this model, attacked through /predict.")
+        str | None,
+        typer.Option(help="A live service of this model: http://host:port, or .../v2/models/NAME."),
     ] = None,
     requests: Annotated[int, typer.Option(help="With --url: most requests.", min=10)] = 2000,
     rate: Annotated[
@@ -77,8 +83,16 @@ def verify_robustness(
 
     Exit codes: 0 VALID, 1 --min-accuracy not met, 3 INCONCLUSIVE or INVALID.
     """
-    if foreign != (labels is not None):
-        raise UserError("--foreign and --labels go together", "both, or neither")
+    contract = options.contract(
+        foreign,
+        labels,
+        mean,
+        std,
+        layout=layout,
+        pixel_max=pixel_max,
+        channels=channels,
+        outputs=outputs,
+    )
     radii = _eps(eps)
     if threat not in ("transfer", "white-box", "all"):
         raise UserError(f"threat '{threat}'", "transfer, white-box or all")
@@ -99,6 +113,8 @@ def verify_robustness(
         preset=preset,
         checkpoint=checkpoint,
         labels=labels,
+        contract=contract,
+        search_contract=foreign == "auto",
         data=data,
         surrogates=surrogates,
         against=against,

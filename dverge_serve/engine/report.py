@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from dverge_serve.engine.live_report import Live
+from dverge_serve.engine.rates import Accuracies, ByQueries, Substitute, accuracies, pick
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
 
@@ -18,57 +19,6 @@ SCHEMA_VERSION = 1
 NORMS: dict[Literal["linf", "l2"], str] = {"linf": "Linf", "l2": "L2"}
 
 Verdict = Literal["VALID", "INCONCLUSIVE", "INVALID"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """A share of `n` images, in `[0,1]`, with its Wilson 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def percent(self) -> str:
-        """The share for people: "95.3%"."""
-        return f"{self.value:.1%}"
-
-    @property
-    def interval(self) -> str:
-        """The share and its interval for people: "95.3% (92.6-97.1)"."""
-        return f"{self.percent} ({100 * self.low:.1f}-{100 * self.high:.1f})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RobustRate(Rate):
-    """The share of images answered rightly untouched and after every attack of one threat.
-
-    An image must survive both as computed (float) and rounded to 8 bits (delivered).
-    """
-
-    as_float: float
-    delivered: float
-    of_clean_correct: float | None  # share of the images that are right untouched
-    attacks: Mapping[str, float]  # share that survives each attack alone, by its name
-
-
-@dataclass(frozen=True, kw_only=True)
-class RobustAccuracy:
-    """Robust accuracy at one radius, for each threat; None where no such attack was run."""
-
-    transfer: RobustRate | None
-    white_box: RobustRate | None
-    all: RobustRate | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracies:
-    """Clean accuracy, and robust accuracy by radius, in rising order."""
-
-    clean_accuracy: Rate
-    robust_accuracy: Mapping[float, RobustAccuracy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,37 +85,6 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveSquare:
-    """The Square attack on a live service."""
-
-    images: int
-    broken: int
-    queries: int
-    queries_each_at_most: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Live:
-    """The attack on a live service."""
-
-    eps: float
-    same_model: bool  # whether it serves the verified file
-    exposure: str  # `label`, `scores` or `full`
-    exposed: tuple[str, ...]
-    requests: int
-    clean_accuracy: Rate
-    transfer: Rate
-    square: LiveSquare
-
-    @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> Live:
-        """Return it from the report's section `live`."""
-        rates = {key: _pick(Rate, table[key]) for key in ("clean_accuracy", "transfer")}
-        exposed, square = tuple(table["exposed"]), _pick(LiveSquare, table["square"])
-        return _pick(cls, table, exposed=exposed, square=square, **rates)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report(Accuracies):
     """The robustness report of a model file: its headline figures typed, all of it in `to_json`."""
 
@@ -175,6 +94,8 @@ class Report(Accuracies):
     data: Images
     norm: Literal["Linf", "L2"]
     seed: int
+    by_queries: tuple[ByQueries, ...]
+    substitute: Substitute | None  # None in reports of older versions
     control: Control | None
     against: Against | None
     gates: tuple[Gate, ...]
@@ -217,17 +138,20 @@ class Report(Accuracies):
     @classmethod
     def _from_table(cls, table: dict[str, Any]) -> Report:
         control, against, live = table["control"], table["against"], table.get("live", {})
-        rows = tuple(_pick(Comparison, row) for row in against["comparison"]) if against else ()
-        return _pick(
+        stolen = table.get("substitute")
+        rows = tuple(pick(Comparison, row) for row in against["comparison"]) if against else ()
+        return pick(
             cls,
             table,
-            **_accuracies(table),
-            model=_pick(VerifiedModel, table["model"]),
-            data=_pick(Images, table["data"]),
+            **accuracies(table),
+            model=pick(VerifiedModel, table["model"]),
+            data=pick(Images, table["data"]),
             norm=table["threat_model"]["norm"],
-            control=control and _pick(Control, control, **_accuracies(control)),
-            against=against and _pick(Against, against, comparison=rows, **_accuracies(against)),
-            gates=tuple(_pick(Gate, gate) for gate in table["gates"]),
+            by_queries=tuple(map(ByQueries.from_json, table.get("by_queries", ()))),
+            substitute=Substitute.from_json(stolen) if stolen else None,
+            control=control and pick(Control, control, **accuracies(control)),
+            against=against and pick(Against, against, comparison=rows, **accuracies(against)),
+            gates=tuple(pick(Gate, gate) for gate in table["gates"]),
             live=Live.from_json(live) if "eps" in live else None,
             live_error=live.get("error"),
             finished=table["run"]["finished"],
@@ -273,27 +197,3 @@ def _readable(table: Any) -> bool:
     """Tell whether this is a report of this version's schema or an older one."""
     version = table.get("schema_version") if isinstance(table, dict) else None
     return isinstance(version, int) and 1 <= version <= SCHEMA_VERSION
-
-
-def _pick(kind: Callable[..., T], table: Mapping[str, Any], **given: Any) -> T:
-    """Build a dataclass from those keys of `table` that it has; `given` values win."""
-    known = inspect.signature(kind).parameters
-    return kind(**{key: value for key, value in table.items() if key in known} | given)
-
-
-def _accuracies(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "clean_accuracy": _pick(Rate, table["clean_accuracy"]),
-        "robust_accuracy": {
-            row["eps"]: RobustAccuracy(
-                **{threat: _robust(row[threat]) for threat in ("transfer", "white_box", "all")}
-            )
-            for row in table["robust_accuracy"]
-        },
-    }
-
-
-def _robust(rate: Mapping[str, Any] | None) -> RobustRate | None:
-    if rate is None:
-        return None
-    return _pick(RobustRate, rate, as_float=rate["float"])

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.verification.models import shorter
-from verification import Report, verify
+from verification import Report, pipeline, verify
 from verification.attacks import presets
 from verification.attacks.attack import Attack
+from verification.substitute import Substitute, steal
 
 EPS = (0.03, 0.3)
 
@@ -24,9 +25,13 @@ def short() -> Iterator[None]:
     def fewer(*positional: Any, **named: Any) -> list[Attack]:
         return [shorter(attack, 5, 20) for attack in whole(*positional, **named)]
 
+    def asking_less(*positional: Any, **named: Any) -> Substitute:
+        return steal(*positional, **named | {"queries": 40})
+
     whole = presets.suite
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "suite", fewer)
+        patch.setattr(pipeline, "steal", asking_less)
         yield
 
 

@@ -14,7 +14,7 @@ from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, suite
-from verification.attacks.square import Square
+from verification.attacks.query_attack import QueryAttack
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 
@@ -124,7 +124,7 @@ def shorter(attack: Attack, steps: int, queries: int) -> Attack:
     """Return the attack with at most so many steps or queries."""
     if isinstance(attack, GradientAttack):
         return replace(attack, steps=min(attack.steps, steps))
-    if isinstance(attack, Square):
+    if isinstance(attack, QueryAttack):
         return replace(attack, queries=min(attack.queries, queries))
     return attack
 

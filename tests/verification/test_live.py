@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 from dverge_serve.cli.tables import live_line
-from dverge_serve.engine.report import Live
+from dverge_serve.engine.live_report import Live
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from tests.verification.models import Linear, TorchEngine, linear_split
+from training.recipe import load_recipe
 from verification.attacks.outcomes import Outcomes
-from verification.live import Service, attack_service
+from verification.live import Caller, attack_service
+from verification.service_client import Service
 
 EPS = 0.05
 
@@ -70,6 +72,11 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
+CALLER = Caller(
+    linear_split([40, 90, 150, 220, 100, 180]), load_recipe("digits", {"width": 8}), seed=0
+)
+
+
 def outcome(values: list[int]) -> Outcomes:
     split = linear_split(values)
     found = Outcomes({}, np.ones(len(values), bool), np.zeros(len(values), bool))
@@ -85,23 +92,28 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
     url: str, full: bool, kept: int, broken: int
 ) -> None:
     values = [120, kept, 250, 5]
-    with Service(url, 2, requests=160, rate=1e6, token="secret") as service:
+    with Service(url, 2, requests=240, rate=1e6, token="secret") as service:
         Handler.full = full
-        live = attack_service(service, linear_split(values), outcome(values), "abc", EPS, 0)
-    assert live["requests"] == Handler.count <= 160
+        live = attack_service(service, linear_split(values), outcome(values), "abc", EPS, CALLER)
+    assert live["requests"] == Handler.count <= 240
     assert live["same_model"] is True
     assert live["exposed"] == (["index", "label", "top"] if full else ["index", "label"])
     assert live["exposure"] == ("scores" if full else "label")
     assert live["clean_accuracy"]["value"] == 1.0
     assert live["transfer"]["value"] == 0.75
-    square = live["square"]
-    assert square["broken"] == broken
-    assert (square["queries"] < 100) is bool(broken)
-    assert square["queries"] == Handler.count - 8
-    assert square["images"] == 1
-    assert square["queries_each_at_most"] == 100
+    told = "scores" if full else "labels"
+    stolen, asked = live["substitute"], live["by_queries"]
+    assert (stolen["answers"], stolen["queries"]) == (told, 60)
+    assert stolen["robust"]["n"] == 4
+    assert stolen["robust"]["value"] <= 1 - 0.25 * broken - 0.25  # 120 breaks, and so does 129
+    assert (asked["attack"], asked["answers"]) == ("square" if full else "rays", told)
+    assert asked["queries"] == Handler.count - 4 - 4 - 60 - 4
+    assert asked["broken"] in (0, 1, 1 + broken)
+    assert 1 <= asked["images"] <= 4
+    assert asked["queries_each_at_most"] == (100 if full else 168)
     line = live_line(Live.from_json(live))
-    assert "100.0% clean, 75.0% transferred at eps 0.05" in line
+    assert "100.0% clean; at eps 0.05 75.0% transferred" in line
+    assert f"from a substitute trained on its {told} (60 queries)" in line
     assert f"{Handler.count} requests" in line
     assert line.endswith("it exposes scores: index, label, top" if full else "label: index, label")
     assert "ANOTHER" not in line
@@ -110,8 +122,8 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("verification.live.time.sleep", slept.append)
-    monkeypatch.setattr("verification.live.time.monotonic", lambda: 10.0)
+    monkeypatch.setattr("verification.service_client.time.sleep", slept.append)
+    monkeypatch.setattr("verification.service_client.time.monotonic", lambda: 10.0)
     with Service(url, 2, requests=3, rate=4.0, token="secret") as service:
         images = linear_split([10, 20, 30]).images.numpy()
         service.scores(images)
@@ -123,7 +135,7 @@ def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_busy_service_is_asked_again_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("verification.live.time.sleep", slept.append)
+    monkeypatch.setattr("verification.service_client.time.sleep", slept.append)
     images = linear_split([10]).images.numpy()
     with Service(url, 2, rate=1e6, token="secret") as service:
         Handler.busy = 2

@@ -13,15 +13,16 @@ import pytest
 
 from dverge_serve.engine.session import Engine
 from tests.serving.server import Server, clean_environment, free_port
-from training.data.splits import Split, load_test
+from training.data.splits import Split, load_test, load_training
 from training.recipe import load_recipe
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
-from verification.live import Service, attack_service, chosen
+from verification.live import Caller, attack_service, chosen
+from verification.service_client import Service
 
-EPS, REQUESTS = 0.1, 150
+EPS, REQUESTS = 0.3, 240
 NOISE = Noise(name="noise", threat="transfer", source="none")
 
 
@@ -53,7 +54,9 @@ def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
     engine, split, outcome = attacked
     with served(tiny_model, tmp_path, DVERGE_EXPOSE=exposure, DVERGE_TOKEN="secret") as server:
         with Service(server.url, 10, requests=REQUESTS, rate=1e6, token="secret") as service:
-            live = attack_service(service, split, outcome, engine.sha256, EPS, seed=0)
+            config = load_recipe("digits", {"width": 8})
+            caller = Caller(load_training(config.data).holdout, config, seed=0)
+            live = attack_service(service, split, outcome, engine.sha256, EPS, caller)
         headers = {"authorization": "Bearer secret"}
         counted = httpx.get(f"{server.url}/metrics", headers=headers).text
     assert (live["same_model"], live["exposure"]) == (True, exposure)
@@ -64,5 +67,11 @@ def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
     assert live["clean_accuracy"]["value"] == outcome.clean[asked].mean()
     survived = outcome.robust([NOISE], EPS, ["delivered"])[asked]
     assert live["transfer"]["value"] == survived.mean()
+    # Callers who see labels alone break images too: by labels, and from a stolen substitute.
+    asked, stolen = live["by_queries"], live["substitute"]
+    assert asked["attack"] == ("rays" if exposure == "label" else "square")
+    assert {asked["answers"], stolen["answers"]} == {"labels" if exposure == "label" else "scores"}
+    assert asked["broken"] >= 1
+    assert stolen["queries"] == REQUESTS // 4
     answered = re.findall(r"dverge_predictions_total\{[^}]*\} (\S+)", counted)
     assert live["requests"] == sum(map(float, answered)) <= REQUESTS

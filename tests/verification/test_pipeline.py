@@ -12,7 +12,6 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -34,7 +33,6 @@ from verification import Report, verify
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.losses import cw_margin
 from verification.config import radii
-from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
 from verification.surrogates import given_surrogates, surrogate_config, surrogate_folder, surrogates
@@ -83,6 +81,23 @@ def test_attacks_bite_and_more_eps_bites_more(evaluated: tuple[Path, Report]) ->
     assert large.value < small.value < report.clean_accuracy.value
 
 
+def test_callers_have_figures_of_their_own(evaluated: tuple[Path, Report]) -> None:
+    _, report = evaluated
+    kinds = [(row.eps, row.answers) for row in report.by_queries]
+    assert kinds == [(eps, answers) for eps in EPS for answers in ("scores", "labels")]
+    for row in report.by_queries:
+        assert [point.queries for point in row.points] == [1, 2, 5, 10, 20]
+        values = [point.value for point in row.points]
+        assert values == sorted(values, reverse=True)
+        assert {point.n for point in row.points} == {60}
+    assert report.by_queries[-1].at(15).queries == 10
+    assert report.by_queries[-1].points[-1].value < report.clean_accuracy.value
+    assert report.substitute is not None
+    assert (report.substitute.queries, report.substitute.answers) == (40, "scores")
+    assert list(report.substitute.robust_accuracy) == list(EPS)
+    assert 0 < report.substitute.agreement <= 1
+
+
 def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, Report]) -> None:
     report, schema = evaluated[1].to_json(), REPORT_SCHEMA
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -99,7 +114,9 @@ def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
     model, report = evaluated
     assert report.verdict in page_path(model).read_text(encoding="utf-8")
     folder = model.with_name("model.report")
-    assert {"curves.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
+    assert {"curves.png", "queries.png", "matrices.png", "regions.png"} <= {
+        f.name for f in folder.iterdir()
+    }
     assert not list(model.parent.glob(".*.part"))
 
 
@@ -313,21 +330,3 @@ def test_gradients_come_from_the_file_itself_where_they_can(
     other = gradient(cw_margin(Ensemble(members), labels), x)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert _from_file(tiny_model, replace(card, precision="int8"), torch.device("cpu")) is None
-
-
-def test_a_foreign_classifier_is_attacked_as_a_black_box(tiny_model: Path, tmp_path: Path) -> None:
-    graph = onnx.load(tiny_model)
-    del graph.metadata_props[:], graph.graph.output[1:]
-    graph.graph.input[0].name = "pixels"
-    for node in graph.graph.node:
-        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
-    onnx.save(graph, tmp_path / "foreign.onnx")
-    labels = tuple(map(str, range(10)))
-    engine = ForeignEngine(tmp_path / "foreign.onnx", labels, "digits")
-    x = np.random.default_rng(0).random((3, 1, 8, 8), np.float32)
-    np.testing.assert_allclose(
-        engine.run_all(x).logits, Engine(tiny_model, device="cpu").run_all(x).logits, rtol=1e-5
-    )
-    assert engine.card.members == 1
-    with pytest.raises(UserError, match="10 scores"):
-        ForeignEngine(tmp_path / "foreign.onnx", ("a", "b"), "digits")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import onnx
 import pytest
 
-from dverge_serve.engine.report import read_report, report_path
+from dverge_serve.engine.report import page_path, read_report, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.verification.conftest import EPS
@@ -81,7 +82,7 @@ def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
     def gone(*_: object) -> None:
         raise UserError("no answer from somewhere", "a running service")
 
-    monkeypatch.setattr("verification.live.Service.scores", lambda *_: None)
+    monkeypatch.setattr("verification.service_client.Service.scores", lambda *_: None)
     monkeypatch.setattr("verification.pipeline.attack_service", gone)
     shutil.copy(tiny_model, tmp_path / "model.onnx")
     model, url = tmp_path / "model.onnx", "http://somewhere"
@@ -93,16 +94,26 @@ def test_a_live_service_that_stops_answering_costs_its_own_part_alone(
     assert report.robust_accuracy[EPS[0]].white_box
 
 
+@pytest.mark.parametrize("outputs", ["softmax", "labels"])
 def test_a_foreign_classifier_gets_a_whole_report(
-    tiny_model: Path, tiny_run: Path, tmp_path: Path
+    outputs: str, tiny_model: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(tiny_model, tmp_path / "foreign.onnx")
+    graph = onnx.load(tiny_model)
+    del graph.metadata_props[:], graph.graph.output[:]
+    kind = "Softmax" if outputs == "softmax" else "ArgMax"
+    keep: dict[str, Any] = {} if outputs == "softmax" else {"keepdims": 0}
+    graph.graph.node.append(onnx.helper.make_node(kind, ["logits"], ["y"], axis=1, **keep))
+    shape: list[Any] = ["n", 10] if outputs == "softmax" else ["n"]
+    dtype = onnx.TensorProto.FLOAT if outputs == "softmax" else onnx.TensorProto.INT64
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("y", dtype, shape))
+    onnx.save(graph, tmp_path / "foreign.onnx")
     (tmp_path / "labels.txt").write_text("\n".join(map(str, range(10))))
     for name in ("one", "two"):
         shutil.copytree(tiny_run, tmp_path / "surrogates" / name)
     report = verify(
         tmp_path / "foreign.onnx",
         labels=tmp_path / "labels.txt",
+        search_contract=True,
         data="digits",
         surrogates=tmp_path / "surrogates",
         eps=[0.2],
@@ -111,15 +122,33 @@ def test_a_foreign_classifier_gets_a_whole_report(
     )
     table = report.to_json()
     jsonschema.validate(table, REPORT_SCHEMA)
-    assert report.verdict == "INCONCLUSIVE"
-    row = report.robust_accuracy[0.2]
-    assert row.white_box is None
+    model, row = table["model"], report.robust_accuracy[0.2]
     assert row.transfer is not None
     assert row.transfer.value < report.clean_accuracy.value
-    left_out = {"what": "white-box attacks", "why": "no weights to take gradients from"}
-    assert left_out in table["left_out"]
+    assert (model["contract"]["layout"], model["contract"]["outputs"]) == ("nchw", outputs)
+    tried = [entry["right"] for entry in model["contract_found"]["tried"]]
+    assert tried == sorted(tried, reverse=True)
+    page = page_path(tmp_path / "foreign.onnx").read_text(encoding="utf-8")
+    assert f"0..1, RGB, {outputs}" in page
+    assert "AML.T0043.002 Black-Box Transfer" in page
+    gates = {gate.name: gate.passed for gate in report.gates}
+    if outputs == "softmax":
+        assert row.white_box is not None
+        assert model["gradients"].endswith("with the log of its softmax as logits")
+        assert gates["parity"]
+        assert gates["not-probabilities"]
+    else:
+        assert row.white_box is None
+        assert report.verdict == "INCONCLUSIVE"
+        left_out = {each["what"]: each["why"] for each in table["left_out"]}
+        assert left_out["white-box attacks"] == "the model gives labels alone"
+        assert "labels alone" in left_out["Square"]
+        assert not any("square" in attack["name"] for attack in table["attacks"])
     # Its training data is unknown: the alarm is calibrated on test images that are not attacked.
     assert not table["data"]["training_known"]
     assert table["disagreement"]["calibration_images"] == 360 - 32
-    again = replay(tmp_path / "foreign.report.json")
-    assert again.differences == []
+    assert replay(tmp_path / "foreign.report.json").differences == []
+    changed = table | {"model": model | {"weights_sha256": "0" * 64}}
+    (tmp_path / "foreign.report.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"the weights of .* are others than the report's"):
+        replay(tmp_path / "foreign.report.json")

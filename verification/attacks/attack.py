@@ -17,7 +17,7 @@ Give `Grey(name="grey")` to `run_suite` beside the others, or call it as it is:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -54,6 +54,8 @@ JSON_FORM: dict[str, tuple[str, Any]] = {
     "skip_gamma": ("skip_gamma", 1.0),
     "variance_samples": ("variance_samples", 0),
     "queries": ("queries", 0),
+    "answers": ("answers", "none"),
+    "sample": ("sample", None),
     "standing_only": ("skip_broken", None),
     "control": ("control", None),
     "only_eps": ("only_eps", None),
@@ -88,14 +90,15 @@ class Attack(ABC):
             itself), or `none`.
         norm: of the ball; `verify` wants the evaluation's.
         restarts: repetitions with other draws; an image must survive them all.
-        skip_broken: leave out images already broken at this eps: by this threat, or with
-            `queries`, which has no figure of its own, by any.
-        control: whether an undefended control is attacked too, where the source is the target.
+        skip_broken: leave out images already broken at this eps by this threat.
+        sample: run on that many images, drawn at random, the same for all attacks; 0: on all.
+        control: whether an undefended control is attacked too.
         only_eps: run at this radius alone.
         gate: the check this attack was added for; it counts like any other.
     """
 
     kind: ClassVar[str]
+    one_search: ClassVar[bool] = False  # whether one search passes every radius
 
     name: str
     threat: Threat
@@ -103,6 +106,7 @@ class Attack(ABC):
     norm: Norm = "linf"
     restarts: int = 1
     skip_broken: bool = False
+    sample: int = 0
     control: bool = True
     only_eps: float | None = None
     gate: str = ""
@@ -134,6 +138,21 @@ class Attack(ABC):
             seed: names the random draws; the same names give the same images.
         """
 
+    def run_radii(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        radii: Sequence[float],
+        *seed: int | str,
+    ) -> list[Crafted]:
+        """Craft adversarial versions at each of several radii; see `run`."""
+        return [self.run(model, images, labels, eps, *seed) for eps in radii]
+
+    def seen(self, model: Model) -> Model:
+        """Return what the attack may see of a model that it knows by its answers: all of them."""
+        return model
+
     def __call__(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0
     ) -> Tensor:
@@ -152,7 +171,7 @@ class Attack(ABC):
         best, right = images, torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts):
             names = (seed, self.name, str(float(eps)), restart)
-            made = self.run(model, images, labels, eps, *names).images
+            made = self.run(self.seen(model), images, labels, eps, *names).images
             best = torch.where(right.view(-1, 1, 1, 1), made.to(images.device), best)
             with torch.no_grad():
                 right = right & (model(best).argmax(1) == labels)
@@ -170,7 +189,7 @@ class Attack(ABC):
         def answers(images: Tensor) -> Tensor:
             return torch.from_numpy(target.engine.run_all(images.detach().cpu().numpy()).logits)
 
-        return answers, str(getattr(target.engine, "sha256", ""))
+        return self.seen(answers), str(getattr(target.engine, "sha256", ""))
 
     @property
     def cacheable(self) -> bool:

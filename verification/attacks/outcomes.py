@@ -28,6 +28,7 @@ class Outcomes:
     `soft` is `survived` by the mean of softmax, had the members been combined so.
     `worst[eps, threat]` are 8-bit images: the first that broke the target, else the last tried;
     `broken` says which broke it.
+    `queries[attack, eps]` is int64 `[n]`: queries spent on each image, as far as they are counted.
     """
 
     survived: dict[tuple[str, float, str], Mask]
@@ -107,12 +108,17 @@ class Outcomes:
             key = (entry["attack"], entry["eps"])
             outcome.survived[*key, entry["version"]] = _mask(entry["images"], "1-")
             outcome.ran[key] = _mask(entry["images"], "01")
+        for entry in table.get("spent", []):
+            key = (entry["attack"], entry["eps"])
+            outcome.queries[key] = np.zeros(len(outcome.clean), dtype=np.int64)
+            outcome.queries[key][outcome.ran[key]] = entry["queries"]
         return outcome
 
     def to_json(self) -> dict[str, Any]:
         """Return the per-image matrix: one character an image, in test order.
 
-        1 right, 0 wrong, - not run (another attack had already broken it).
+        1 right, 0 wrong, - not run (another attack had already broken it, or it is not in the
+        sample). `spent` are the queries for each image that an attack was run on.
         """
         return {
             "clean": line(self.clean),
@@ -125,6 +131,10 @@ class Outcomes:
                     "images": line(mask, self.ran[attack, eps]),
                 }
                 for (attack, eps, version), mask in self.survived.items()
+            ],
+            "spent": [
+                {"attack": key[0], "eps": key[1], "queries": spent[self.ran[key]].tolist()}
+                for key, spent in self.queries.items()
             ],
         }
 

@@ -10,11 +10,21 @@ from training.pgd import Norm
 from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, Noise, OutputName
+from verification.attacks.hop_skip_jump import HopSkipJump
+from verification.attacks.query_presets import query_attacks
+from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.config import PRESETS
 
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
-ATTACK_KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
+ATTACK_KINDS: tuple[type[Attack], ...] = (
+    Noise,
+    GradientAttack,
+    Square,
+    RayS,
+    HopSkipJump,
+    AutoAttack,
+)
 MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
@@ -25,10 +35,11 @@ class Variant:
 
     Args:
         preset: `quick`, `standard` or `full`.
-        norm: of every ball. Square is an Linf attack and is left out of the others.
+        norm: of every ball. Square and RayS are Linf attacks and are left out of the others.
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
         reference: whether pyautoattack is installed.
+        scores: whether the model gives scores, which Square follows.
     """
 
     preset: str
@@ -36,19 +47,20 @@ class Variant:
     norm: Norm = "linf"
     skips: bool = True
     reference: bool = False
+    scores: bool = True
 
 
 def left_out(variant: Variant) -> dict[str, str]:
     """Return the attacks of the preset that this model does not get, and why."""
     preset = variant.preset
     whole = preset != "quick"
-    square = PRESETS[preset].square_queries > 0
     missing = "pyautoattack is not installed: pip install 'dverge-serve[audit]'"
     found = {
         "SGM": (whole and not variant.skips, "a surrogate has no residual branches"),
         "DLR": (whole and variant.classes < 3, "it needs three classes"),
         "AutoAttack": (preset == "full" and not variant.reference, missing),
-        "Square": (square and variant.norm != "linf", "it is an Linf attack"),
+        "Square, RayS": (variant.norm != "linf", "they are Linf attacks"),
+        "Square": (not variant.scores, "it follows scores, the model gives labels alone"),
     }
     return {what: why for what, (is_left_out, why) in found.items() if is_left_out}
 
@@ -82,18 +94,7 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     chosen.append(_doubled(chosen, middle))
     if preset == "full":
         chosen += _full(surrogates, variant.reference)
-    queries = PRESETS[preset].square_queries
-    if queries and norm == "linf":
-        chosen.append(
-            Square(
-                name="square",
-                threat="queries",
-                source="target",
-                queries=queries,
-                skip_broken=True,
-                control=False,
-            )
-        )
+    chosen += query_attacks(PRESETS[preset], norm, variant.scores)
     return [replace(attack, norm=norm) for attack in chosen]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from training.seeds import derive
-from verification.attacks.attack import Attack, Crafted, Model
+from verification.attacks.attack import Crafted, Model
+from verification.attacks.query_attack import QueryAttack
 
 Floats = npt.NDArray[np.float32]
 Score = Callable[[Floats], npt.NDArray[np.floating]]  # images [n, C, H, W] -> logits [n, classes]
@@ -21,14 +22,11 @@ SHARES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square(Attack, kind="square"):
-    """Square as an attack on the target's answers; Linf.
+class Square(QueryAttack, kind="square"):
+    """Square as an attack on the target's scores; Linf.
 
-    Args:
-        queries: most queries an image.
+    Its squares shrink on a schedule over `queries`: with a larger budget it begins differently.
     """
-
-    queries: int
 
     def run(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
@@ -42,11 +40,6 @@ class Square(Attack, kind="square"):
         clean, wanted = images.cpu().numpy(), labels.cpu().numpy()
         found = square(score, clean, wanted, eps=eps, queries=self.queries, seed=derive(*seed))
         return Crafted(torch.from_numpy(found.images).to(images.device), found.queries)
-
-    @property
-    def work(self) -> int:
-        """Queries an image, for progress."""
-        return max(self.queries, 1)
 
 
 class SquareResult(NamedTuple):
@@ -92,7 +85,7 @@ def square(
     spent = np.zeros(len(clean), dtype=np.int64)
     best = clean.copy()
     for index, draw in enumerate(draws):
-        stripes = draw.choice([-eps, eps], size=(channels, 1, width))
+        stripes = eps * _signs(draw, (channels, 1, width))
         best[index] = np.clip(clean[index] + stripes, 0, 1)
     left = np.arange(len(clean))
     if not queries or not len(clean):
@@ -122,8 +115,11 @@ def _paint(image: Floats, clean: Floats, draw: np.random.Generator, side: int, e
     top = int(draw.integers(height - side + 1))
     left = int(draw.integers(width - side + 1))
     where = np.s_[:, top : top + side, left : left + side]
-    signs = draw.choice([-eps, eps], size=(channels, 1, 1)).astype(np.float32)
-    image[where] = np.clip(clean[where] + signs, 0, 1)
+    image[where] = np.clip(clean[where] + eps * _signs(draw, (channels, 1, 1)), 0, 1)
+
+
+def _signs(draw: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    return np.where(draw.random(shape) < 0.5, np.float32(-1), np.float32(1))
 
 
 def _side(share: float, step: int, queries: int, height: int, width: int) -> int:

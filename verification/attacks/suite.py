@@ -17,12 +17,14 @@ from dverge_serve.files import sha256
 from dverge_serve.progress import Progress
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
+from training.seeds import derive
 from verification.attacks.attack import NOTHING, Attack, Model
 from verification.attacks.cache import cached
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
 from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
 from verification.attacks.target import Target
+from verification.config import SUBSTITUTE
 
 # Stores one attack's images at one radius, for a replay: its name, eps, changes and 8-bit images.
 Keep = Callable[[str, float, Deltas, Pixels], None]
@@ -36,6 +38,7 @@ class Job:
     Args:
         attack: to run.
         eps: its radius.
+        radii: those that the same search passes.
         names: targets that the images are scored on.
         model: the source.
         weights: a hash of it; empty where nothing identifies it.
@@ -43,6 +46,7 @@ class Job:
 
     attack: Attack
     eps: float
+    radii: Sequence[float]
     names: Sequence[str]
     model: Model
     weights: str
@@ -87,10 +91,11 @@ def run_suite(
     recorders = {name: OutcomeRecorder(target.engine, split) for name, target in targets.items()}
     first = next(iter(targets))
     jobs = [
-        Job(attack, eps, *chosen)
+        Job(attack, eps, radii if attack.one_search else [eps], *chosen)
         for attack in suite
+        for radii in [[attack.only_eps] if attack.only_eps is not None else [*map(float, eps_grid)]]
         for chosen in _pairs(attack, sources, targets)
-        for eps in ([attack.only_eps] if attack.only_eps is not None else map(float, eps_grid))
+        for eps in radii
     ]
     work = sum(job.work * job.attack.restarts for job in jobs)
     with Progress(f"{label}, {len(split)} images", work) as progress:
@@ -99,11 +104,11 @@ def run_suite(
             kept: Scored | None = None
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]
-                ran = _selected(attack, outcomes, suite, eps)
+                ran = _selected(attack, outcomes, suite, eps, seed)
                 deltas, queries = _crafted(job, split, (seed, restart), ran)
                 for name in job.names:
                     found = recorders[name].score(attack, eps, deltas, ran)
-                    if attack.threat == "queries":
+                    if queries is not None:
                         recorders[name].outcomes.queries[attack.name, eps] = queries
                     if name == first:
                         kept = found.after(kept)
@@ -118,7 +123,7 @@ def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:
     for name, count in Counter(attack.name for attack in suite).items():
         if count > 1:
             raise UserError(f"{count} attacks are named '{name}'", "a name of its own for each")
-    known = ("none", "target", *sources)
+    known = ("none", "target", SUBSTITUTE, *sources)
     for attack in suite:
         if attack.source not in known:
             raise UserError(
@@ -134,8 +139,11 @@ def _pairs(
     if attack.source == "none":
         return [(list(targets), NOTHING, "")]
     if attack.source != "target":
+        if attack.source not in sources:  # no substitute
+            return []
         members, weights = sources[attack.source]
         names = [name for name, target in targets.items() if target.weights != weights]
+        names = names if attack.control else names[:1]
         return [(names, Ensemble(members).eval(), weights)] if names else []
     chosen = list(targets) if attack.control else list(targets)[:1]
     return [
@@ -144,26 +152,29 @@ def _pairs(
 
 
 def _selected(
-    attack: Attack, outcomes: Sequence[Outcomes], suite: Sequence[Attack], eps: float
+    attack: Attack, outcomes: Sequence[Outcomes], suite: Sequence[Attack], eps: float, seed: int
 ) -> Mask:
-    """Return the images an attack is run on: all, or those some target still gets right.
+    """Return the images an attack is run on: all, a sample, or those some target gets right.
 
-    An attack whose threat has a figure of its own skips no image broken by another threat.
+    An image that another threat has broken is not skipped: each threat has its own figure.
     """
-    if not attack.skip_broken:
-        return np.ones(len(outcomes[0].clean), dtype=bool)
-    others = [
-        each
-        for each in suite
-        if each.name != attack.name and attack.threat in ("queries", each.threat)
-    ]
-    return np.asarray(np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0))
+    count = len(outcomes[0].clean)
+    ran = np.ones(count, dtype=bool)
+    if attack.sample:
+        order = np.random.default_rng(derive(seed, "sample")).permutation(count)
+        ran[order[attack.sample :]] = False
+    if attack.skip_broken:
+        others = [each for each in suite if each is not attack and each.threat == attack.threat]
+        ran &= np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0)
+    return ran
 
 
 def _crafted(
     job: Job, split: Split, seed: tuple[int, int], ran: Mask
-) -> tuple[Deltas, npt.NDArray[np.int64]]:
+) -> tuple[Deltas, npt.NDArray[np.int64] | None]:
     """Return an attack's images as float16 changes and the queries spent, made or from the cache.
+
+    The search of one that passes every radius is made at the first of them.
 
     Args:
         job: what is run.
@@ -171,35 +182,39 @@ def _crafted(
         seed: of the suite, and the number of the restart.
         ran: bool `[n]`: images to run the attack on.
     """
-    attack, eps = job.attack, job.eps
+    attack, radii = job.attack, list(job.radii)
     first = list(job.model)[:1] if isinstance(job.model, Ensemble) else []
     key = [
         "craft",
         attack.to_json(),
-        eps,
+        radii,
         list(seed),
         split.sha256,
         job.weights,
         [str(getattr(member, "compute", None)) for member in first],
         str(split.images.device.type),
-        sha256(np.packbits(ran).tobytes()) if attack.skip_broken else "all",
+        "all" if ran.all() else sha256(np.packbits(ran).tobytes()),
     ]
 
     def make() -> dict[str, npt.NDArray[Any]]:
         part = split.take(torch.from_numpy(np.flatnonzero(ran)).to(split.images.device))
-        deltas = np.zeros(tuple(split.images.shape), dtype=np.float16)
-        queries = np.zeros(len(split), dtype=np.int64)
+        deltas = np.zeros((len(radii), *split.images.shape), dtype=np.float16)
+        queries = np.zeros((len(radii), len(split)), dtype=np.int64)
         if len(part):
-            names = (seed[0], attack.name, str(eps), seed[1])
+            names = (seed[0], attack.name, ",".join(map(str, radii)), seed[1])
+            images = to_float(part.images)
             try:
-                made = attack.run(job.model, to_float(part.images), part.labels, eps, *names)
+                crafted = attack.run_radii(job.model, images, part.labels, radii, *names)
             finally:
                 if isinstance(job.model, Ensemble):
                     job.model.eval()  # whatever an attack of a user's own left it in
-            deltas[ran] = encode_fp16(made.images, part.images, eps, attack.norm)
-            queries[ran] = 0 if made.queries is None else made.queries
+            for at, (eps, made) in enumerate(zip(radii, crafted, strict=True)):
+                deltas[at, ran] = encode_fp16(made.images, part.images, eps, attack.norm)
+                queries[at, ran] = -1 if made.queries is None else made.queries
         return {"halves": deltas, "queries": queries}
 
     identified = bool(job.weights) or attack.source == "none"
     found = cached(key, make) if identified and attack.cacheable else make()
-    return found["halves"], found["queries"]
+    at = radii.index(job.eps)
+    queries = found["queries"][at]
+    return found["halves"][at], None if (queries < 0).any() else queries

@@ -20,7 +20,9 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
     """Return clean and robust accuracy, per radius, threat and attack, with intervals.
 
     `value` counts images robust both as floats and in 8 bits (`delivered`); `float` and `delivered`
-    count one version each.
+    count one version each. `all` counts whatever was run on an image, which is more on the sample
+    that was attacked by queries. `attacks` is the share that survives each attack alone, of its
+    sample.
     A threat none of whose attacks was run is null.
     """
 
@@ -35,7 +37,7 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
             "of_clean_correct": rate(robust[outcome.clean])["value"],
             **{version: float(outcome.robust(ran, each, [version]).mean()) for version in VERSIONS},
             "attacks": {
-                attack.name: float(outcome.robust([attack], each).mean()) for attack in ran
+                attack.name: float(_sampled(outcome, attack, each).mean()) for attack in ran
             },
         }
 
@@ -61,6 +63,12 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
             for (name, each), spent in outcome.queries.items()
         ],
     }
+
+
+def _sampled(outcome: Outcomes, attack: Attack, eps: float) -> Mask:
+    """Return which images survive an attack, of those in its sample."""
+    robust = outcome.robust([attack], eps)
+    return robust[outcome.ran[attack.name, eps]] if attack.sample else robust
 
 
 def comparison(

@@ -43,6 +43,8 @@ def illustrate(
         outcome: of the model, with the worst images.
     """
     found, eps = {"curves": plots.curves(report)}, max(report.robust_accuracy)
+    if (queries := plots.query_curves(report)) is not None:
+        found["queries"] = queries
     matrices = report.to_json()["members"]
     if matrices and (maps := plots.heat_maps(matrices)):
         found["matrices"] = maps

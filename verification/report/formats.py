@@ -6,7 +6,8 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from dverge_serve import __version__
-from dverge_serve.engine.report import Rate, Report
+from dverge_serve.engine.rates import Rate
+from dverge_serve.engine.report import Report
 
 
 def junit(report: Report, wanted: list[tuple[str, bool, str]] | None = None) -> bytes:

@@ -11,9 +11,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dverge_serve.engine.rates import ByQueries
 from dverge_serve.engine.report import Report
+from verification.contract import Contract
 
-PLOTS = ("curves", "matrices", "regions", "pictures")
+PLOTS = ("curves", "queries", "matrices", "regions", "pictures")
+BUDGETS = (100, 1000, 5000)  # queries an image, the columns of their table
 SAID_ELSEWHERE = ("name", "gate", "control", "norm")  # of an attack's parameters
 
 
@@ -22,7 +25,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
 
     Args:
         report: the report.
-        plots: PNG bytes by name (`curves`, `matrices`, `regions`, `pictures`), those there are.
+        plots: PNG bytes by name (of `PLOTS`), those there are.
     """
     table = report.to_json()
     css = resources.files("verification.report").joinpath("templates/page.css").read_text("utf-8")
@@ -36,7 +39,10 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
             digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             radii=[f"eps {eps:g}" for eps in report.robust_accuracy],
             alone=_alone(table),
+            budgets=[f"{each:,} queries" for each in BUDGETS],
+            by_queries=[_by_queries(row) for row in report.by_queries],
             parameters=_parameters(table["attacks"]),
+            contract=str(Contract.from_json(table["model"].get("contract", {}))),
         )
         .encode()
     )
@@ -73,6 +79,13 @@ def _interval(rate: dict[str, Any] | None, places: int = 1, times: int = 100) ->
         return "-"
     value, low, high = (f"{times * rate[key]:.{places}f}" for key in ("value", "low", "high"))
     return f"{value} ({low}-{high})"
+
+
+def _by_queries(row: ByQueries) -> list[str]:
+    """Return the cells of a line of the table of queries; `-` beyond what was asked."""
+    rates = {point.queries: point.interval for point in row.points}
+    median = "-" if row.median is None else f"{row.median:g} queries"
+    return [f"{row.eps:g}", row.answers, *(rates.get(each, "-") for each in BUDGETS), median]
 
 
 def _alone(report: dict[str, Any]) -> dict[str, list[str]]:

@@ -14,7 +14,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dverge_serve.engine.report import Accuracies, Report
+from dverge_serve.engine.rates import Accuracies
+from dverge_serve.engine.report import Report
 from verification.attacks.outcomes import Pixels
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
@@ -78,6 +79,41 @@ def curves(report: Report) -> bytes:
         axes.set_ylabel("images answered rightly, %")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
+        return _png(figure)
+
+
+def query_curves(report: Report) -> bytes | None:
+    """Return accuracy against queries with Wilson intervals, a panel for scores and for labels.
+
+    None where nothing was attacked by queries.
+    """
+    if not report.by_queries:
+        return None
+    with mpl.rc_context(STYLE):
+        kinds = list(dict.fromkeys(row.answers for row in report.by_queries))
+        figure = _figure(3.6 * len(kinds) + 0.8, 3.2)
+        shades = mpl.colormaps["viridis"](np.linspace(0, 0.8, len(report.robust_accuracy)))
+        for at, kind in enumerate(kinds):
+            axes = figure.add_subplot(1, len(kinds), at + 1)
+            for number, row in enumerate(
+                each for each in report.by_queries if each.answers == kind
+            ):
+                x = [point.queries for point in row.points]
+                colour = tuple(shades[number])
+                value = [100 * point.value for point in row.points]
+                axes.plot(
+                    x, value, color=colour, marker="o", markersize=3, label=f"eps {row.eps:g}"
+                )
+                low, high = ([100 * getattr(p, end) for p in row.points] for end in ("low", "high"))
+                axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+            axes.set_xscale("log")
+            axes.set_ylim(0, 102)
+            axes.set_xlabel("queries an image")
+            axes.set_title(f"the model tells {kind}", fontsize=9, color=INK)
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
+            axes.legend(loc="lower left", fontsize=8)
+            if at == 0:
+                axes.set_ylabel("images answered rightly, %")
         return _png(figure)
 
 

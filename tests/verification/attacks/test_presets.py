@@ -19,11 +19,15 @@ from verification.attacks import presets
 from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Noise
+from verification.attacks.hop_skip_jump import HopSkipJump
 from verification.attacks.presets import Variant, suite
+from verification.attacks.query_attack import QueryAttack
+from verification.attacks.rays import RayS
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
-from verification.attacks.suite import run_suite
+from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
+from verification.config import PRESETS, SUBSTITUTE
 
 
 def gradients(attacks: Sequence[Attack]) -> list[GradientAttack]:
@@ -35,12 +39,11 @@ def test_presets_are_what_they_say(preset: str) -> None:
     chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"], [0.1, 0.2])
     names = [attack.name for attack in chosen]
     assert len(set(names)) == len(names)
-    skipping = {"vmi", "square", "reweighted", "autoattack"}
+    skipping = {"vmi", "reweighted", "autoattack"}
     for attack in chosen:
         assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
-        assert attack.skip_broken or not any(
-            each.skip_broken for each in chosen[: chosen.index(attack)]
-        )
+        before = [each for each in chosen[: chosen.index(attack)] if each.threat == attack.threat]
+        assert attack.skip_broken or not any(each.skip_broken for each in before)
     (doubled,) = [attack for attack in gradients(chosen) if attack.gate == "converged"]
     (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
     assert (doubled.steps, doubled.restarts) == (2 * base.steps, 2 * base.restarts)
@@ -54,14 +57,23 @@ def test_presets_are_what_they_say(preset: str) -> None:
         assert {attack.steps for attack in protocol} == {100}
         assert {attack.rel_stepsize for attack in protocol} == {0.2}
         assert (base.steps, base.restarts) == (50, 5)
-    if preset == "full":
-        (square,) = [attack for attack in chosen if isinstance(attack, Square)]
-        assert square.queries == 5000
+    budgets = [100, 1000] if preset == "quick" else [100, 1000, 5000]
+    asking = [attack for attack in chosen if isinstance(attack, QueryAttack)]
+    assert [attack.queries for attack in asking if isinstance(attack, Square)] == budgets
+    by_labels = [attack for attack in asking if attack.answers == "labels"]
+    kinds = [RayS] if preset == "quick" else [RayS, HopSkipJump]
+    assert [type(attack) for attack in by_labels] == kinds
+    assert {attack.queries for attack in by_labels} == {budgets[-1]}
+    callers = [attack for attack in chosen if attack.threat == "queries"]
+    assert {attack.sample for attack in callers} == {PRESETS[preset].sample}
+    assert [attack.loss for attack in gradients(callers)] == ["ce", "cw"]
+    assert {attack.source for attack in gradients(callers)} == {SUBSTITUTE}
     two = suite(Variant(preset=preset, classes=2), ["a"], [0.1])
     assert not any(attack.loss == "dlr" for attack in gradients(two))
     in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
     assert {attack.norm for attack in in_l2} == {"l2"}
-    assert not any(isinstance(attack, Square) for attack in in_l2)
+    in_l2 = [attack for attack in in_l2 if isinstance(attack, QueryAttack)]
+    assert [type(attack) for attack in in_l2] == [HopSkipJump]
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
@@ -87,6 +99,8 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "skip_gamma": 1.0,
         "variance_samples": 0,
         "queries": 0,
+        "answers": "none",
+        "sample": 0,
         "standing_only": False,
         "control": True,
         "only_eps": None,
@@ -100,7 +114,10 @@ def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
     """Run attacks on a model of which 125 is a weak image and 200 is not."""
     members = [Linear(classes=4), Linear(5.0, classes=4)]
     target = Target(TorchEngine([*members]), members)
-    sources = {"s": ([Residual(classes=4)], "s")}
+    sources: dict[str, Source] = {
+        "s": ([Residual(classes=4)], "s"),
+        SUBSTITUTE: ([Linear(classes=4)], "stolen"),
+    }
     split = linear_split([125, 200])
     outcome = run_suite(attacks, sources, {"m": target}, split, [EPS], seed=0)["m"]
     return {attack.name: outcome.robust([attack], EPS).tolist() for attack in attacks}
@@ -109,7 +126,7 @@ def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
 def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None:
     assert residual_ends([Residual()])
     chosen = [
-        replace(shorter(attack, 6, 60), restarts=1, skip_broken=False)
+        replace(shorter(attack, 6, 300), restarts=1, skip_broken=False)
         for attack in suite(Variant(preset="full", classes=4), ["s"], [EPS])
     ]
     ours = gradients(chosen)
@@ -118,7 +135,7 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
     assert {attack.skip_gamma for attack in ours} == {0.2, 1.0}
     assert any(attack.diversity for attack in ours)
     assert any(attack.variance_samples for attack in ours)
-    assert any(isinstance(attack, Square) for attack in chosen)
+    assert {Square, RayS, HopSkipJump} <= {type(attack) for attack in chosen}
     found = robust(chosen)
     for attack in chosen:
         if not isinstance(attack, Noise):

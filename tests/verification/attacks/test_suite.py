@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.pgd import Norm
 from verification.attacks.attack import NOTHING, Attack, Crafted
 from verification.attacks.cache import cached, prune
 from verification.attacks.gradient_attack import GradientAttack, Noise
-from verification.attacks.outcomes import line
+from verification.attacks.outcomes import Outcomes, line
 from verification.attacks.perturbation import (
     count_norm_violations,
     decode_fp16,
@@ -25,9 +26,13 @@ from verification.attacks.perturbation import (
     quantize_uint8,
 )
 from verification.attacks.presets import Variant, suite
+from verification.attacks.query_attack import QueryAttack
+from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
+from verification.config import SUBSTITUTE
+from verification.metrics.robust_accuracy import figures
 
 
 def test_an_image_breaks_exactly_where_the_margin_is_below_eps() -> None:
@@ -106,7 +111,11 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
         run()
     resumed = True
     whole = run()
-    crafted = sum(attack.restarts for attack in chosen if not isinstance(attack, Square))
+    crafted = sum(
+        attack.restarts
+        for attack in chosen
+        if attack.source != SUBSTITUTE and not isinstance(attack, QueryAttack)
+    )
     assert len(made) == crafted  # none of the first four twice
     assert run() == whole
     assert len(made) == crafted
@@ -123,6 +132,13 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
     assert run() == whole
 
 
+def attacked(*chosen: Attack) -> Outcomes:
+    """Run attacks on a linear model, of which 120 and 140 are weak images and 200 is not."""
+    target = Target(TorchEngine([Linear()]), [Linear()])
+    split = linear_split([120, 140, 200])
+    return run_suite(chosen, {}, {"m": target}, split, [EPS], seed=0)["m"]
+
+
 def test_pruning_the_cache_deletes_the_oldest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -137,13 +153,51 @@ def test_pruning_the_cache_deletes_the_oldest(
 
 
 def test_the_matrix_marks_images_that_an_attack_skipped() -> None:
-    outcome, chosen = attack_linear(Linear(), [120, 140, 200])
-    (square,) = [attack for attack in chosen if isinstance(attack, Square)]
-    assert square.skip_broken
+    first = GradientAttack(name="pgd", threat="white_box", source="target", loss="cw", steps=10)
+    second = replace(first, name="again", skip_broken=True)
+    outcome = attacked(first, second)
     # 140 breaks as a float alone, which is enough.
-    ran = outcome.ran[square.name, EPS]
-    assert line(outcome.survived[square.name, EPS, "float"], ran) == "--1"
-    assert outcome.queries[square.name, EPS].tolist() == [0, 0, square.queries]
+    ran = outcome.ran[second.name, EPS]
+    assert line(outcome.survived[second.name, EPS, "float"], ran) == "--1"
+
+
+def test_attacks_by_queries_share_a_random_sample_and_count_their_queries() -> None:
+    chosen = [
+        Square(name="square", queries=5, sample=2),
+        RayS(name="rays", queries=40, sample=2),
+    ]
+    outcome = attacked(*chosen)
+    sampled = outcome.ran["square", EPS]
+    assert sampled.sum() == 2
+    assert np.array_equal(sampled, outcome.ran["rays", EPS])
+    again = Outcomes.from_json(outcome.to_json())
+    for attack in chosen:
+        spent = outcome.queries[attack.name, EPS]
+        assert (spent[sampled] > 0).all()
+        assert not spent[~sampled].any()
+        assert again.queries[attack.name, EPS].tolist() == spent.tolist()
+        assert outcome.robust([attack], EPS)[~sampled].all()
+    table = figures(outcome, chosen, [EPS])["robust_accuracy"][0]["all"]
+    broken = ~outcome.robust(chosen[1:], EPS)
+    assert table["attacks"]["rays"] == 1 - broken.sum() / 2
+
+
+def test_one_search_by_labels_passes_every_radius() -> None:
+    target = Target(TorchEngine([Linear()]), None)
+    split, radii = linear_split([120, 138, 200]), [0.02, 0.05, 0.1]
+    chosen = [RayS(name="rays", queries=60)]
+    outcome = run_suite(chosen, {}, {"m": target}, split, radii, seed=0)["m"]
+    # At 127.5 the classes meet: margins of .029, .041 and .284.
+    broken = {eps: (~outcome.robust(chosen, eps)).tolist() for eps in radii}
+    assert broken == {
+        0.02: [False, False, False],
+        0.05: [True, True, False],
+        0.1: [True, True, False],
+    }
+    spent = [outcome.queries["rays", eps] for eps in radii]
+    assert (spent[2][:2] <= spent[1][:2]).all()
+    assert (spent[1][:2] < spent[0][:2]).all()
+    assert spent[0].tolist() == [60, 60, 60]
 
 
 def test_an_image_broken_by_another_threat_is_not_skipped() -> None:
@@ -153,7 +207,7 @@ def test_an_image_broken_by_another_threat_is_not_skipped() -> None:
         GradientAttack(name="pgd", threat="white_box", source="target", **first),
         GradientAttack(name="vmi", threat="transfer", source="s", skip_broken=True, **first),
         GradientAttack(name="mora", threat="white_box", source="target", skip_broken=True, **first),
-        Square(name="square", threat="queries", source="target", queries=5, skip_broken=True),
+        Square(name="square", queries=5, skip_broken=True),
     ]
     target = Target(TorchEngine([Linear()]), [Linear()])
     sources = {"s": ([Linear()], "s")}
@@ -164,7 +218,7 @@ def test_an_image_broken_by_another_threat_is_not_skipped() -> None:
         "pgd": [True, True, True],
         "vmi": [True, True, True],
         "mora": [False, False, True],
-        "square": [False, False, True],
+        "square": [True, True, True],
     }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from xml.etree import ElementTree as ET
+
+import pytest
 
 from dverge_serve.engine.report import Report
 from tests.verification.report.test_page import table
@@ -47,3 +50,14 @@ def test_the_bill_of_materials_carries_every_figure_with_its_interval() -> None:
     assert metrics[1]["confidenceInterval"] == {"lowerBound": "0.6500", "upperBound": "0.7500"}
     assert metrics[0]["slice"] == "d, test, 100 images"
     assert metrics[1]["slice"] == "d, test, 100 images, Linf eps 0.1"
+
+
+@pytest.mark.parametrize("white_box", [True, False])
+def test_the_bill_of_materials_is_cyclonedx(white_box: bool) -> None:
+    """By the official schema, with nothing in it that the schema does not know."""
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    version = pytest.importorskip("cyclonedx.schema").SchemaVersion.V1_6
+    bill = bill_of_materials(Report.from_json(table(white_box=white_box)))
+    validator = validation.JsonStrictValidator(version)
+    assert validator.validate_str(json.dumps(bill)) is None
+    assert validator.validate_str(json.dumps(bill | {"verdict": "VALID"})) is not None

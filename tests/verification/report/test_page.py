@@ -25,6 +25,17 @@ def rate(value: float) -> dict[str, Any]:
     return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": 100}
 
 
+def by_queries(answers: str) -> dict[str, Any]:
+    attack = "square" if answers == "scores" else "rays"
+    points = [(10, 0.94), (100, 0.9), (1000, 0.6)]
+    return {
+        "eps": 0.1,
+        "answers": answers,
+        "median": 83.0 if answers == "labels" else None,
+        "points": [{"queries": q, "attack": attack, **rate(value)} for q, value in points],
+    }
+
+
 def table(verdict: str = "VALID", white_box: bool = True, name: str = "model.onnx") -> Any:
     attacks = {"noise": 0.9}
     held = (
@@ -58,6 +69,17 @@ def table(verdict: str = "VALID", white_box: bool = True, name: str = "model.onn
         },
         "clean_accuracy": rate(0.95),
         "robust_accuracy": [row],
+        "by_queries": [by_queries(answers) for answers in ("scores", "labels")],
+        "substitute": {
+            "answers": "scores",
+            "queries": 900,
+            "seeds": 144,
+            "members": 2,
+            "architecture": "resnet8",
+            "weights_sha256": "6" * 64,
+            "agreement": 0.955,
+            "robust_accuracy": [{"eps": 0.1, **rate(0.8)}],
+        },
         "control": {"what": "own", "clean_accuracy": rate(0.95), "robust_accuracy": [row]},
         "against": {
             "file": "other.onnx",
@@ -206,7 +228,15 @@ def test_the_live_service_is_told_in_words() -> None:
         "requests": 30,
         "clean_accuracy": rate(0.97),
         "transfer": rate(0.5),
-        "square": {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17},
+        "substitute": {"answers": "labels", "queries": 7, "robust": rate(0.4)},
+        "by_queries": {
+            "attack": "rays",
+            "answers": "labels",
+            "images": 5,
+            "broken": 1,
+            "queries_each_at_most": 9,
+            "queries": 17,
+        },
     }
     text = shown(live=live)
     for said in (
@@ -214,11 +244,35 @@ def test_the_live_service_is_told_in_words() -> None:
         "label: index, label",
         "97.0 (92.0-100.0)",
         "broke 1 of 5 images in 17 queries, 9 an image at most",
+        "trained on its labels for 7 queries",
     ):
         assert said in text
     assert "{&#39;" not in text
     gone = shown(live={"error": "no answer from <host>"})
     assert "It stopped answering: no answer from &lt;host&gt;" in gone
+
+
+def test_callers_have_a_table_a_curve_and_a_stolen_model() -> None:
+    text = unescape(shown(pictures={"queries": PNG}))
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", text[text.index("Callers who see only") :])
+    assert cells[:6] == [
+        *("eps", "the model tells", "100 queries", "1,000 queries", "5,000 queries"),
+        "half of the broken within",
+    ]
+    labels = ["0.1", "labels", "90.0% (85.0-95.0)", "60.0% (55.0-65.0)", "-", "83 queries"]
+    assert cells[12:18] == labels
+    assert cells[6:12] == ["0.1", "scores", *labels[2:5], "-"]
+    assert "fewest (rays; square)" in text
+    assert "Chart: accuracy against queries" in text
+    assert "2 networks resnet8, was trained on the model's scores for 900 queries" in text
+    assert "95.5% of the test images" in text
+    none = shown(by_queries=[])
+    assert "Callers who see only" not in none
+    told = Report.from_json(table())
+    drawn = plots.query_curves(told)
+    assert drawn is not None
+    assert drawn.startswith(PNG)
+    assert plots.query_curves(Report.from_json(table() | {"by_queries": []})) is None
 
 
 def test_a_table_scrolls_by_keyboard_and_names_its_rows() -> None:

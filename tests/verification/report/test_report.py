@@ -44,15 +44,18 @@ def test_it_has_the_figures_of_its_json_and_keeps_all_of_it(tmp_path: Path) -> N
 
 
 def test_it_tells_a_live_service_that_was_attacked_from_one_that_stopped_answering() -> None:
-    square = {"images": 5, "broken": 1, "queries_each_at_most": 9, "queries": 17}
+    asked = {"attack": "rays", "answers": "labels", "images": 5, "broken": 1}
+    asked |= {"queries_each_at_most": 9, "queries": 17}
+    stolen = {"answers": "labels", "queries": 7, "robust": rate(0.4)}
     live = {
         **{"eps": 0.1, "model_sha256": "0" * 64, "same_model": True, "exposure": "label"},
-        **{"exposed": ["index", "label"], "requests": 30, "square": square},
-        **{"clean_accuracy": rate(0.97), "transfer": rate(0.5)},
+        **{"exposed": ["index", "label"], "requests": 30, "by_queries": asked},
+        **{"clean_accuracy": rate(0.97), "transfer": rate(0.5), "substitute": stolen},
     }
     found = Report.from_json(table() | {"live": live})
     assert found.live is not None
-    assert (found.live.transfer.value, found.live.square.broken) == (0.5, 1)
+    assert (found.live.transfer.value, found.live.by_queries.broken) == (0.5, 1)
+    assert (found.live.substitute.robust.value, found.live.substitute.queries) == (0.4, 7)
     assert found.live_error is None
     gone = Report.from_json(table() | {"live": {"error": "no answer"}})
     assert (gone.live, gone.live_error) == (None, "no answer")

@@ -1,0 +1,190 @@
+"""A stolen model: a substitute, two networks trained on the model's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dverge_serve.files import sha256
+from dverge_serve.images import to_float as images_to_float
+from training.config import Config
+from training.data.splits import Split, normalisation, to_float
+from training.models.build import build_members
+from training.models.ensemble import Ensemble
+from training.models.member import Member
+from training.parallel.threads import side_by_side
+from training.pgd import cross_entropy, gradient
+from training.seeds import derive, generator
+from verification.attacks.outcomes import Pixels
+from verification.attacks.query_attack import Answers
+from verification.attacks.target import Scorer
+from verification.gradients import ready
+from verification.metrics.robust_accuracy import clean_scores
+
+# 8-bit images [n, C, H, W] -> probabilities [n, classes]; one-hot where labels alone are told.
+Ask = Callable[[Pixels], npt.NDArray[np.floating]]
+MEMBERS = 2  # one for each of two cores, in the time of one
+LARGEST_STEP = 0.2  # towards the boundary, in one round of queries
+BATCH, ROUND_EPOCHS, LAST_EPOCHS, RATE = 64, 5, 25, 3e-3
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """A substitute.
+
+    Args:
+        members: in evaluation mode; their parameters take no gradient.
+        weights: a hash of them.
+        queries: that it took.
+        answers: what it was trained on.
+        seeds: held-out images that the queries began with.
+        architecture: its name.
+    """
+
+    members: Sequence[Member]
+    weights: str
+    queries: int
+    answers: Answers
+    seeds: int
+    architecture: str
+
+    def agreement(self, engine: Scorer, split: Split) -> float:
+        """Return on which share of images it answers as the model does."""
+        with torch.no_grad():
+            answers = Ensemble(self.members)(to_float(split.images)).argmax(1).cpu().numpy()
+        same = clean_scores(engine, split).predictions == answers
+        return float(same.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        return {
+            "answers": self.answers,
+            "queries": self.queries,
+            "seeds": self.seeds,
+            "members": len(self.members),
+            "architecture": self.architecture,
+            "weights_sha256": self.weights,
+        }
+
+
+def steal(
+    ask: Ask,
+    seeds: Split,
+    config: Config,
+    *,
+    classes: int,
+    queries: int,
+    answers: Answers,
+    seed: int,
+) -> Substitute:
+    """Train a substitute on a model's answers.
+
+    The attacker has images that the model was not trained on, without labels, and knows the
+    architecture. The first quarter of the queries are such images. Every later round doubles what
+    was asked: half by steps towards the substitute's decision boundary, as Papernot et al. (2017,
+    arXiv 1602.02697) augment by the Jacobian, half by mixing two images that were asked.
+
+    Args:
+        ask: the model; every image counts as a query.
+        seeds: the attacker's images, on the device that trains.
+        config: of the model: architecture and augmentation.
+        classes: how many the model has.
+        queries: in total.
+        answers: what `ask` returns, for the report.
+        seed: of every random draw.
+    """
+    names, device = (seed, "substitute", answers), seeds.device
+    named = config.architecture
+    architecture = named if isinstance(named, str) else named[0]
+    alone = replace(
+        config,
+        method="standard",
+        architecture=architecture,
+        members=MEMBERS,
+        seed=derive(*names) >> 31,
+    )
+    mean, std = normalisation(replace(config.data, mean=(), std=()), seeds)
+    members = [m.to(device) for m in build_members(alone, classes, mean, std, "substitute")]
+    ensemble = Ensemble(members)
+    draw = generator(*names, "queries", device=device)
+    first = torch.randperm(len(seeds), generator=draw, device=device)[: max(1, queries // 4)]
+    asked = seeds.images[first]
+    told = _told(ask, asked)
+    trainings = [
+        _Training(member, generator(*names, index, device=device))
+        for index, member in enumerate(members)
+    ]
+    while True:
+        epochs = LAST_EPOCHS if len(asked) >= queries else ROUND_EPOCHS
+        work = partial(_Training.run, images=asked, told=told, epochs=epochs)
+        side_by_side(work, trainings, device)
+        if len(asked) >= queries:
+            break
+        fresh = _fresh(ensemble.eval(), asked, told, draw)[: queries - len(asked)]
+        asked, told = torch.cat([asked, fresh]), torch.cat([told, _told(ask, fresh)])
+    weights = sha256(b"".join(t.cpu().numpy().tobytes() for t in ensemble.state_dict().values()))
+    copies = [ready(member, device) for member in members]
+    return Substitute(copies, weights, len(asked), answers, len(first), architecture)
+
+
+def ask_engine(engine: Scorer, answers: Answers) -> Ask:
+    """Return how an engine answers callers: by probabilities, or by labels alone."""
+
+    def ask(images: Pixels) -> npt.NDArray[np.floating]:
+        scores = engine.run_all(images_to_float(images))
+        if answers == "scores":
+            return scores.probabilities
+        return np.eye(scores.logits.shape[1])[scores.predictions]
+
+    return ask
+
+
+def _told(ask: Ask, images: Tensor) -> Tensor:
+    found = ask(images.cpu().numpy())
+    return torch.from_numpy(np.asarray(found, np.float32)).to(images.device)
+
+
+def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generator) -> Tensor:
+    """Return as many new 8-bit images as were asked, in random order."""
+    count, device = len(asked), asked.device
+    order = torch.randperm(count, generator=draw, device=device)
+    x = to_float(asked[order])
+    half = count // 2
+    toward = gradient(cross_entropy(ensemble, told[order][:half].argmax(1)), x[:half]).sign()
+    share = torch.rand((count, 1, 1, 1), generator=draw, device=device)
+    stepped = x[:half] + LARGEST_STEP * share[:half] * toward
+    other = x[torch.randperm(count, generator=draw, device=device)[half:]]
+    mixed = x[half:] + share[half:] * (other - x[half:])
+    made = torch.cat([stepped, mixed]).clamp(0, 1)
+    made = made[torch.randperm(count, generator=draw, device=device)]
+    return (made * 255).round().to(torch.uint8)
+
+
+class _Training:
+    """Training of one network on soft labels, round after round."""
+
+    def __init__(self, member: Member, draw: torch.Generator) -> None:
+        self._member, self._draw = member, draw
+        self._optimizer = torch.optim.AdamW(member.parameters(), lr=RATE)
+
+    def run(self, images: Tensor, told: Tensor, epochs: int) -> None:
+        """Train for some epochs, with a rate that falls to zero."""
+        self._member.train()
+        for epoch in range(epochs):
+            for group in self._optimizer.param_groups:
+                group["lr"] = RATE * (1 - epoch / epochs)
+            order = torch.randperm(len(images), generator=self._draw, device=images.device)
+            for rows in torch.split(order, BATCH):
+                if len(rows) > 1:  # BatchNorm cannot normalise one image
+                    loss = F.cross_entropy(self._member(to_float(images[rows])), told[rows])
+                    self._optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    self._optimizer.step()

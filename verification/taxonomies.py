@@ -1,0 +1,15 @@
+"""What each figure is about, in the identifiers of MITRE ATLAS and of NIST AI 100-2 E2025."""
+
+from __future__ import annotations
+
+ATLAS, NIST = "MITRE ATLAS", "NIST AI 100-2 E2025"
+BLACK_BOX = f"{NIST} NISTAML.025 Black-box Evasion"
+# By the keys of the report's `threat_model`.
+IDENTIFIERS = {
+    "transfer": [f"{ATLAS} AML.T0043.002 Black-Box Transfer", BLACK_BOX],
+    "queries": [f"{ATLAS} AML.T0043.001 Black-Box Optimization", BLACK_BOX],
+    "white_box": [
+        f"{ATLAS} AML.T0043.000 White-Box Optimization",
+        f"{NIST} NISTAML.022 Evasion",
+    ],
+}
