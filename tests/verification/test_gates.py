@@ -24,6 +24,7 @@ from tests.verification.models import (
     linear_split,
 )
 from verification import gates
+from verification.attacks import rounds
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
@@ -66,7 +67,7 @@ def test_an_honest_model_passes_every_gate_about_it() -> None:
         gates.eps_8bit([outcome]),
         gates.grows_with_eps(outcome, chosen, [EPS]),
         gates.iterative_beats_single(outcome, chosen, [EPS]),
-        gates.converged(outcome, chosen),
+        gates.converged(outcome, chosen, [EPS]),
         gates.weaker_never_beats(outcome, chosen, [EPS]),
     ]
     assert [gate.name for gate in checks if not gate.passed] == []
@@ -169,7 +170,7 @@ def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
 
 
 def test_one_step_must_not_break_what_many_do_not() -> None:
-    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
+    chosen = suite(Variant(preset="quick", classes=2), ["s"])
     single, many = "fgsm-ce on mean-logits", "pgd-ce on mean-logits"
     outcome = outcome_of([1] * 10)
     for version in ("float", "delivered"):
@@ -183,19 +184,41 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
     assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
 
 
-def test_twice_the_effort_must_not_change_the_figure() -> None:
-    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
-    (doubled,) = [attack for attack in chosen if attack.gate == "converged"]
-    base = "pgd-cw on mean-logits"
-    outcome = outcome_of([1] * 100)
-    for version in ("float", "delivered"):
-        outcome.survived[base, EPS, version] = np.arange(100) >= 10
-        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 11
-    assert gates.converged(outcome, chosen).passed
-    for version in ("float", "delivered"):
-        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 12
-    assert gates.converged(outcome, chosen).passed is False
-    assert gates.converged(outcome_of([1]), chosen).passed is None
+def after_rounds(cycles: int, broken: int) -> Outcomes:
+    """Cycles at two radii: everything stands at the first, each breaks so many at the second."""
+    chosen = rounds.cycles(suite(Variant(preset="quick", classes=2), []))
+    outcome, left = outcome_of([1] * 400), np.ones(400, bool)
+    for cycle in chosen[:cycles]:
+        for attack in cycle:
+            for eps, mask in ((EPS, np.ones(400, bool)), (2 * EPS, left)):
+                outcome.ran[attack.name, eps] = mask
+                for version in ("float", "delivered"):
+                    outcome.survived[attack.name, eps, version] = np.ones(400, bool)
+        fallen = np.flatnonzero(left)[:broken]  # by the cycle's last attack
+        outcome.survived[cycle[-1].name, 2 * EPS, "float"][fallen] = False
+        left = left & outcome.survived[cycle[-1].name, 2 * EPS, "float"]
+    return outcome
+
+
+@pytest.mark.parametrize(("broken", "passes"), [(0, True), (1, True), (2, False), (9, False)])
+def test_the_last_cycle_must_break_less_than_half_a_percent(broken: int, passes: bool) -> None:
+    chosen = suite(Variant(preset="quick", classes=2), [])
+    outcome = after_rounds(3, broken)
+    gate = gates.converged(outcome, chosen, [2 * EPS, EPS])
+    assert gate.passed is passes
+    assert f"broke 0 at eps {EPS:g} (cycle 3), {broken} at eps {2 * EPS:g} (cycle 3)" in gate.detail
+    assert gates.converged(outcome, chosen, [EPS]).passed
+    # A round goes on only where the cycle before it broke enough.
+    fourth = rounds.cycles(chosen)[3][0]
+    assert rounds.is_over(fourth, chosen, outcome, EPS)
+    assert rounds.is_over(fourth, chosen, outcome, 2 * EPS) is passes
+    assert not rounds.is_over(chosen[0], chosen, outcome, EPS)  # not a round
+
+
+def test_a_radius_without_rounds_is_not_converged() -> None:
+    chosen = suite(Variant(preset="quick", classes=2), [])
+    assert gates.converged(after_rounds(1, 0), chosen, [EPS, 9 * EPS]).passed is None
+    assert gates.converged(outcome_of([1]), chosen, [EPS]).passed is None
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:

@@ -19,7 +19,8 @@ from verification.attacks import presets
 from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Noise
-from verification.attacks.presets import Variant, suite
+from verification.attacks.presets import CYCLES, Variant, suite
+from verification.attacks.rounds import cycles
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
@@ -32,18 +33,21 @@ def gradients(attacks: Sequence[Attack]) -> list[GradientAttack]:
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])
 def test_presets_are_what_they_say(preset: str) -> None:
-    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"], [0.1, 0.2])
+    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"])
     names = [attack.name for attack in chosen]
     assert len(set(names)) == len(names)
-    skipping = {"vmi", "square", "reweighted", "autoattack"}
+    skipping = {"apgd", "vmi", "square", "reweighted", "autoattack"}
     for attack in chosen:
         assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
         assert attack.skip_broken or not any(
-            each.skip_broken for each in chosen[: chosen.index(attack)]
+            each.skip_broken and each.threat == attack.threat
+            for each in chosen[: chosen.index(attack)]
         )
-    (doubled,) = [attack for attack in gradients(chosen) if attack.gate == "converged"]
+    for cycle in cycles(chosen):
+        assert [attack.loss for attack in cycle] == ["ce", "cw", "dlr", "targeted"]
+        assert all(attack.control for attack in cycle)
+    assert len(cycles(chosen)) == CYCLES
     (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
-    assert (doubled.steps, doubled.restarts) == (2 * base.steps, 2 * base.restarts)
     if preset != "quick":  # the paper: 5 versions for each surrogate and loss, 30 in all
         protocol = [
             attack
@@ -57,15 +61,16 @@ def test_presets_are_what_they_say(preset: str) -> None:
     if preset == "full":
         (square,) = [attack for attack in chosen if isinstance(attack, Square)]
         assert square.queries == 5000
-    two = suite(Variant(preset=preset, classes=2), ["a"], [0.1])
+    two = suite(Variant(preset=preset, classes=2), ["a"])
     assert not any(attack.loss == "dlr" for attack in gradients(two))
-    in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
+    assert {attack.loss for cycle in cycles(two) for attack in cycle} == {"ce", "cw"}
+    in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"])
     assert {attack.norm for attack in in_l2} == {"l2"}
     assert not any(isinstance(attack, Square) for attack in in_l2)
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
-    chosen = suite(Variant(preset="full", classes=10, reference=True), ["a", "b"], [0.1, 0.2])
+    chosen = suite(Variant(preset="full", classes=10, reference=True), ["a", "b"])
     tables = [attack.to_json() for attack in chosen]
     assert presets.from_json(tables) == chosen
     # Reports and the keys of the cache are made of this form: it must not change.
@@ -79,6 +84,8 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "output": "mean-logits",
         "norm": "linf",
         "steps": 0,
+        "nearest_steps": 0,
+        "targets": 0,
         "step_share": 0.2,
         "decay": None,
         "restarts": 1,
@@ -92,6 +99,9 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "only_eps": None,
         "gate": "",
     }
+    (last,) = [table for table in tables if table["name"] == f"apgd-targeted, cycle {CYCLES}"]
+    assert (last["kind"], last["loss"], last["targets"]) == ("apgd", "targeted", 9)
+    assert (last["steps"], last["nearest_steps"], last["gate"]) == (50, 100, "converged")
     (vmi,) = [table for table in tables if table["name"] == "vmi-ce from b"]
     assert (vmi["decay"], vmi["variance_samples"], vmi["standing_only"]) == (1.0, 20, True)
 
@@ -110,7 +120,7 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
     assert residual_ends([Residual()])
     chosen = [
         replace(shorter(attack, 6, 60), restarts=1, skip_broken=False)
-        for attack in suite(Variant(preset="full", classes=4), ["s"], [EPS])
+        for attack in suite(Variant(preset="full", classes=4), ["s"])
     ]
     ours = gradients(chosen)
     assert {attack.loss for attack in ours} == {"ce", "cw", "dlr", "reweighted"}
@@ -126,6 +136,6 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
 
 
 def test_autoattack_breaks_the_weak_image() -> None:
-    whole = suite(Variant(preset="full", classes=4, reference=True), ["s"], [EPS])
+    whole = suite(Variant(preset="full", classes=4, reference=True), ["s"])
     (attack,) = [attack for attack in whole if isinstance(attack, AutoAttack)]
     assert robust([replace(attack, skip_broken=False)])[attack.name] == [False, True]
