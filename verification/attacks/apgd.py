@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -58,43 +60,31 @@ class AdaptivePGD(Attack, kind="apgd"):
     def run(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
     ) -> Crafted:
-        """Craft one adversarial version of every image; see `Attack.run`.
-
-        Each image's random draws depend on its batch alone.
-        """
+        """Craft one adversarial version of every image; see `Attack.run`."""
         ensemble = Ensemble(members_of(model)).eval()
-
-        def batch(part: slice) -> Tensor:
-            draw = generator(*seed, part.start, device=images.device)
-            search = Search(ensemble, images[part], labels[part], eps, self.norm)
-            goals = list(self._losses(search))
-            for steps, share in ((self.steps, 1.0), (self.nearest_steps, NEAREST)):
-                for loss in goals if steps else []:
-                    start = pgd.random_start(search.clean, eps, draw, self.norm)
-                    search.climb(loss, start, steps, share)
-            return search.images
-
-        return Crafted(torch.cat(in_slices(batch, len(images), images.device)))
+        search = Search(ensemble, images, labels, eps, self.norm)
+        climbs = [
+            (1.0, self.steps),
+            *([(NEAREST, self.nearest_steps)] if self.nearest_steps else []),
+        ]
+        goals = self._losses(search)
+        for number, ((share, steps), loss) in enumerate(product(climbs, goals)):
+            search.climb_all(loss, search.nearest(share), steps, (*seed, number))
+        return Crafted(search.images)
 
     @property
     def work(self) -> int:
         """Passes through the source, for progress."""
         return round(self.steps + NEAREST * self.nearest_steps) * self.targets
 
-    def _losses(self, search: Search) -> Iterator[RowLoss]:
-        """Yield the loss of each climb."""
+    def _losses(self, search: Search) -> list[RowLoss]:
+        """Return the losses to climb, one for each target."""
         labels = search.labels
         if self.loss != "targeted":
             loss = LOSSES[self.loss]
-            yield lambda scores, rows: loss(lambda same: same, labels[rows])(scores)
-            return
-        with torch.no_grad():
-            scores = search.model(search.clean)
-        likeliest = scores.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
-        for targets in likeliest[:, : min(self.targets, scores.shape[1] - 1)].T:
-            yield lambda scores, rows, targets=targets: losses.dlr_targeted(
-                scores, labels[rows], targets[rows]
-            )
+            return [lambda scores, rows: loss(lambda same: same, labels[rows])(scores)]
+        likeliest = search.likeliest_wrong()[:, : self.targets]
+        return [partial(_targeted, labels, targets) for targets in likeliest.T]
 
 
 @dataclass
@@ -102,7 +92,7 @@ class Climb:
     """The images that a climb still moves, a row for each; its fields are the paper's symbols.
 
     Args:
-        rows: which images of the batch they are.
+        rows: which images they are.
         x: the iterates, and the ones `before`.
         size: of the step.
         value: the loss at `x`.
@@ -130,7 +120,7 @@ class Climb:
 
 
 class Search:
-    """The best adversarial image of each image of a batch, over several climbs.
+    """The best adversarial image of each image, over several climbs.
 
     `images` are 8-bit images that are answered wrongly where one was found, else floats answered
     wrongly, else those with the largest margin.
@@ -154,19 +144,44 @@ class Search:
         self.versions = torch.zeros_like(labels)  # answered wrongly: 2 in 8 bits, 1 as a float
         self.done = torch.zeros_like(labels, dtype=torch.bool)
 
-    def climb(self, loss: RowLoss, start: Tensor, steps: int, share: float = 1.0) -> None:
-        """Run Auto-PGD on images that are not done.
+    def nearest(self, share: float) -> Tensor:
+        """Return the share of the images not done that has the largest margins, in their order."""
+        rows = (~self.done).nonzero()[:, 0]
+        order = self.margin[rows].argsort(descending=True, stable=True)
+        return rows[order[: math.ceil(share * len(rows))].sort().values]
+
+    def likeliest_wrong(self) -> Tensor:
+        """Return the wrong classes of the clean images, the likeliest first, `[N, classes - 1]`."""
+
+        @torch.no_grad()
+        def order(part: slice) -> Tensor:
+            scores = self.model(self.clean[part])
+            scores = scores.scatter(1, self.labels[part, None], -torch.inf)
+            return scores.argsort(1, descending=True)[:, :-1]
+
+        return torch.cat(in_slices(order, len(self.clean), self.clean.device))
+
+    def climb_all(
+        self, loss: RowLoss, rows: Tensor, steps: int, seed_path: tuple[int | str, ...]
+    ) -> None:
+        """Climb with some images from random starts, a batch at a time; see `climb`."""
+
+        def batch(part: slice) -> None:
+            draw = generator(*seed_path, part.start, device=rows.device)
+            start = pgd.random_start(self.clean[rows[part]], self._eps, draw, self._norm)
+            self.climb(loss, rows[part], start, steps)
+
+        in_slices(batch, len(rows), rows.device)
+
+    def climb(self, loss: RowLoss, rows: Tensor, x: Tensor, steps: int) -> None:
+        """Run Auto-PGD on some images; those that are done drop out.
 
         Args:
             loss: to raise; it is given the scores of some rows, and which they are.
-            start: `[N, C, H, W]`, in the ball.
+            rows: int64 `[n]`: the images; several threads may climb with different ones.
+            x: where each begins, `[n, C, H, W]` in the ball.
             steps: gradient steps.
-            share: of the images that are not done; those with the largest margins.
         """
-        rows = (~self.done).nonzero()[:, 0]
-        nearest = self.margin[rows].argsort(descending=True, stable=True)
-        rows = rows[nearest[: math.ceil(share * len(rows))]]
-        x = start[rows]
         none = torch.full_like(x[:, 0, 0, 0], -torch.inf)
         at = Climb(
             rows=rows,
@@ -193,8 +208,9 @@ class Search:
             left = ~self.done[at.rows]
             if not left.all():
                 at.keep(left)
-        with torch.no_grad():
-            self._record(at.rows, at.x, self.model(at.x))
+        if len(at.rows):
+            with torch.no_grad():
+                self._record(at.rows, at.x, self.model(at.x))
 
     def _evaluate(self, loss: RowLoss, at: Climb) -> Tensor:
         """Return the gradient at `x`; note the loss there, and the scores."""
@@ -244,6 +260,10 @@ class Search:
         self.images[found] = torch.where(_wide(in_8_bits), rounded, x)[better]
         self.margin[found], self.versions[found] = margin[better], versions[better]
         self.done[rows] = in_8_bits & (eights > CLEARLY * range_)
+
+
+def _targeted(labels: Tensor, targets: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
+    return losses.dlr_targeted(scores, labels[rows], targets[rows])
 
 
 def checkpoints(steps: int) -> set[int]:
