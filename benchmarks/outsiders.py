@@ -223,7 +223,9 @@ def main() -> None:
     arguments.add_argument("--transfer", action="store_true")
     options = arguments.parse_args()
     effort = LITTLE if options.quick else FULL
-    busy, rows = busy_percent(), []
+    threats: list[Threat] = ["white_box", "transfer"] if options.transfer else ["white_box"]
+    busy = busy_percent()
+    rows: list[dict[str, Any]] = []
     for index, model in enumerate(options.models):
         context = find_context(
             VerificationConfig(
@@ -235,7 +237,6 @@ def main() -> None:
                 device="cpu",
             )
         )
-        threats: tuple[Threat, ...] = ("white_box", *(["transfer"] if options.transfer else []))
         for threat in threats:
             say(f"{model}, {threat}")
             rows += compare(context, threat, effort)

@@ -155,7 +155,7 @@ class Search:
 
         @torch.no_grad()
         def order(part: slice) -> Tensor:
-            scores = self.model(self.clean[part])
+            scores: Tensor = self.model(self.clean[part])
             scores = scores.scatter(1, self.labels[part, None], -torch.inf)
             return scores.argsort(1, descending=True)[:, :-1]
 

@@ -13,7 +13,7 @@ from training.data.splits import to_float
 from training.pgd import Norm, cross_entropy, pgd_loop, random_start
 from training.seeds import generator
 from verification.attacks import losses
-from verification.attacks.apgd import AdaptivePGD, checkpoints
+from verification.attacks.apgd import AdaptivePGD, ApgdLoss, checkpoints
 from verification.attacks.presets import Variant, suite
 from verification.attacks.rounds import cycles
 from verification.attacks.suite import run_suite
@@ -69,7 +69,7 @@ def test_the_checkpoints_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("loss", ["ce", "cw", "dlr", "targeted"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_it_breaks_what_can_be_broken_and_stays_in_the_ball(norm: Norm, loss: str) -> None:
+def test_it_breaks_what_can_be_broken_and_stays_in_the_ball(norm: Norm, loss: ApgdLoss) -> None:
     model, split = Linear(classes=4), linear_split([120, 135, 141, 60, 250])
     images, eps = to_float(split.images), EPS if norm == "linf" else 8 * EPS
     attack = replace(APGD, norm=norm, loss=loss, nearest_steps=20)
