@@ -35,10 +35,11 @@ CLEARLY = 0.01  # of the scores' range: an image that is wrong by this much is d
 class AdaptivePGD(Attack, kind="apgd"):
     """Auto-PGD on the members' mean logits, from a random start.
 
-    Every iterate is scored, as it is and rounded to 8 bits. An image that is clearly wrong in 8
-    bits is done and costs nothing more: rounded inward it lies in the ball of floats, too. What
-    stands breaks mostly from other starts, if at all, and mostly where the margin is small: so a
-    second, longer climb begins anew on the nearest quarter of the standing images.
+    Every iterate is scored; one that is answered wrongly, or came nearer than all before, is also
+    scored rounded to 8 bits. An image that is clearly wrong in 8 bits is done and costs nothing
+    more: rounded inward it lies in the ball of floats, too. The others break from another start,
+    if at all, and mostly where the margin is small. So a second, longer climb begins anew on the
+    quarter of them with the largest margins.
 
     Args:
         loss: the loss to raise: `ce`, `cw`, `dlr`, which needs three classes, or `targeted`: the

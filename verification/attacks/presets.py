@@ -76,7 +76,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
     ]
     if preset == "quick":
         chosen += _quick(surrogates)
-        chosen += _rounds(variant.classes, steps=10, nearest_steps=50, targets=3)
+        chosen += _rounds(variant.classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _transfer_protocol(surrogates, variant.skips)
         chosen += _white_box_protocol(variant.classes)
@@ -140,7 +140,7 @@ def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
     """
     return [
         *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
-        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], replace(PGD, steps=20)),
+        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD),
     ]
 
 
@@ -170,7 +170,7 @@ def _white_box_protocol(classes: int) -> list[GradientAttack]:
 def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
     """Return cycles of Auto-PGD over the losses, on what still stands.
 
-    Most end at once: a cycle that breaks almost nothing is the last.
+    A cycle that breaks almost nothing is the last. The control, which falls early, gets one.
     """
     one = AdaptivePGD(
         name="apgd",
@@ -187,7 +187,7 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
     if classes >= 4:
         chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
     return [
-        replace(each, name=f"apgd-{each.loss}, cycle {cycle}")
+        replace(each, name=f"apgd-{each.loss}, cycle {cycle}", control=cycle == 1)
         for cycle in range(1, CYCLES + 1)
         for each in chosen
     ]
