@@ -66,7 +66,7 @@ class Effort:
     autoattack: bool
 
 
-FULL, LITTLE = Effort(100, 5, autoattack=True), Effort(10, 1, autoattack=False)
+FULL, LITTLE = Effort(100, 3, autoattack=True), Effort(10, 1, autoattack=False)
 
 
 def white_box(model: nn.Module, eps: float, effort: Effort) -> Iterator[tuple[str, Craft]]:
