@@ -189,7 +189,7 @@ class Search:
             x=x,
             before=x,
             size=torch.full_like(x[:, :1, :1, :1], 2 * self._eps),
-            value=none,
+            value=-none,  # the first is no rise
             best=x,
             best_value=none,
             best_gradient=torch.zeros_like(x),
@@ -215,12 +215,17 @@ class Search:
 
     def _evaluate(self, loss: RowLoss, at: Climb) -> Tensor:
         """Return the gradient at `x`; note the loss there, and the scores."""
-        x = at.x.detach().requires_grad_()
-        scores = self.model(x)
-        values = loss(scores, at.rows)
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-        values = values.detach()
-        self._record(at.rows, at.x, scores.detach())
+        seen: list[Tensor] = []
+
+        def noted(x: Tensor) -> Tensor:
+            scores = self.model(x)
+            values = loss(scores, at.rows)
+            seen.extend((scores.detach(), values.detach()))
+            return values
+
+        gradient = pgd.gradient(noted, at.x)
+        scores, values = seen
+        self._record(at.rows, at.x, scores)
         at.rises += values > at.value
         better = values > at.best_value
         at.value = values
