@@ -145,15 +145,18 @@ def iterative_beats_single(
 
 def converged(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
     """At each radius the last cycle of white-box rounds breaks less than half a percent."""
-    found = [(each, last_cycle(suite, outcome, each)) for each in sorted(eps)]
-    if not all(last for _, last in found):
+    found = {each: last_cycle(suite, outcome, each) for each in sorted(eps)}
+    known = {each: last for each, last in found.items() if last is not None}
+    if len(known) < len(found):
         return Gate("converged", None, "INCONCLUSIVE", NO_WEIGHTS)
-    told = [f"{last[1]} at eps {each:g} (cycle {last[0]})" for each, last in found if last]
+    told = [
+        f"{last.broken} at eps {each:g} (of {last.rounds} rounds)" for each, last in known.items()
+    ]
     detail = (
-        f"of {len(outcome.clean)} images the last cycle of white-box rounds broke "
-        f"{', '.join(told)}; fewer than {CONVERGED:.1%} are allowed"
+        f"images broken by the last cycle of white-box rounds: {', '.join(told)}; "
+        f"fewer than {CONVERGED:.1%} of {len(outcome.clean)} show that it has converged"
     )
-    ok = all(last[2] for _, last in found if last)
+    ok = all(last.converged for last in known.values())
     return Gate("converged", ok, "INCONCLUSIVE", detail)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.models.ensemble import Ensemble
 from verification.attacks.apgd import AdaptivePGD
+from verification.attacks.outcomes import Mask
 from verification.metrics.statistics import mcnemar
 
 STEPS = 30
@@ -36,11 +37,9 @@ def targeted(model: Ensemble, x: Tensor, labels: Tensor, eps: float) -> Tensor:
     return found
 
 
-def standing(
-    model: Ensemble, x: Tensor, labels: Tensor
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def standing(model: Ensemble, x: Tensor, labels: Tensor) -> Mask:
     with torch.no_grad():
-        return (model(x).argmax(1) == labels).numpy()
+        return np.asarray((model(x).argmax(1) == labels).numpy())
 
 
 @pytest.mark.parametrize(("attack", "reference"), [(OURS, ce), (TARGETED, targeted)])

@@ -184,41 +184,48 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
     assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
 
 
-def after_rounds(cycles: int, broken: int) -> Outcomes:
-    """Cycles at two radii: everything stands at the first, each breaks so many at the second."""
-    chosen = rounds.cycles(suite(Variant(preset="quick", classes=2), []))
+ROUNDS = rounds.rounds(suite(Variant(preset="quick", classes=2), []))  # ce, cw, ce, cw, ...
+
+
+def after_rounds(*broken: int) -> Outcomes:
+    """Rounds at two radii: at the first everything stands, at the second each breaks so many."""
     outcome, left = outcome_of([1] * 400), np.ones(400, bool)
-    for cycle in chosen[:cycles]:
-        for attack in cycle:
-            for eps, mask in ((EPS, np.ones(400, bool)), (2 * EPS, left)):
-                outcome.ran[attack.name, eps] = mask
-                for version in ("float", "delivered"):
-                    outcome.survived[attack.name, eps, version] = np.ones(400, bool)
-        fallen = np.flatnonzero(left)[:broken]  # by the cycle's last attack
-        outcome.survived[cycle[-1].name, 2 * EPS, "float"][fallen] = False
-        left = left & outcome.survived[cycle[-1].name, 2 * EPS, "float"]
+    for attack, count in zip(ROUNDS, broken, strict=False):
+        fallen = np.flatnonzero(left)[:count]
+        for eps in (EPS, 2 * EPS):
+            outcome.ran[attack.name, eps] = left if eps > EPS else np.ones(400, bool)
+            for version in ("float", "delivered"):
+                outcome.survived[attack.name, eps, version] = np.ones(400, bool)
+        outcome.survived[attack.name, 2 * EPS, "float"][fallen] = False
+        left = left & outcome.survived[attack.name, 2 * EPS, "float"]
     return outcome
 
 
-@pytest.mark.parametrize(("broken", "passes"), [(0, True), (1, True), (2, False), (9, False)])
-def test_the_last_cycle_must_break_less_than_half_a_percent(broken: int, passes: bool) -> None:
-    chosen = suite(Variant(preset="quick", classes=2), [])
-    outcome = after_rounds(3, broken)
-    gate = gates.converged(outcome, chosen, [2 * EPS, EPS])
+@pytest.mark.parametrize(
+    ("broken", "passes"),
+    [((9, 0), False), ((9, 0, 0), True), ((9, 1, 0), True), ((9, 1, 1), False)],
+)
+def test_the_last_cycle_must_break_less_than_half_a_percent(
+    broken: tuple[int, ...], passes: bool
+) -> None:
+    outcome = after_rounds(*broken)
+    gate = gates.converged(outcome, ROUNDS, [2 * EPS, EPS])
     assert gate.passed is passes
-    assert f"broke 0 at eps {EPS:g} (cycle 3), {broken} at eps {2 * EPS:g} (cycle 3)" in gate.detail
-    assert gates.converged(outcome, chosen, [EPS]).passed
-    # A round goes on only where the cycle before it broke enough.
-    fourth = rounds.cycles(chosen)[3][0]
-    assert rounds.is_over(fourth, chosen, outcome, EPS)
-    assert rounds.is_over(fourth, chosen, outcome, 2 * EPS) is passes
-    assert not rounds.is_over(chosen[0], chosen, outcome, EPS)  # not a round
+    told = f"0 at eps {EPS:g} (of {len(broken)} rounds), {sum(broken[-2:])} at eps {2 * EPS:g} "
+    assert told in gate.detail
+    assert gates.converged(outcome, ROUNDS, [EPS]).passed
+    # Another round is run only where the cycle before it broke enough.
+    following = ROUNDS[len(broken)]
+    assert rounds.is_over(following, ROUNDS, outcome, EPS)
+    assert rounds.is_over(following, ROUNDS, outcome, 2 * EPS) is passes
+    fgsm, *_ = chosen = [*suite(Variant(preset="quick", classes=2), [])]
+    assert not rounds.is_over(fgsm, chosen, outcome, EPS)  # not a round
 
 
-def test_a_radius_without_rounds_is_not_converged() -> None:
-    chosen = suite(Variant(preset="quick", classes=2), [])
-    assert gates.converged(after_rounds(1, 0), chosen, [EPS, 9 * EPS]).passed is None
-    assert gates.converged(outcome_of([1]), chosen, [EPS]).passed is None
+def test_a_radius_without_a_whole_cycle_has_not_converged() -> None:
+    assert gates.converged(after_rounds(0), ROUNDS, [EPS]).passed is None
+    assert gates.converged(after_rounds(0, 0), ROUNDS, [EPS, 9 * EPS]).passed is None
+    assert gates.converged(outcome_of([1]), ROUNDS, [EPS]).passed is None
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:

@@ -170,7 +170,8 @@ def _white_box_protocol(classes: int) -> list[GradientAttack]:
 def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
     """Return cycles of Auto-PGD over the losses, on what still stands.
 
-    A cycle that breaks almost nothing is the last. The control, which falls early, gets one.
+    A cycle that breaks almost nothing is the last. The control, which falls early, gets the first
+    two rounds.
     """
     one = AdaptivePGD(
         name="apgd",
@@ -187,7 +188,11 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
     if classes >= 4:
         chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
     return [
-        replace(each, name=f"apgd-{each.loss}, cycle {cycle}", control=cycle == 1)
+        replace(
+            each,
+            name=f"apgd-{each.loss}, cycle {cycle}",
+            control=cycle == 1 and each.loss in ("ce", "cw"),
+        )
         for cycle in range(1, CYCLES + 1)
         for each in chosen
     ]

@@ -15,7 +15,7 @@ from training.seeds import generator
 from verification.attacks import losses
 from verification.attacks.apgd import AdaptivePGD, ApgdLoss, checkpoints
 from verification.attacks.presets import Variant, suite
-from verification.attacks.rounds import cycles
+from verification.attacks.rounds import rounds
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 
@@ -138,17 +138,17 @@ def test_more_targets_find_more() -> None:
 
 
 def test_rounds_go_on_until_a_cycle_breaks_almost_nothing() -> None:
-    """In the linear model the first cycle finds everything there is."""
     chosen = [attack for attack in suite(Variant(preset="quick", classes=2), []) if attack.gate]
     ordinary = replace(APGD, name="not a round", steps=2)
     target = Target(TorchEngine([Linear()]), [Linear()])
     outcome = run_suite(
         [*chosen, ordinary], {}, {"m": target}, linear_split(VALUES), [EPS], seed=0
     )["m"]
-    first, second, third, *_ = cycles(chosen)
-    assert all(outcome.has(attack, EPS) for attack in (*first, *second, ordinary))
-    assert not any(outcome.has(attack, EPS) for attack in third)  # not run
-    assert outcome.ran[first[0].name, EPS].all()
-    # The second round of a cycle is given what the first has left.
-    left = outcome.robust(first[:1], EPS)
-    assert outcome.ran[first[1].name, EPS].tolist() == left.tolist()
+    first, second, third, *rest = rounds(chosen)
+    # The first round breaks all there is: the cycle of the second and third breaks nothing.
+    assert all(outcome.has(attack, EPS) for attack in (first, second, third, ordinary))
+    assert not any(outcome.has(attack, EPS) for attack in rest)  # not run
+    assert outcome.ran[first.name, EPS].all()
+    left = outcome.robust([first], EPS)
+    assert not left.all()
+    assert outcome.ran[second.name, EPS].tolist() == left.tolist()
