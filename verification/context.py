@@ -112,10 +112,10 @@ def find_context(config: VerificationConfig) -> Context:
         names = [surrogate.name for surrogate in made]
     else:
         made, names = [], [each.name for each in surrogate_configs(training, kinds).values()]
-    check_suite([*presets.suite(variant, names, eps), *config.attacks], names)
+    check_suite([*presets.suite(variant, names), *config.attacks], names)
     made = made or surrogates(training, data, device, kinds)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
-    suite = [*presets.suite(variant, names, eps), *config.attacks]
+    suite = [*presets.suite(variant, names), *config.attacks]
     return Context(
         config=config,
         device=device,

@@ -14,10 +14,10 @@ from export.parity import Parity
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
+from verification.attacks.rounds import CONVERGED, last_cycle
 
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
 SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit
-CONVERGED = 0.02
 SURROGATES_BEHIND = 0.1  # of the model's clean accuracy, on the same images
 VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that give its gradients
 NO_WEIGHTS = "no weights to take gradients from"
@@ -143,17 +143,21 @@ def iterative_beats_single(
     return _never_beats(name, outcome, (single, many), eps, what, NO_WEIGHTS)
 
 
-def converged(outcome: Outcomes, suite: Sequence[Attack]) -> Gate:
-    """Twice the steps and restarts change less than two points."""
-    doubled = [each for each in suite if each.gate == "converged"]
-    if not doubled or not outcome.has(doubled[0], doubled[0].only_eps or 0.0):
+def converged(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
+    """At each radius the last cycle of white-box rounds breaks less than half a percent."""
+    found = {each: last_cycle(suite, outcome, each) for each in sorted(eps)}
+    known = {each: last for each, last in found.items() if last is not None}
+    if len(known) < len(found):
         return Gate("converged", None, "INCONCLUSIVE", NO_WEIGHTS)
-    eps = doubled[0].only_eps or 0.0
-    rest = [each for each in suite if each.threat == "white_box" and each.gate != "converged"]
-    before = float(outcome.robust(rest, eps).mean())
-    after = float(outcome.robust([*rest, *doubled], eps).mean())
-    detail = f"white-box at eps {eps:g}: {before:.3f}, with twice the effort {after:.3f}"
-    return Gate("converged", before - after < CONVERGED, "INCONCLUSIVE", detail)
+    told = [
+        f"{last.broken} at eps {each:g} (of {last.rounds} rounds)" for each, last in known.items()
+    ]
+    detail = (
+        f"images broken by the last cycle of white-box rounds: {', '.join(told)}; "
+        f"fewer than {CONVERGED:.1%} of {len(outcome.clean)} show that it has converged"
+    )
+    ok = all(last.converged for last in known.values())
+    return Gate("converged", ok, "INCONCLUSIVE", detail)
 
 
 def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:

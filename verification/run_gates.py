@@ -52,7 +52,7 @@ def check(
         gates.grows_with_eps(mine, context.suite, context.eps),
         _reaches_chance(context, model),
         gates.iterative_beats_single(mine, context.suite, context.eps),
-        gates.converged(mine, context.suite),
+        gates.converged(mine, context.suite, context.eps),
         gates.weaker_never_beats(mine, context.suite, context.eps),
         gates.control_falls(outcomes.get("control"), context.suite, context.eps, named),
         gates.surrogates_close(_best_surrogate(context), float(mine.clean.mean())),

@@ -77,7 +77,7 @@ def measure(
     members = [ready(member, device) for member in run.members()]
     found = given_surrogates(surrogates, data.labels, device)
     variant = Variant(preset="quick", classes=len(data.labels))
-    attacks = suite(variant, [each.name for each in found], protocol.eps)
+    attacks = suite(variant, [each.name for each in found])
     attacks = [each for each in attacks if each.source not in ("target", "none")]
     outcome = run_suite(
         attacks,

@@ -51,7 +51,7 @@ def gradients_flow(device: torch.device) -> str:
     """Find the members' gradients, as the gate `nonzero-gradient` does."""
     members = [ready(member, device) for member in untrained_members("resnet8")]
     split = random_split(8).to(device)
-    suite = presets.suite(presets.Variant(preset="quick", classes=10), ["s"], (EPS,))
+    suite = presets.suite(presets.Variant(preset="quick", classes=10), ["s"])
     zero, broken, _ = flow(members, split, suite)
     assert not zero.any()
     assert not broken.any()
@@ -63,10 +63,14 @@ def every_attack_makes_images(device: torch.device) -> str:
     members = [ready(member, device) for member in untrained_members("resnet8")]
     split = random_split(8).to(device)
     ensemble, images = Ensemble(members), to_float(split.images)
-    suite = presets.suite(presets.Variant(preset="full", classes=10), ["s"], (EPS,))
-    crafted = [attack for attack in suite if attack.kind in ("gradient", "noise")]
+    suite = presets.suite(presets.Variant(preset="full", classes=10), ["s"])
+    crafted = [attack for attack in suite if attack.kind in ("gradient", "apgd", "noise")]
     for attack in crafted:
-        names = {each.name for each in fields(attack)} & {"steps", "variance_samples"}
+        names = {each.name for each in fields(attack)} & {
+            "steps",
+            "nearest_steps",
+            "variance_samples",
+        }
         fewer: dict[str, Any] = {name: min(getattr(attack, name), 2) for name in names}
         adversarial = replace(attack, **fewer)(ensemble, images, split.labels, EPS)
         encode_fp16(adversarial, split.images, EPS, attack.norm)

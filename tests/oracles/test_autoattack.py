@@ -63,5 +63,5 @@ def test_it_breaks_an_ensemble_and_leaves_no_trace(
 
 def test_the_full_preset_has_it_where_the_package_is_installed() -> None:
     variant = Variant(preset="full", classes=10, reference=available())
-    assert "autoattack" in {attack.name for attack in suite(variant, ["a"], [0.1])}
+    assert "autoattack" in {attack.name for attack in suite(variant, ["a"])}
     assert "AutoAttack" not in left_out(variant)

@@ -10,6 +10,7 @@ import torch
 
 from dverge_serve.engine.outputs import Scores
 from training.data.splits import Split
+from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Outcomes
@@ -122,6 +123,9 @@ VALUES = [110 + step for step in range(35)]
 
 def shorter(attack: Attack, steps: int, queries: int) -> Attack:
     """Return the attack with at most so many steps or queries."""
+    if isinstance(attack, AdaptivePGD):
+        short = min(attack.steps, steps)
+        return replace(attack, steps=short, nearest_steps=min(attack.nearest_steps, short))
     if isinstance(attack, GradientAttack):
         return replace(attack, steps=min(attack.steps, steps))
     if isinstance(attack, QueryAttack):
@@ -133,7 +137,7 @@ def attack_linear(
     target: torch.nn.Module, values: list[int], eps: float = EPS, broken: bool = False
 ) -> tuple[Outcomes, list[Attack]]:
     """Run `quick` on a model, with an honest linear surrogate."""
-    chosen = suite(Variant(preset="quick", classes=2), ["surrogate"], [eps])
+    chosen = suite(Variant(preset="quick", classes=2), ["surrogate"])
     outcomes = run_suite(
         chosen,
         {"surrogate": ([Linear()], "surrogate")},

@@ -24,6 +24,7 @@ from tests.verification.models import (
     linear_split,
 )
 from verification import gates
+from verification.attacks import rounds
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
@@ -66,7 +67,7 @@ def test_an_honest_model_passes_every_gate_about_it() -> None:
         gates.eps_8bit([outcome]),
         gates.grows_with_eps(outcome, chosen, [EPS]),
         gates.iterative_beats_single(outcome, chosen, [EPS]),
-        gates.converged(outcome, chosen),
+        gates.converged(outcome, chosen, [EPS]),
         gates.weaker_never_beats(outcome, chosen, [EPS]),
     ]
     assert [gate.name for gate in checks if not gate.passed] == []
@@ -169,7 +170,7 @@ def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
 
 
 def test_one_step_must_not_break_what_many_do_not() -> None:
-    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
+    chosen = suite(Variant(preset="quick", classes=2), ["s"])
     single, many = "fgsm-ce on mean-logits", "pgd-ce on mean-logits"
     outcome = outcome_of([1] * 10)
     for version in ("float", "delivered"):
@@ -183,19 +184,48 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
     assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
 
 
-def test_twice_the_effort_must_not_change_the_figure() -> None:
-    chosen = suite(Variant(preset="quick", classes=2), ["s"], [EPS])
-    (doubled,) = [attack for attack in chosen if attack.gate == "converged"]
-    base = "pgd-cw on mean-logits"
-    outcome = outcome_of([1] * 100)
-    for version in ("float", "delivered"):
-        outcome.survived[base, EPS, version] = np.arange(100) >= 10
-        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 11
-    assert gates.converged(outcome, chosen).passed
-    for version in ("float", "delivered"):
-        outcome.survived[doubled.name, EPS, version] = np.arange(100) >= 12
-    assert gates.converged(outcome, chosen).passed is False
-    assert gates.converged(outcome_of([1]), chosen).passed is None
+ROUNDS = rounds.rounds(suite(Variant(preset="quick", classes=2), []))  # ce, cw, ce, cw, ...
+
+
+def after_rounds(*broken: int) -> Outcomes:
+    """Rounds at two radii: at the first everything stands, at the second each breaks so many."""
+    outcome, left = outcome_of([1] * 400), np.ones(400, bool)
+    for attack, count in zip(ROUNDS, broken, strict=False):
+        fallen = np.flatnonzero(left)[:count]
+        for eps in (EPS, 2 * EPS):
+            outcome.ran[attack.name, eps] = left if eps > EPS else np.ones(400, bool)
+            for version in ("float", "delivered"):
+                outcome.survived[attack.name, eps, version] = np.ones(400, bool)
+        outcome.survived[attack.name, 2 * EPS, "float"][fallen] = False
+        left = left & outcome.survived[attack.name, 2 * EPS, "float"]
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("broken", "passes"),
+    [((9, 0), False), ((9, 0, 0), True), ((9, 1, 0), True), ((9, 1, 1), False)],
+)
+def test_the_last_cycle_must_break_less_than_half_a_percent(
+    broken: tuple[int, ...], passes: bool
+) -> None:
+    outcome = after_rounds(*broken)
+    gate = gates.converged(outcome, ROUNDS, [2 * EPS, EPS])
+    assert gate.passed is passes
+    told = f"0 at eps {EPS:g} (of {len(broken)} rounds), {sum(broken[-2:])} at eps {2 * EPS:g} "
+    assert told in gate.detail
+    assert gates.converged(outcome, ROUNDS, [EPS]).passed
+    # Another round is run only where the cycle before it broke enough.
+    following = ROUNDS[len(broken)]
+    assert rounds.is_over(following, ROUNDS, outcome, EPS)
+    assert rounds.is_over(following, ROUNDS, outcome, 2 * EPS) is passes
+    fgsm, *_ = chosen = [*suite(Variant(preset="quick", classes=2), [])]
+    assert not rounds.is_over(fgsm, chosen, outcome, EPS)  # not a round
+
+
+def test_a_radius_without_a_whole_cycle_has_not_converged() -> None:
+    assert gates.converged(after_rounds(0), ROUNDS, [EPS]).passed is None
+    assert gates.converged(after_rounds(0, 0), ROUNDS, [EPS, 9 * EPS]).passed is None
+    assert gates.converged(outcome_of([1]), ROUNDS, [EPS]).passed is None
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:

@@ -46,6 +46,8 @@ JSON_FORM: dict[str, tuple[str, Any]] = {
     "output": ("output", "mean-logits"),
     "norm": ("norm", None),
     "steps": ("steps", 0),
+    "nearest_steps": ("nearest_steps", 0),
+    "targets": ("targets", 0),
     "step_share": ("rel_stepsize", 0.2),
     "decay": ("momentum", None),
     "restarts": ("restarts", None),

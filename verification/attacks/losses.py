@@ -42,6 +42,18 @@ def dlr(output: Output, labels: Tensor) -> Loss:
     return loss
 
 
+def dlr_targeted(scores: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return the targeted difference of logits ratio (Croce & Hein, 2020, eq. 7), `[N]`.
+
+    The target's margin over the right class, over the distance of the first score to the middle of
+    the third and fourth; needs four classes.
+    """
+    top = scores.topk(4, dim=1).values
+    spread = (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(torch.finfo(scores.dtype).eps)
+    ahead = scores.gather(1, targets[:, None]) - scores.gather(1, labels[:, None])
+    return ahead[:, 0] / spread
+
+
 def member_reweighted(members: Sequence[nn.Module], labels: Tensor) -> Loss:
     """Return the members' margins, weighed by how nearly each is fooled, after MORA.
 

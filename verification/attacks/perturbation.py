@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from dverge_serve.images import to_float
@@ -45,22 +46,28 @@ def quantize_uint8(
     eps: float,
     norm: Norm = "linf",
 ) -> npt.NDArray[np.uint8]:
-    """Round adversarial images to the 8 bits a server receives, inside the ball.
+    """Round adversarial images to the 8 bits a server receives; `quantize` for NumPy arrays."""
+    found = quantize(torch.from_numpy(adversarial), torch.from_numpy(images), eps, norm)
+    return np.asarray(found.numpy())
+
+
+def quantize(adversarial: Tensor, images: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
+    """Round adversarial images to the 8 bits a server receives, inside the ball; uint8.
 
     Args:
         adversarial: float32 `[N, C, H, W]`.
-        images: the clean ones.
+        images: the clean ones, uint8.
         eps: the ball; the largest whole Linf step inside it is `floor(255 eps)`.
         norm: of the ball; in L2 every change is rounded towards zero.
     """
-    clean = images.astype(np.int16)
-    change = adversarial.astype(np.float64) * 255 - clean
+    clean = images.double()
+    change = adversarial.double() * 255 - clean
     if norm == "linf":
         reach = uint8_steps(eps)
-        change = np.clip(np.rint(change), -reach, reach)
+        change = change.round().clamp(-reach, reach)
     else:
-        change = np.trunc(change + np.sign(change) * 1e-4)  # 12 must not become 11.99999
-    return np.asarray(np.clip(clean + change, 0, 255).astype(np.uint8))
+        change = (change + change.sign() * 1e-4).trunc()  # 12 must not become 11.99999
+    return (clean + change).clamp(0, 255).to(torch.uint8)
 
 
 def uint8_steps(eps: float) -> int:

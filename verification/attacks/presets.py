@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from training.pgd import Norm
+from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, Noise, OutputName
@@ -16,10 +17,12 @@ from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.config import PRESETS
 
+CYCLES = 6  # of white-box rounds, at most
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 ATTACK_KINDS: tuple[type[Attack], ...] = (
     Noise,
     GradientAttack,
+    AdaptivePGD,
     Square,
     RayS,
     HopSkipJump,
@@ -65,16 +68,14 @@ def left_out(variant: Variant) -> dict[str, str]:
     return {what: why for what, (is_left_out, why) in found.items() if is_left_out}
 
 
-def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> list[Attack]:
+def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
     """Return a preset's attacks.
 
     Args:
         variant: the preset, and what the model allows of it.
         surrogates: names of the sources of transfer attacks.
-        eps: the radii; the convergence check runs at the middle one.
     """
     preset, norm = variant.preset, variant.norm
-    middle = sorted(eps)[len(eps) // 2]
     chosen: list[Attack] = [
         Noise(name="noise", threat="transfer", source="none"),
         replace(
@@ -88,10 +89,11 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
     ]
     if preset == "quick":
         chosen += _quick(surrogates)
+        chosen += _rounds(variant.classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _transfer_protocol(surrogates, variant.skips)
         chosen += _white_box_protocol(variant.classes)
-    chosen.append(_doubled(chosen, middle))
+        chosen += _rounds(variant.classes, steps=50, nearest_steps=100, targets=9)
     if preset == "full":
         chosen += _full(surrogates, variant.reference)
     chosen += query_attacks(PRESETS[preset], norm, variant.scores)
@@ -134,16 +136,13 @@ def _read(table: dict[str, Any]) -> Attack:
 
 
 def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
-    """Return the smallest set that still finds masked gradients.
+    """Return momentum PGD from every surrogate, and white-box PGD, with both losses.
 
-    Momentum PGD from every surrogate with both losses; white-box PGD on both ways of combining the
-    members, because a saturated softmax hides the gradient.
+    The rounds do the rest.
     """
-    white_box = replace(PGD, steps=20, restarts=2)
     return [
         *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
-        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], white_box),
-        *_on_each([("ce", "mean-softmax")], replace(white_box, control=False)),
+        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD),
     ]
 
 
@@ -170,6 +169,37 @@ def _white_box_protocol(classes: int) -> list[GradientAttack]:
     return _on_each(forms, replace(PGD, steps=50, restarts=5))
 
 
+def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
+    """Return cycles of Auto-PGD over the losses, on what still stands.
+
+    A cycle that breaks almost nothing is the last. The control, which falls early, gets the first
+    two rounds.
+    """
+    one = AdaptivePGD(
+        name="apgd",
+        threat="white_box",
+        source="target",
+        steps=steps,
+        nearest_steps=nearest_steps,
+        skip_broken=True,
+        gate="converged",
+    )
+    chosen = [replace(one, loss="ce"), replace(one, loss="cw")]
+    if classes >= 3:
+        chosen.append(replace(one, loss="dlr"))
+    if classes >= 4:
+        chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
+    return [
+        replace(
+            each,
+            name=f"apgd-{each.loss}, cycle {cycle}",
+            control=cycle == 1 and each.loss in ("ce", "cw"),
+        )
+        for cycle in range(1, CYCLES + 1)
+        for each in chosen
+    ]
+
+
 def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[GradientAttack]:
     """Return the attack from every surrogate, with both losses."""
     losses: tuple[LossName, ...] = ("ce", "cw")
@@ -188,25 +218,6 @@ def _on_each(
         replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
         for loss, output in forms
     ]
-
-
-def _doubled(chosen: Sequence[Attack], eps: float) -> GradientAttack:
-    """Return the strongest white-box attack with twice the steps and restarts, at one radius."""
-    (strong,) = [
-        attack
-        for attack in chosen
-        if isinstance(attack, GradientAttack) and attack.name == "pgd-cw on mean-logits"
-    ]
-    return replace(
-        strong,
-        name=f"{strong.name}, twice the steps and restarts",
-        steps=2 * strong.steps,
-        rel_stepsize=strong.rel_stepsize / 2,
-        restarts=2 * strong.restarts,
-        control=False,
-        only_eps=eps,
-        gate="converged",
-    )
 
 
 def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:

@@ -23,6 +23,7 @@ from verification.attacks.cache import cached
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
 from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
+from verification.attacks.rounds import is_over
 from verification.attacks.target import Target
 from verification.config import SUBSTITUTE
 
@@ -72,10 +73,11 @@ def run_suite(
     """Attack every target with every attack at every radius.
 
     Transfer images are crafted once and scored on all targets: the same attack for each. A target
-    is never its own surrogate.
+    is never its own surrogate. Rounds end, at each radius and for each target, as soon as a whole
+    cycle of them breaks almost nothing; the later ones are not run.
 
     Args:
-        suite: the attacks, in order: those that skip broken images come last.
+        suite: the attacks, in order.
         sources: surrogates by name, in evaluation mode on the split's device, and a hash of each.
         targets: by name; the first is the one whose images are kept.
         split: test images.
@@ -101,6 +103,9 @@ def run_suite(
     with Progress(f"{label}, {len(split)} images", work) as progress:
         for job in jobs:
             attack, eps = job.attack, job.eps
+            if all(is_over(attack, suite, recorders[name].outcomes, eps) for name in job.names):
+                progress.advance(job.work * attack.restarts)
+                continue
             kept: Scored | None = None
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]

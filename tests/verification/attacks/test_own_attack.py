@@ -212,7 +212,8 @@ def test_a_suite_refuses_two_of_a_name_and_unknown_sources() -> None:
 
 FULL = [
     shorter(attack, 10, 60)
-    for attack in suite(Variant(preset="full", classes=2, skips=False), ["s"], [EPS])
+    for attack in suite(Variant(preset="full", classes=2, skips=False), ["s"])
+    if not attack.gate or attack.name.endswith("cycle 1")  # the others differ in the name alone
 ]
 
 

@@ -20,9 +20,10 @@ from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.hop_skip_jump import HopSkipJump
-from verification.attacks.presets import Variant, suite
+from verification.attacks.presets import CYCLES, Variant, suite
 from verification.attacks.query_attack import QueryAttack
 from verification.attacks.rays import RayS
+from verification.attacks.rounds import rounds
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
 from verification.attacks.suite import Source, run_suite
@@ -36,17 +37,20 @@ def gradients(attacks: Sequence[Attack]) -> list[GradientAttack]:
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])
 def test_presets_are_what_they_say(preset: str) -> None:
-    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"], [0.1, 0.2])
+    chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"])
     names = [attack.name for attack in chosen]
     assert len(set(names)) == len(names)
-    skipping = {"vmi", "reweighted", "autoattack"}
+    skipping = {"apgd", "vmi", "reweighted", "autoattack"}
     for attack in chosen:
         assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
-        before = [each for each in chosen[: chosen.index(attack)] if each.threat == attack.threat]
-        assert attack.skip_broken or not any(each.skip_broken for each in before)
-    (doubled,) = [attack for attack in gradients(chosen) if attack.gate == "converged"]
+        assert attack.skip_broken or not any(
+            each.skip_broken and each.threat == attack.threat
+            for each in chosen[: chosen.index(attack)]
+        )
+    order = [attack.loss for attack in rounds(chosen)]
+    assert order == ["ce", "cw", "dlr", "targeted"] * CYCLES
+    assert [attack.control for attack in rounds(chosen)] == [True] * 2 + [False] * (len(order) - 2)
     (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
-    assert (doubled.steps, doubled.restarts) == (2 * base.steps, 2 * base.restarts)
     if preset != "quick":  # the paper: 5 versions for each surrogate and loss, 30 in all
         protocol = [
             attack
@@ -68,16 +72,17 @@ def test_presets_are_what_they_say(preset: str) -> None:
     assert {attack.sample for attack in callers} == {PRESETS[preset].sample}
     assert [attack.loss for attack in gradients(callers)] == ["ce", "cw"]
     assert {attack.source for attack in gradients(callers)} == {SUBSTITUTE}
-    two = suite(Variant(preset=preset, classes=2), ["a"], [0.1])
+    two = suite(Variant(preset=preset, classes=2), ["a"])
     assert not any(attack.loss == "dlr" for attack in gradients(two))
-    in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
+    assert [attack.loss for attack in rounds(two)] == ["ce", "cw"] * CYCLES
+    in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"])
     assert {attack.norm for attack in in_l2} == {"l2"}
     in_l2 = [attack for attack in in_l2 if isinstance(attack, QueryAttack)]
     assert [type(attack) for attack in in_l2] == [HopSkipJump]
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
-    chosen = suite(Variant(preset="full", classes=10, reference=True), ["a", "b"], [0.1, 0.2])
+    chosen = suite(Variant(preset="full", classes=10, reference=True), ["a", "b"])
     tables = [attack.to_json() for attack in chosen]
     assert presets.from_json(tables) == chosen
     # Reports and the keys of the cache are made of this form: it must not change.
@@ -91,6 +96,8 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "output": "mean-logits",
         "norm": "linf",
         "steps": 0,
+        "nearest_steps": 0,
+        "targets": 0,
         "step_share": 0.2,
         "decay": None,
         "restarts": 1,
@@ -106,6 +113,9 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "only_eps": None,
         "gate": "",
     }
+    (last,) = [table for table in tables if table["name"] == f"apgd-targeted, cycle {CYCLES}"]
+    assert (last["kind"], last["loss"], last["targets"]) == ("apgd", "targeted", 9)
+    assert (last["steps"], last["nearest_steps"], last["gate"]) == (50, 100, "converged")
     (vmi,) = [table for table in tables if table["name"] == "vmi-ce from b"]
     assert (vmi["decay"], vmi["variance_samples"], vmi["standing_only"]) == (1.0, 20, True)
 
@@ -127,7 +137,7 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
     assert residual_ends([Residual()])
     chosen = [
         replace(shorter(attack, 6, 300), restarts=1, skip_broken=False)
-        for attack in suite(Variant(preset="full", classes=4), ["s"], [EPS])
+        for attack in suite(Variant(preset="full", classes=4), ["s"])
     ]
     ours = gradients(chosen)
     assert {attack.loss for attack in ours} == {"ce", "cw", "dlr", "reweighted"}
@@ -143,6 +153,6 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
 
 
 def test_autoattack_breaks_the_weak_image() -> None:
-    whole = suite(Variant(preset="full", classes=4, reference=True), ["s"], [EPS])
+    whole = suite(Variant(preset="full", classes=4, reference=True), ["s"])
     (attack,) = [attack for attack in whole if isinstance(attack, AutoAttack)]
     assert robust([replace(attack, skip_broken=False)])[attack.name] == [False, True]
