@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from dverge_serve.engine.session import MAX_BYTES
+from dverge_serve.engine.model_file import MAX_BYTES
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from verification.contract import Layout
