@@ -60,6 +60,7 @@ def assemble(
             "goal": "untargeted: any wrong answer",
             "norm": NORMS[config.norm],
             "eps": list(context.eps),
+            "eps_given": list(context.eps_given),
             "transfer": "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model for scores; tried on images that nothing else broke, and "
             "counted among all attacks alone",

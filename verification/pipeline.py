@@ -11,12 +11,14 @@ import torch
 from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
+from training.data.splits import image_files
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
 from verification.attacks.suite import run_suite
 from verification.config import VerificationConfig
 from verification.context import find_context
+from verification.leakage import find_leakage
 from verification.live import attack_service
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
@@ -43,10 +45,13 @@ def attack_and_report(config: VerificationConfig) -> Report:
             context.suite, sources, targets, split, eps, seed=seed, keep=evidence.add
         )
         outcome = outcomes["model"]
-        checks = check(context, model, outcomes, control)
+        leakage = find_leakage([context.data.train, context.data.holdout], split)
+        checks = check(context, model, outcomes, control, leakage)
         measured = measure(context, model, outcome, evidence)
         table = assemble(context, outcomes, control, checks, measured)
         table["evidence"] = evidence.index
+        files = image_files(context.attacked, "test"), image_files(context.attacked, "train")
+        table["leakage"] = leakage.to_json(*files)
         unanswered = None
         if service is not None:
             try:

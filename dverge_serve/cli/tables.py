@@ -40,7 +40,7 @@ def report_table(report: Report) -> None:
     rows = [("clean", interval(report.clean_accuracy), "", held)]
     for eps, row in report.robust_accuracy.items():
         held = percent(control.robust_accuracy[eps].transfer) if control else "-"
-        rows.append((f"{eps:g}", interval(row.transfer), interval(row.white_box), held))
+        rows.append((report.radius(eps), interval(row.transfer), interval(row.white_box), held))
     title = f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)"
     show(_table(title, ("eps", "transfer", "white-box", "control, transfer"), rows))
     gates = Table(title="Gates")
@@ -51,6 +51,16 @@ def report_table(report: Report) -> None:
     for gate in report.gates:
         gates.add_row(gate.name, words[gate.passed], plain(gate.detail))
     show(gates)
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """Return the verdict, the gates that did not pass, and what to do about each, a line each."""
+    lines = [f"verdict {report.verdict}"]
+    for gate in report.gates:
+        if not gate.passed:
+            word = "could not be run" if gate.passed is None else "failed"
+            lines += [f"{gate.name} {word}: {gate.detail}", f"  {gate.next_step}"]
+    return lines
 
 
 def live_line(live: Live) -> str:

@@ -11,10 +11,11 @@ from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, Noise, OutputName
 from verification.attacks.square import Square
+from verification.attacks.value_grid import GridAttack
 from verification.config import PRESETS
 
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
-ATTACK_KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
+ATTACK_KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, GridAttack, Square, AutoAttack)
 MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
