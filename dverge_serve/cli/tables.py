@@ -59,7 +59,8 @@ def verdict_lines(report: Report) -> list[str]:
     for gate in report.gates:
         if not gate.passed:
             word = "could not be run" if gate.passed is None else "failed"
-            lines += [f"{gate.name} {word}: {gate.detail}", f"  {gate.next_step}"]
+            lines.append(f"{gate.name} {word}: {gate.detail}")
+            lines += [f"  what to do: {gate.next_step}"] if gate.next_step else []
     return lines
 
 

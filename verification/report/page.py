@@ -32,6 +32,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
         templates.get_template("page.html.j2")
         .render(
             report=table,
+            gates=report.gates,
             plots={name: base64.b64encode(plots.get(name, b"")).decode() for name in PLOTS},
             css=Markup(css),  # noqa: S704 - our own file; its hash in the policy needs the very bytes
             digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
