@@ -92,7 +92,8 @@ class Data:
 class Verification:
     """Defaults of `verify-robustness` for models of this run."""
 
-    eps: tuple[float, ...] = (0.01, 0.02, 0.03)  # Linf radii, pixels in [0,1]
+    # Linf radii, pixels in [0,1]; numbers, or text such as "8/255"
+    eps: tuple[float, ...] = (0.01, 0.02, 0.03)
 
     def __post_init__(self) -> None:
         ok = bool(self.eps) and all(0 < eps <= 1 for eps in self.eps)

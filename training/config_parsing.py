@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import typing
+from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
 from dverge_serve.errors import UserError, nearest
@@ -86,6 +88,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return _convert(options[1], value, where, key)
     if str in options:
         return value
+    if hint is float and isinstance(value, str) and "/" in value:  # "8/255"
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            value = float(Fraction(value))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         check(f"{where}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)

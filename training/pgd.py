@@ -32,9 +32,15 @@ Output = Callable[[Tensor], Tensor]  # images -> scores of each class [N, classe
 
 
 def gradient(loss: Loss, x: Tensor) -> Tensor:
-    """Return the gradient of the per-image loss at `x`; the model's parameters get none."""
+    """Return the gradient of the per-image loss at `x`; the model's parameters get none.
+
+    It is zero where no path of differentiable operations leads from `x` to the loss.
+    """
     x = x.detach().requires_grad_()
-    (found,) = torch.autograd.grad(loss(x).sum(), x)
+    total = loss(x).sum()
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (found,) = torch.autograd.grad(total, x, materialize_grads=True)
     return found
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dverge_serve.engine.radius import parse_radius
 from dverge_serve.engine.report import Report
+from dverge_serve.errors import UserError
 from verification.config import VerificationConfig, radii
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def verify(
     *,
     run: Run | str | Path | None = None,
     preset: str = "quick",
-    eps: float | Iterable[float] = (),
+    eps: float | str | Iterable[float | str] = (),
     norm: Norm = "linf",
     data: str | Path | None = None,
     images: int | None = None,
@@ -43,7 +45,7 @@ def verify(
     requests_a_second: float = 50.0,
     seed: int = 0,
     device: str | torch.device = "auto",
-    at_eps: float | None = None,
+    at_eps: float | str | None = None,
     attacks: Iterable[Attack] = (),
 ) -> Report:
     """Attack a model file, write the report and its evidence beside it, and return the report.
@@ -54,7 +56,9 @@ def verify(
         run: the training run that the model was exported from, for white-box attacks; by default
             the one with these weights, under `runs/` or beside the file.
         preset: the attack suite: `quick`, `standard` (the paper's protocol) or `full`.
-        eps: one radius or several, pixels in `[0,1]`; by default the recipe's.
+        eps: one radius or several, pixels in `[0,1]`, as numbers or as text such as `8/255`; by
+            default the recipe's. `auto` finds the radius at which the undefended control is
+            halved, and takes half and twice of it as well.
         norm: of the radii: `linf` or `l2`.
         data: a folder of images or a data set's name; by default the run's own.
         images: number of test images; by default the recipe's limit.
@@ -85,11 +89,17 @@ def verify(
     def path(given: str | Path | None) -> Path | None:
         return None if given is None else Path(given)
 
+    chosen = radii(eps)
+    try:
+        at = None if at_eps is None else parse_radius(at_eps)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`at_eps` {at_eps!r}", "a radius, e.g. 0.1 or 8/255") from error
     config = VerificationConfig(
         model=Path(model),
         run=path(run if run is None or isinstance(run, str | Path) else run.path),
         preset=preset,
-        eps=radii(eps),
+        eps=chosen.values,
+        eps_given=chosen.given,
         norm=norm,
         data=None if data is None else str(data),
         images=images,
@@ -104,7 +114,7 @@ def verify(
         requests_a_second=requests_a_second,
         seed=seed,
         device=device,
-        at_eps=at_eps,
+        at_eps=at,
         attacks=tuple(attacks),
     )
     from verification.pipeline import attack_and_report

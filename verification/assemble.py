@@ -63,6 +63,7 @@ def assemble(
             "goal": "untargeted: any wrong answer",
             "norm": NORMS[config.norm],
             "eps": list(context.eps),
+            "eps_given": list(context.eps_given),
             "transfer": "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model, for scores or for labels alone, or trains a substitute "
             "on its answers; on a random sample of the images",

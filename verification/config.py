@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dverge_serve.engine.radius import parse_radius
 from dverge_serve.engine.report import NORMS
 from dverge_serve.errors import UserError, one_of
 from verification.contract import Contract
@@ -65,17 +66,37 @@ PRESETS = {
 }
 
 
-def radii(eps: Any) -> tuple[float, ...]:
-    """Return one or several radii as floats; random draws follow from how a radius is written.
+class Radii(NamedTuple):
+    """Radii, and how their user wrote them.
+
+    Args:
+        values: the radii; none where they are to be searched for.
+        given: the text of each, or `auto` alone.
+    """
+
+    values: tuple[float, ...]
+    given: tuple[str, ...]
+
+
+AUTO = "auto"  # written in place of radii: find those at which the control falls
+
+
+def radii(eps: Any) -> Radii:
+    """Return one or several radii, each a number or text such as `8/255`, or `auto`.
 
     Raises:
         UserError: not a number.
     """
     given = eps if isinstance(eps, Iterable) and not isinstance(eps, str) else (eps,)
+    given = tuple(given)
+    if given == (AUTO,):
+        return Radii((), given)
     try:
-        return tuple(map(float, given))
+        return Radii(tuple(map(parse_radius, given)), tuple(map(str, given)))
     except (TypeError, ValueError) as error:
-        raise UserError(f"`eps` {eps!r}", "a radius or several, e.g. 0.1 or (0.05, 0.1)") from error
+        expected = "a radius or several, e.g. 0.1, 8/255 or auto"
+        told = given[0] if len(given) == 1 else given
+        raise UserError(f"`eps` {told!r}", expected) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +121,7 @@ class VerificationConfig:
     requests_a_second: float = 50.0  # most requests per second
     against: Path | None = None  # another model, attacked alike
     eps: tuple[float, ...] = ()  # radii, pixels in [0,1]; by default the recipe's
+    eps_given: tuple[str, ...] = ()  # the radii as their user wrote them, or `auto` alone
     norm: Norm = "linf"
     images: int | None = None  # number of test images; by default the recipe's limit
     seed: int = 0
@@ -126,7 +148,9 @@ class VerificationConfig:
                 )
         if self.norm == "l2" and self.url is not None:
             raise UserError("`url` with `norm` l2", "linf: RayS and Square are Linf attacks")
-        if self.norm == "l2" and not self.eps:
+        if self.at_eps is not None and self.auto_eps:
+            raise UserError("`at_eps` with `eps` auto", "`eps` with radii, or no `at_eps`")
+        if self.norm == "l2" and not (self.eps or self.auto_eps):
             raise UserError("`norm` l2 without `eps`", "L2 radii, e.g. `eps` 0.25,0.5")
         most = 1.0 if self.norm == "linf" else math.inf
         if not all(0 < eps <= most and math.isfinite(eps) for eps in self.eps):
@@ -139,3 +163,8 @@ class VerificationConfig:
             raise UserError(f"`requests` {self.requests}", "10 or more")
         if not self.requests_a_second >= 0.1:  # NaN is refused, too
             raise UserError(f"`requests_a_second` {self.requests_a_second:g}", "0.1 or more")
+
+    @property
+    def auto_eps(self) -> bool:
+        """Whether the radii are searched for."""
+        return self.eps_given == (AUTO,)

@@ -24,6 +24,8 @@ from verification.attacks.attack import Attack
 from verification.attacks.presets import Variant
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
+from verification.attacks.value_grid import coarse_levels, grid_attacks
+from verification.auto_radii import halving_radii
 from verification.config import PRESETS, VerificationConfig
 from verification.contract import Contract
 from verification.foreign_model import ForeignEngine, gives_scores, open_engine
@@ -47,10 +49,12 @@ class Context:
     gradients: Gradients | None
     training: Config  # of the model, pointed at the data to use now; surrogates follow it
     data: TrainingData
-    split: Split  # test images
+    attacked: Data  # which images are test images
+    split: Split
     holdout: Split  # calibrates the alarm; no training saw it
     training_known: bool  # whether `data` is what the model was trained on
     eps: tuple[float, ...]
+    eps_given: tuple[str, ...]  # how their user wrote them, in the same order; or none
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
     left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
@@ -82,6 +86,7 @@ def find_context(config: VerificationConfig) -> Context:
             say("no weights of this model were found (no `run` has them): no white-box attacks")
     check_writable(report_path(config.model))
     training = training_config(engine.card, gradients, config.data)
+    written = dict(zip(config.eps, config.eps_given, strict=False))
     eps = tuple(sorted(set(config.eps or training.verification.eps)))
     if config.at_eps is not None and config.at_eps not in eps:
         raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
@@ -112,10 +117,14 @@ def find_context(config: VerificationConfig) -> Context:
         names = [surrogate.name for surrogate in made]
     else:
         made, names = [], [each.name for each in surrogate_configs(training, kinds).values()]
-    check_suite([*presets.suite(variant, names), *config.attacks], names)
+    more = [*grid_attacks(coarse_levels(split.images), names, config.norm), *config.attacks]
+    check_suite([*presets.suite(variant, names), *more], names)
     made = made or surrogates(training, data, device, kinds)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
-    suite = [*presets.suite(variant, names), *config.attacks]
+    if config.auto_eps:
+        run = gradients.run if gradients else None
+        eps = halving_radii(run, made, split, config.norm, config.seed)
+    suite = [*presets.suite(variant, names), *more]
     return Context(
         config=config,
         device=device,
@@ -123,10 +132,12 @@ def find_context(config: VerificationConfig) -> Context:
         gradients=gradients,
         training=training,
         data=data,
+        attacked=attacked,
         split=split,
         holdout=holdout.take(slice(0, CALIBRATION_IMAGES)),
         training_known=known,
         eps=eps,
+        eps_given=tuple(written[each] for each in eps) if written else (),
         surrogates=made,
         suite=suite,
         left_out=_left_out(config, variant, training, no_gradients if gradients is None else None),

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
+from scipy.stats import binom
 
-from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.report import Gate, Verdict
-from export.parity import Parity
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
 from verification.attacks.rounds import CONVERGED, last_cycle
 
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
-SAME = 1e-4  # outputs of one image may differ by this much, relative to the largest logit
 SURROGATES_BEHIND = 0.1  # of the model's clean accuracy, on the same images
-VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that give its gradients
+RARE = 1 / 400  # of the images: what chance alone lets a weaker attack break
+DOUBT = 0.05  # level of the one-sided tests
 NO_WEIGHTS = "no weights to take gradients from"
 
 
@@ -30,59 +28,19 @@ def verdict(gates: Sequence[Gate]) -> Verdict:
     return "VALID" if all(gate.passed for gate in gates) else "INCONCLUSIVE"
 
 
-def allowed(n: int) -> float:
-    """Return how many of `n` images a weaker attack may break alone without failing a gate."""
-    return max(2.0, 0.01 * n)
+def allowed(n: int) -> int:
+    """Return how many of `n` images a weaker attack may break alone without failing a gate.
+
+    A one-sided binomial test at level 0.05: one more would be too many for an attack that misses
+    one image of 400 by chance. That is none of 20, 1 of 120, 3 of 360, 5 of 1,000.
+    """
+    return int(binom.ppf(1 - DOUBT, n, RARE))
 
 
 def finite(outcomes: Sequence[Outcomes]) -> Gate:
     """No output was NaN or infinite; such an output is never a success of an attack."""
     count = sum(int(outcome.invalid.sum()) for outcome in outcomes)
     return Gate("finite", count == 0, "INVALID", f"{count} images had outputs that are not finite")
-
-
-def deterministic(first: Scores, second: Scores) -> Gate:
-    """The same images, scored twice, get the same outputs (small rounding aside).
-
-    A random defence must be attacked in expectation; figures of one draw would flatter it.
-    """
-    largest = max(1.0, _largest(first.logits))
-    apart = np.abs(first.logits.astype(np.float64) - second.logits)
-    apart = np.where(np.isfinite(apart), apart, 0.0)  # the gate `finite` counts the others
-    detail = f"asked twice, logits differ by {apart.max():.2e} (allowed {SAME * largest:.2e})"
-    return Gate("deterministic", bool(apart.max() <= SAME * largest), "INVALID", detail)
-
-
-def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:
-    """The outputs are logits: a softmax in front of the loss would hide its gradient.
-
-    No gradient is taken through a foreign classifier.
-    """
-    if foreign:
-        detail = "a foreign classifier: no gradient is taken through its outputs"
-        return Gate("not-probabilities", True, "INVALID", detail)
-    outputs = [scores.logits, *np.moveaxis(scores.member_logits, 1, 0)]
-    count = sum(_looks_like_probabilities(each) for each in outputs)
-    detail = f"{count} of {len(outputs)} outputs are never negative and sum to one"
-    return Gate("not-probabilities", count == 0, "INVALID", detail)
-
-
-def nonzero_gradient(zero: Mask | None, broken: Mask | None) -> Gate:
-    """Almost every image has a gradient under some attacked loss.
-
-    Args:
-        zero: bool `[n]`: the gradient is zero on every white-box loss.
-        broken: bool `[n]`: it is NaN or infinite on one of them.
-    """
-    name = "nonzero-gradient"
-    if zero is None or broken is None:
-        return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
-    count = int((zero | broken).sum())
-    detail = (
-        f"{int(zero.sum())} images without a gradient on any loss, "
-        f"{int(broken.sum())} with one that is not finite (allowed {allowed(len(zero)):g})"
-    )
-    return Gate(name, count <= allowed(len(zero)), "INCONCLUSIVE", detail)
 
 
 def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
@@ -92,23 +50,6 @@ def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
     return Gate(
         "eps-8bit", count == 0, "INVALID", f"{count} of {scored} images lay outside their ball"
     )
-
-
-def parity(found: Sequence[Parity] | None) -> Gate:
-    """The weights that gave the gradients are those of the model that was scored."""
-    if not found:
-        return Gate("parity", None, "INVALID", "no weights to compare with")
-    worst = max(found, key=lambda each: (not each.holds, each.difference))
-    return Gate("parity", worst.holds, "INVALID", f"clean and adversarial images: {worst}")
-
-
-def variant_parity(agreement: float, precision: str) -> Gate:
-    """A precision variant answers as its fp32 weights do, on clean and adversarial images."""
-    detail = (
-        f"the {precision} file and the fp32 weights agree on {agreement:.4f} of the answers "
-        f"(at least {VARIANT_AGREES:g})"
-    )
-    return Gate("parity", agreement >= VARIANT_AGREES, "INCONCLUSIVE", detail)
 
 
 def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
@@ -242,15 +183,5 @@ def _never_beats(
         for chosen, e in zip(ran, eps, strict=True)
     ]
     at, limit = int(np.argmax(counts)), allowed(len(outcome.clean))
-    detail = f"{counts[at]} images at eps {eps[at]:g} {what} (allowed {limit:g})"
+    detail = f"{counts[at]} images at eps {eps[at]:g} {what} (allowed {limit})"
     return Gate(name, counts[at] <= limit, "INCONCLUSIVE", detail)
-
-
-def _largest(values: npt.NDArray[np.float32]) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.abs(known).max()) if known.size else 0.0
-
-
-def _looks_like_probabilities(outputs: npt.NDArray[np.float32]) -> bool:
-    with np.errstate(invalid="ignore"):
-        return bool((outputs >= 0).all() and (np.abs(outputs.sum(-1) - 1) < 1e-3).all())

@@ -12,6 +12,7 @@ from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from dverge_serve.progress import say
+from training.data.splits import image_files
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
@@ -20,6 +21,7 @@ from verification.attacks.suite import run_suite
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
+from verification.leakage import find_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
 from verification.report.decision_regions import illustrate
@@ -50,7 +52,8 @@ def attack_and_report(config: VerificationConfig) -> Report:
             context.suite, sources, targets, split, eps, seed=seed, keep=evidence.add
         )
         outcome = outcomes["model"]
-        checks = check(context, model, outcomes, control)
+        leakage = find_leakage([context.data.train, context.data.holdout], split)
+        checks = check(context, model, outcomes, control, leakage)
         measured = measure(context, model, outcome, evidence)
         table = assemble(context, outcomes, control, checks, measured)
         table["substitute"] = {
@@ -59,6 +62,8 @@ def attack_and_report(config: VerificationConfig) -> Report:
             "robust_accuracy": under_substitute(outcome, context.suite, eps),
         }
         table["evidence"] = evidence.index
+        files = image_files(context.attacked, "test"), image_files(context.attacked, "train")
+        table["leakage"] = leakage.to_json(*files)
         unanswered = None
         if service is not None:
             try:

@@ -11,19 +11,26 @@ from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
 from training.data import splits
 from training.models.ensemble import Ensemble
-from verification import gates
+from verification import gates, model_gates
 from verification.attacks import presets
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
+from verification.leakage import Leakage, no_leakage
 from verification.metrics.robust_accuracy import clean_scores
+from verification.next_steps import advised
+from verification.path_integrals import unexplained
 from verification.self_test import CHECKING, self_test
 
 
 def check(
-    context: Context, model: Target, outcomes: dict[str, Outcomes], control: str
+    context: Context,
+    model: Target,
+    outcomes: dict[str, Outcomes],
+    control: str,
+    leakage: Leakage,
 ) -> list[Gate]:
     """Return every gate's result, in the report's order.
 
@@ -32,6 +39,7 @@ def check(
         model: what it is about.
         outcomes: of all targets by name, the model's first.
         control: what the control is.
+        leakage: what of the test images was seen in training.
     """
     mine, everyone = outcomes["model"], list(outcomes.values())
     clean = clean_scores(context.engine, context.split)
@@ -42,11 +50,17 @@ def check(
     if model.members is not None:
         zero, broken, _ = flow(model.members, context.split, context.suite)
     named = "control" if control == "own" else f"control ({control})"
-    return [
+    labels, classes = context.split.labels.cpu().numpy(), len(context.engine.card.labels)
+    found = [
         gates.finite(everyone),
-        gates.deterministic(clean, again),
-        gates.not_probabilities(clean, context.config.labels is not None and model.members is None),
-        gates.nonzero_gradient(zero, broken),
+        model_gates.deterministic(clean, again),
+        model_gates.not_probabilities(
+            clean, context.config.labels is not None and model.members is None
+        ),
+        model_gates.better_than_chance(mine.clean & ~mine.invalid, labels, classes),
+        no_leakage(leakage, context.training_known),
+        model_gates.nonzero_gradient(zero, broken),
+        _gradient_is_the_models(context, model, mine),
         gates.eps_8bit(everyone),
         _parity(context, model, mine),
         gates.grows_with_eps(mine, context.suite, context.eps),
@@ -58,6 +72,17 @@ def check(
         gates.surrogates_close(_best_surrogate(context), float(mine.clean.mean())),
         gates.self_test_found(*self_test(context.split, context.config.seed)),
     ]
+    return advised(found)
+
+
+def _gradient_is_the_models(context: Context, model: Target, outcome: Outcomes) -> Gate:
+    """Integrate gradients to the edge of the largest ball, and ask the file."""
+    if model.members is None:
+        return model_gates.gradient_is_the_models(None)
+    eps, config = max(context.eps), context.config
+    worst = outcome.worst.get((eps, "white_box"))
+    args = (model.members, context.engine, context.split, worst, eps, config.norm, config.seed)
+    return model_gates.gradient_is_the_models(unexplained(*args), context.engine.card.precision)
 
 
 def _reaches_chance(context: Context, model: Target) -> Gate:
@@ -89,7 +114,7 @@ def _best_surrogate(context: Context) -> float | None:
 def _parity(context: Context, model: Target, outcome: Outcomes) -> Gate:
     """Compare torch with the engine on clean images and on the worst adversarial ones."""
     if model.members is None:
-        return gates.parity(None)
+        return model_gates.parity(None)
     pairs, ensemble = [], Ensemble(model.members)
     for pixels in [context.split.images.cpu().numpy(), *outcome.worst.values()]:
         floats = to_float(pixels)
@@ -97,5 +122,5 @@ def _parity(context: Context, model: Target, outcome: Outcomes) -> Gate:
         pairs.append((torch_scores(ensemble, x), context.engine.run_all(floats)))
     if (precision := context.engine.card.precision) != "fp32":
         same = [(torch_.predictions == found.predictions).mean() for torch_, found in pairs]
-        return gates.variant_parity(float(np.mean(same)), precision)
-    return gates.parity([compare(*pair) for pair in pairs])
+        return model_gates.variant_parity(float(np.mean(same)), precision)
+    return model_gates.parity([compare(*pair) for pair in pairs])

@@ -47,7 +47,7 @@ def report_table(report: Report) -> None:
     rows = [("clean", interval(report.clean_accuracy), "", held)]
     for eps, row in report.robust_accuracy.items():
         held = percent(control.robust_accuracy[eps].transfer) if control else "-"
-        rows.append((f"{eps:g}", interval(row.transfer), interval(row.white_box), held))
+        rows.append((report.radius(eps), interval(row.transfer), interval(row.white_box), held))
     title = f"Robust accuracy of {report.data.n} test images (Wilson 95% interval)"
     show(_table(title, ("eps", "transfer", "white-box", "control, transfer"), rows))
     if report.by_queries:
@@ -69,7 +69,7 @@ def _queries_table(report: Report) -> Table:
     stolen = report.substitute.robust_accuracy if report.substitute else {}
     rows = [
         (
-            f"{eps:g}",
+            report.radius(eps),
             *(interval(found.get((eps, kind))) for kind in kinds),
             percent(stolen.get(eps)),
         )
@@ -78,6 +78,17 @@ def _queries_table(report: Report) -> Table:
     last = report.by_queries[-1].points[-1]
     title = f"By callers: {last.queries} queries for each of {last.n} images"
     return _table(title, ("eps", *kinds, "stolen model"), rows)
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """Return the verdict, the gates that did not pass, and what to do about each, a line each."""
+    lines = [f"verdict {report.verdict}"]
+    for gate in report.gates:
+        if not gate.passed:
+            word = "could not be run" if gate.passed is None else "failed"
+            lines.append(f"{gate.name} {word}: {gate.detail}")
+            lines += [f"  what to do: {gate.next_step}"] if gate.next_step else []
+    return lines
 
 
 def live_line(live: Live) -> str:

@@ -10,6 +10,7 @@ import typer
 from dverge_serve.cli import app
 from dverge_serve.cli import foreign as options
 from dverge_serve.cli.options import Data, Device, Model
+from dverge_serve.engine.radius import parse_radius
 from dverge_serve.errors import Exit, NotMetError, UserError
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def verify_robustness(
         typer.Option(help="A folder of runs to attack from. [default: trained, cached]"),
     ] = None,
     eps: Annotated[
-        str | None, typer.Option(help="Radii, e.g. 0.05,0.1. [default: the recipe's]")
+        str | None,
+        typer.Option(help="Radii, e.g. 0.05,0.1 or 8/255, or auto. [default: the recipe's]"),
     ] = None,
     norm: Annotated[str, typer.Option(help="Of the radii: linf or l2.")] = "linf",
     images: Annotated[int | None, typer.Option(help="Use only this many test images.")] = None,
@@ -73,7 +75,7 @@ def verify_robustness(
         float | None, typer.Option(help="Exit with 1 if robust accuracy is below this.")
     ] = None,
     at_eps: Annotated[
-        float | None, typer.Option(help="Where --min-accuracy is read. [default: largest eps]")
+        str | None, typer.Option(help="Where --min-accuracy is read. [default: largest eps]")
     ] = None,
     threat: Annotated[
         str, typer.Option(help="Which figure --min-accuracy reads: transfer, white-box or all.")
@@ -93,12 +95,12 @@ def verify_robustness(
         channels=channels,
         outputs=outputs,
     )
-    radii = _eps(eps)
     if threat not in ("transfer", "white-box", "all"):
         raise UserError(f"threat '{threat}'", "transfer, white-box or all")
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
-    from dverge_serve.cli.tables import live_line, report_table
+    from dverge_serve.cli import as_flags
+    from dverge_serve.cli.tables import live_line, report_table, verdict_lines
     from dverge_serve.engine.report import report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
@@ -118,7 +120,7 @@ def verify_robustness(
         data=data,
         surrogates=surrogates,
         against=against,
-        eps=radii,
+        eps=eps.split(",") if eps else (),
         url=url,
         requests=requests,
         requests_a_second=rate,
@@ -131,13 +133,15 @@ def verify_robustness(
     report_table(report)
     if report.live is not None:
         typer.echo(live_line(report.live))
-    typer.echo(f"verdict {report.verdict}; report in {report_path(model)}")
+    typer.echo(f"report in {report_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None:
         case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
         write_atomic(junit, formats.junit(report, case))
     if bom is not None:
         write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
+    for line in verdict_lines(report):
+        typer.echo(as_flags(line))
     if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
     if not met:
@@ -169,21 +173,13 @@ def replay(
     typer.echo(f"{found.images} images scored again; all {found.figures} figures are the same")
 
 
-def _eps(text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        wanted = "radii above 0 with commas between, e.g. 0.05,0.1"
-        raise UserError(f"--eps {text}", wanted) from error
-
-
 def _demand(
-    report: Report, least: float | None, at_eps: float | None, threat: str
+    report: Report, least: float | None, at_eps: str | None, threat: str
 ) -> tuple[bool, str]:
     """Return whether the accuracy asked for is there, and what is there."""
-    eps = max(report.robust_accuracy) if at_eps is None else at_eps
+    eps = max(report.robust_accuracy) if at_eps is None else parse_radius(at_eps)
     found: Rate | None = getattr(report.robust_accuracy[eps], threat.replace("-", "_"))
     if found is None:
         return least is None, f"{threat} robust accuracy was not measured"
-    told = f"{threat} robust accuracy {found.value:.3f} at eps {eps:g}"
+    told = f"{threat} robust accuracy {found.value:.3f} at eps {report.radius(eps)}"
     return least is None or found.value >= least, told

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dverge_serve.engine.live_report import Live
+from dverge_serve.engine.radius import written
 from dverge_serve.engine.rates import Accuracies, ByQueries, Substitute, accuracies, pick
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
@@ -56,6 +57,7 @@ class Gate:
     passed: bool | None  # None where it could not be run
     failure: Verdict  # the evaluation's, if the check fails; INCONCLUSIVE if it cannot be run
     detail: str  # the figures behind it, for people
+    next_step: str = ""  # what to do about it, where it did not pass; parameters in backticks
 
     def to_json(self) -> dict[str, Any]:
         """Return the form kept in the report."""
@@ -158,6 +160,12 @@ class Report(Accuracies):
             seconds=table["run"]["seconds"],
             _table=table,
         )
+
+    def radius(self, eps: float) -> str:
+        """Return a radius for people, as it was given: "0.1", "8/255 = 0.0314"."""
+        threat = self._table["threat_model"]
+        given = dict(zip(threat["eps"], threat.get("eps_given", ()), strict=False))
+        return written(eps, given.get(eps, ""))
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole report, as in its JSON file and by its schema."""

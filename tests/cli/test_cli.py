@@ -51,7 +51,8 @@ from tests.serving import tiny
         (["export", "model.onnx"], "no run at runs/latest"),
         (["export", "model"], "ending in .onnx"),
         (["verify-robustness"], "no model at model.onnx"),
-        (["verify-robustness", "--eps", "big"], "radii"),
+        (["verify-robustness", "--eps", "big"], "8/255 or auto"),
+        (["verify-robustness", "--at-eps", "8/0"], "--at-eps '8/0'"),
         (["verify-robustness", "--eps", "0.1", "--at-eps", "0.2"], "one of --eps"),
         (["verify-robustness", "--threat", "magic"], "transfer, white-box or all"),
         (["verify-robustness", "--preset", "slow"], "quick"),
@@ -151,15 +152,22 @@ def test_the_four_commands_and_the_gate(
     assert run(["train", "--resume", "--set", "width=16"]) == 2  # other settings
     assert run(["train", "--resume", "--recipe", "digits"]) == 2  # a recipe's: width 16
     assert run(["export", "model.onnx"]) == 0
-    gate = ["--eps", "0.1,0.4", "--at-eps", "0.1", "--min-accuracy"]
+    gate = ["--eps", "0.1,102/255", "--at-eps", "0.1", "--min-accuracy"]
     assert run(["verify-robustness", *gate, "0.0"]) == 0
-    assert "verdict VALID" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "verdict VALID" in told
+    assert "102/255 = 0.4" in told
     assert run(["verify-robustness", *gate, "1.0"]) == 1
     assert "expected at least 1" in capsys.readouterr().err
     assert run(["inspect", "model.onnx"]) == 0
     assert "verified, VALID" in capsys.readouterr().out
     # A control that does not fall: nothing is broken at a tiny radius.
-    assert run(["verify-robustness", "--eps", "0.004"]) == 3
+    capsys.readouterr()
+    assert run(["verify-robustness", "--eps", "1/255"]) == 3
+    *_, verdict, failed, step = capsys.readouterr().out.splitlines()
+    assert verdict == "verdict INCONCLUSIVE"
+    assert failed.startswith("control-falls failed: at eps 0.00392")
+    assert step.startswith("  what to do: use --eps auto")
 
 
 def test_the_package_lists_its_names_without_importing_them(tmp_path: Path) -> None:

@@ -217,6 +217,14 @@ def test_whole_numbers_stand_for_floats_but_not_the_other_way() -> None:
     assert config.standard.lr == 1.0
 
 
+def test_radii_may_be_fractions() -> None:
+    config = load_recipe("digits", {"verification.eps": ["8/255", 0.1]})
+    assert config.verification.eps == (8 / 255, 0.1)
+    for wrong in ("8/0", "8/x", "1/2/3", "eight"):
+        with pytest.raises(UserError, match=r"verification\.eps = "):
+            load_recipe("digits", {"verification.eps": [wrong]})
+
+
 def test_settings_are_toml_values_and_bare_words() -> None:
     parsed = parse_settings(
         [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.report import Gate
 from dverge_serve.images import to_float
 from export.parity import Parity
 from tests.verification.models import (
@@ -23,7 +24,8 @@ from tests.verification.models import (
     attack_linear,
     linear_split,
 )
-from verification import gates
+from tests.verification.report.schema import REPORT_SCHEMA
+from verification import gates, model_gates
 from verification.attacks import rounds
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.outcomes import Outcomes
@@ -31,6 +33,7 @@ from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.gradients import flow
+from verification.next_steps import FAILED, NOT_RUN, advised
 from verification.self_test import self_test
 
 
@@ -61,9 +64,9 @@ def test_an_honest_model_passes_every_gate_about_it() -> None:
     first, second = asked_twice(TorchEngine(members))
     checks = [
         gates.finite([outcome]),
-        gates.deterministic(first, second),
-        gates.not_probabilities(first),
-        gates.nonzero_gradient(zero, broken),
+        model_gates.deterministic(first, second),
+        model_gates.not_probabilities(first),
+        model_gates.nonzero_gradient(zero, broken),
         gates.eps_8bit([outcome]),
         gates.grows_with_eps(outcome, chosen, [EPS]),
         gates.iterative_beats_single(outcome, chosen, [EPS]),
@@ -80,7 +83,7 @@ def test_an_honest_model_passes_every_gate_about_it() -> None:
 def test_answers_in_steps_have_no_gradient(defence: torch.nn.Module) -> None:
     outcome, chosen = attack_linear(defence, VALUES)
     zero, broken, _ = flow([defence], linear_split(VALUES), chosen)
-    gate = gates.nonzero_gradient(zero, broken)
+    gate = model_gates.nonzero_gradient(zero, broken)
     assert gate.passed is False
     assert gates.verdict([gate]) == "INCONCLUSIVE"
     assert gates.weaker_never_beats(outcome, chosen, [EPS]).passed is False
@@ -89,14 +92,14 @@ def test_answers_in_steps_have_no_gradient(defence: torch.nn.Module) -> None:
 def test_weaker_never_beats_detects_masked_gradients() -> None:
     outcome, chosen = attack_linear(Masked(), VALUES)
     zero, broken, _ = flow([Masked()], linear_split(VALUES), chosen)
-    assert gates.nonzero_gradient(zero, broken).passed  # there is a gradient; it leads nowhere
+    assert model_gates.nonzero_gradient(zero, broken).passed  # it leads nowhere
     gate = gates.weaker_never_beats(outcome, chosen, [EPS])
     assert gate.passed is False
     assert gates.verdict([gate]) == "INCONCLUSIVE"
 
 
 def test_deterministic_detects_a_random_defence() -> None:
-    gate = gates.deterministic(*asked_twice(TorchEngine([Linear()], noise=0.05)))
+    gate = model_gates.deterministic(*asked_twice(TorchEngine([Linear()], noise=0.05)))
     assert gate.passed is False
     assert gates.verdict([gate]) == "INVALID"
 
@@ -108,14 +111,14 @@ def test_outputs_that_are_not_finite_make_it_invalid() -> None:
     assert gates.verdict([gate]) == "INVALID"
     assert not outcome.robust([], EPS, ["float"]).any()
     # Never a success of the attacker: what Square and the gates see stays a number.
-    assert gates.deterministic(*asked_twice(TorchEngine([Linear()], broken=True))).passed
+    assert model_gates.deterministic(*asked_twice(TorchEngine([Linear()], broken=True))).passed
 
 
 def test_probabilities_where_logits_are_expected_make_it_invalid() -> None:
-    gate = gates.not_probabilities(asked_twice(TorchEngine([Softmax()]))[0])
+    gate = model_gates.not_probabilities(asked_twice(TorchEngine([Softmax()]))[0])
     assert gate.passed is False
     assert gates.verdict([gate]) == "INVALID"
-    assert gates.not_probabilities(scores_of([0.5, 0.5], [2.0, -1.0])).passed
+    assert model_gates.not_probabilities(scores_of([0.5, 0.5], [2.0, -1.0])).passed
 
 
 def test_a_gradient_that_is_not_a_number_counts_as_none() -> None:
@@ -126,8 +129,8 @@ def test_a_gradient_that_is_not_a_number_counts_as_none() -> None:
     _, chosen = attack_linear(Linear(), [120])
     zero, broken, _ = flow([Broken()], linear_split(VALUES), chosen)
     assert broken.all()
-    assert gates.nonzero_gradient(zero, broken).passed is False
-    assert gates.nonzero_gradient(None, None).passed is None
+    assert model_gates.nonzero_gradient(zero, broken).passed is False
+    assert model_gates.nonzero_gradient(None, None).passed is None
 
 
 def test_an_attack_that_leaves_its_ball_makes_it_invalid() -> None:
@@ -139,12 +142,12 @@ def test_an_attack_that_leaves_its_ball_makes_it_invalid() -> None:
 
 def test_parity_takes_the_worst() -> None:
     good, bad = Parity(5, 0.0, 1e-4, 0), Parity(5, 1.0, 1e-4, 0)
-    assert gates.parity([good]).passed
-    assert gates.parity([good, bad]).passed is False
-    assert gates.parity(None).passed is None
-    assert gates.verdict([gates.parity(None)]) == "INCONCLUSIVE"
-    assert gates.variant_parity(0.99, "int8").passed
-    assert gates.variant_parity(0.9, "int8").passed is False
+    assert model_gates.parity([good]).passed
+    assert model_gates.parity([good, bad]).passed is False
+    assert model_gates.parity(None).passed is None
+    assert gates.verdict([model_gates.parity(None)]) == "INCONCLUSIVE"
+    assert model_gates.variant_parity(0.99, "int8").passed
+    assert model_gates.variant_parity(0.9, "int8").passed is False
 
 
 def test_robustness_that_rises_with_eps_is_not_believed() -> None:
@@ -172,15 +175,15 @@ def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
 def test_one_step_must_not_break_what_many_do_not() -> None:
     chosen = suite(Variant(preset="quick", classes=2), ["s"])
     single, many = "fgsm-ce on mean-logits", "pgd-ce on mean-logits"
-    outcome = outcome_of([1] * 10)
+    outcome = outcome_of([1] * 120)
     for version in ("float", "delivered"):
-        outcome.survived[single, EPS, version] = np.array([0] * 5 + [1] * 5, bool)
-        outcome.survived[many, EPS, version] = np.array([0] * 3 + [1] * 7, bool)
-    assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed  # 2 are allowed
+        outcome.survived[single, EPS, version] = np.arange(120) >= 5
+        outcome.survived[many, EPS, version] = np.arange(120) >= 4
+    assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed  # 1 is allowed
     for version in ("float", "delivered"):
-        outcome.survived[many, EPS, version] = np.ones(10, bool)
+        outcome.survived[many, EPS, version] = np.arange(120) >= 3
     assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed is False
-    nothing = outcome_of([1] * 10)
+    nothing = outcome_of([1] * 120)
     assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
 
 
@@ -226,6 +229,42 @@ def test_a_radius_without_a_whole_cycle_has_not_converged() -> None:
     assert gates.converged(after_rounds(0), ROUNDS, [EPS]).passed is None
     assert gates.converged(after_rounds(0, 0), ROUNDS, [EPS, 9 * EPS]).passed is None
     assert gates.converged(outcome_of([1]), ROUNDS, [EPS]).passed is None
+
+
+def test_few_images_are_not_forgiven_more() -> None:
+    counts = {n: gates.allowed(n) for n in (1, 20, 21, 120, 360, 1000, 10000)}
+    assert counts == {1: 0, 20: 0, 21: 1, 120: 1, 360: 3, 1000: 5, 10000: 33}
+
+
+def test_answers_no_better_than_one_for_all_are_no_robustness() -> None:
+    labels = np.repeat(np.arange(10), 12)
+    right = np.zeros(120, bool)
+    cases = (
+        (60, "VALID"),
+        (19, "VALID"),
+        (16, "INCONCLUSIVE"),
+        (12, "INVALID"),
+        (0, "INVALID"),
+    )
+    for count, verdict in cases:
+        right[:] = np.arange(120) < count
+        gate = model_gates.better_than_chance(right, labels, 10)
+        assert gates.verdict([gate]) == verdict, count
+    uneven = np.repeat([0, 1], [90, 10])  # always answering 0 is right on 90%
+    assert model_gates.better_than_chance(uneven == 0, uneven, 2).passed is False
+
+
+def test_every_gate_that_does_not_pass_says_what_to_do() -> None:
+    names = set(REPORT_SCHEMA["properties"]["gates"]["items"]["properties"]["name"]["enum"])
+    assert set(FAILED) == names
+    assert set(NOT_RUN) <= names
+    passed, failing = Gate("parity", True, "INVALID", ""), Gate("parity", False, "INVALID", "")
+    own = Gate("parity", None, "INVALID", "", "a step of its own")
+    assert [gate.next_step for gate in advised([passed, failing, own])] == [
+        "",
+        FAILED["parity"],
+        "a step of its own",
+    ]
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:

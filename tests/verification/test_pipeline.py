@@ -102,7 +102,7 @@ def test_the_report_keeps_to_its_schema(evaluated: tuple[Path, Report]) -> None:
     report, schema = evaluated[1].to_json(), REPORT_SCHEMA
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert len(report["gates"]) == 14
+    assert len(report["gates"]) == 17
     assert {gate["name"] for gate in report["gates"]} == set(
         schema["properties"]["gates"]["items"]["properties"]["name"]["enum"]
     )
@@ -146,6 +146,8 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
         ({"device": "tpu"}, "device 'tpu'"),
         ({"labels": "labels.txt"}, "without `data`"),
         ({"eps": "small"}, "`eps` 'small'; expected a radius or several"),
+        ({"eps": "auto", "at_eps": 0.1}, "`at_eps` with `eps` auto"),
+        ({"at_eps": "x"}, "`at_eps` 'x'; expected a radius"),
         ({"eps": (0.1, None)}, r"`eps` \(0.1, None\)"),
         ({"requests": 0}, "`requests` 0; expected 10 or more"),
         ({"requests_a_second": 0}, "`requests_a_second` 0; expected 0.1 or more"),
@@ -179,8 +181,13 @@ def test_an_interruption_leaves_nothing_behind(
 
 
 def test_radii_are_floats_however_they_are_given() -> None:
-    for given in (1, 1.0, "1", np.float32(1), (1,), [1.0], np.array([1]), iter("1")):
-        assert str(radii(given)) == "(1.0,)"  # random draws follow from how it is written
+    for given in (1, 1.0, "1", np.float32(1), (1,), [1.0], np.array([1]), iter("1"), "255/255"):
+        assert str(radii(given).values) == "(1.0,)"  # random draws follow from how it is written
+    assert radii(("8/255", 0.1)) == ((8 / 255, 0.1), ("8/255", "0.1"))
+    assert radii("auto") == ((), ("auto",))
+    for wrong in ("8/0", "a/b", "8/", ("auto", 0.1), None):
+        with pytest.raises(UserError, match="`eps`"):
+            radii(wrong)
 
 
 def test_same_seed_same_report(

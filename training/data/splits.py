@@ -163,6 +163,19 @@ def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
     return labels, _split(pixels, targets)
 
 
+def image_files(data: Data, part: str) -> list[str]:
+    """Return the files of a folder's images, relative to it, in the order they are loaded in.
+
+    Those of `train` are the training images, then the held-out ones. Other data has no files.
+    """
+    if data.name != "imagefolder":
+        return []
+    labels, files = sources.image_files(data, part)
+    if part == "train":
+        files = files.take(np.concatenate(_parts(files.targets, labels, data)))
+    return [path.relative_to(data.path).as_posix() for path in files.paths]
+
+
 def load_rest(data: Data) -> Split:
     """Load the test images that `data.test_limit` leaves out, some thousands at most."""
     _, (pixels, targets) = sources.read(data, "rest")

@@ -15,6 +15,7 @@ from verification.attacks.hop_skip_jump import HopSkipJump
 from verification.attacks.query_presets import query_attacks
 from verification.attacks.rays import RayS
 from verification.attacks.square import Square
+from verification.attacks.value_grid import GridAttack
 from verification.config import PRESETS
 
 CYCLES = 6  # of white-box rounds, at most
@@ -23,6 +24,7 @@ ATTACK_KINDS: tuple[type[Attack], ...] = (
     Noise,
     GradientAttack,
     AdaptivePGD,
+    GridAttack,
     Square,
     RayS,
     HopSkipJump,

@@ -28,16 +28,18 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
         plots: PNG bytes by name (of `PLOTS`), those there are.
     """
     table = report.to_json()
+    templates = _templates()
+    templates.filters["radius"] = report.radius
     css = resources.files("verification.report").joinpath("templates/page.css").read_text("utf-8")
     return (
-        _templates()
-        .get_template("page.html.j2")
+        templates.get_template("page.html.j2")
         .render(
             report=table,
+            gates=report.gates,
             plots={name: base64.b64encode(plots.get(name, b"")).decode() for name in PLOTS},
             css=Markup(css),  # noqa: S704 - our own file; its hash in the policy needs the very bytes
             digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-            radii=[f"eps {eps:g}" for eps in report.robust_accuracy],
+            radii=[f"eps {report.radius(eps)}" for eps in report.robust_accuracy],
             alone=_alone(table),
             budgets=[f"{each:,} queries" for each in BUDGETS],
             by_queries=[_by_queries(row) for row in report.by_queries],

@@ -92,7 +92,13 @@ def table(verdict: str = "VALID", white_box: bool = True, name: str = "model.onn
         },
         "gates": [
             {"name": "finite", "passed": True, "failure": "INVALID", "detail": "a < b & c"},
-            {"name": "parity", "passed": None, "failure": "INVALID", "detail": "not run"},
+            {
+                "name": "parity",
+                "passed": None,
+                "failure": "INVALID",
+                "detail": "not run",
+                "next_step": "give the `run`",
+            },
         ],
         "disagreement": {
             "score": "jensen-shannon",
@@ -191,7 +197,34 @@ def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
     text = shown(verdict=verdict)
     body = text[text.index("<main>") :]
     assert body.index(f"<strong>{verdict}</strong>") < body.index("<h2>")
-    assert "Not passed: parity." in body
+    assert "<code>parity</code> could not be run: not run. What to do: give the `run`." in body
+
+
+def test_test_images_seen_in_training_are_named() -> None:
+    assert "Test images seen in training" not in shown()
+    pair = {"test": "test/cat/<b>.png", "train": "train/dog/1.png", "kind": "near"}
+    pair |= {"test_class": 0, "train_class": 1}
+    leakage = {"test_images": 100, "training_images": 500, "exact": 0, "near": 1, "two_classes": 0}
+    labels = {"labels": ["cat", "dog"]}
+    text = shown(leakage=leakage | {"pairs": [pair]}, model=table()["model"] | labels)
+    assert "test/cat/&lt;b&gt;.png" in text
+    assert "cat, dog" in text
+    assert "Of 100 test images 1 are so" in text
+
+
+def test_radii_are_shown_as_they_were_given() -> None:
+    eps = 8 / 255
+    rows = [table()["robust_accuracy"][0] | {"eps": eps}]
+    for given, text in (
+        (["8/255"], "8/255 = 0.0314"),
+        ([], "8/255 = 0.0314"),
+        (["0.0313725"], "0.0313725"),
+    ):
+        threat = {"norm": "Linf", "eps": [eps], "eps_given": given}
+        body = shown(threat_model=threat, robust_accuracy=rows, control=None, against=None)
+        assert f">{text}</th>" in body
+        assert f"eps {text}" in body
+        assert "eps given" not in body
 
 
 def test_plain_words_say_what_was_not_measured() -> None:

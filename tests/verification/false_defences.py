@@ -1,0 +1,147 @@
+"""False defences: models that look robust to attacks that follow their gradients.
+
+Each stands in front of, or beside, an ordinary small network on the digits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data.splits import Split, load_test, load_training, to_float
+from training.recipe import load_recipe
+
+LEVELS = torch.tensor([round(255 * step / 16) for step in range(17)]) / 255
+
+
+class Perceptron(nn.Module):
+    """A network with one hidden layer, from images `[N, 1, 8, 8]` to logits `[N, 10]`."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.first, self.last, self.activation = nn.Linear(64, 64), nn.Linear(64, 10), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.activation(self.first(x.flatten(1))))
+        return logits
+
+
+@functools.cache
+def training() -> Split:
+    """Return the digits to train on."""
+    train = load_training(load_recipe("digits").data).train
+    assert isinstance(train, Split)
+    return train
+
+
+@functools.cache
+def trained(seed: int, activation: Callable[[Tensor], Tensor] = torch.relu) -> Perceptron:
+    """Return a network trained on the digits, in a second; right on about 96% of the others."""
+    images, labels = to_float(training().images), training().labels
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Perceptron(activation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def digits(count: int) -> Split:
+    """Return that many test images, evenly spaced."""
+    _, split = load_test(load_recipe("digits").data)
+    return split.take(torch.linspace(0, len(split) - 1, count).round().long())
+
+
+def coarse(x: Tensor, levels: int) -> Tensor:
+    """Return the images with that many steps of grey; no gradient passes."""
+    return (x * levels).round() / levels
+
+
+class Wrapped(nn.Module):
+    """A network behind something that hides its gradient.
+
+    Args:
+        change: from the network and images to logits.
+        leak: how much of another network's logits is added, for a gradient that leads astray.
+    """
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor], leak: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.change, self.leak = trained(1), change, leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[N, 10]`."""
+        return self.change(self.inner, x) + self.leak * trained(2)(x)
+
+
+def off_grid(inner: nn.Module, x: Tensor) -> Tensor:
+    """Coarsen images whose values are not the data's own."""
+    known = (x[..., None] - LEVELS).abs().amin(-1).amax((1, 2, 3)) < 1e-4
+    logits: Tensor = inner(torch.where(known[:, None, None, None], x, coarse(x, 2)))
+    return logits
+
+
+def winners(hidden: Tensor) -> Tensor:
+    """Return the largest tenth of the activations; the others are zero (k-WTA)."""
+    least = hidden.topk(max(1, hidden.shape[1] // 10), 1).values[:, -1:]
+    return hidden * (hidden >= least)
+
+
+def thermometer(inner: nn.Module, x: Tensor) -> Tensor:
+    """Encode each pixel by the thresholds below it."""
+    code = torch.stack([(x > level / 8).float() for level in range(8)], -1)
+    logits: Tensor = inner(code.mean(-1))
+    return logits
+
+
+def hashed(inner: nn.Module, x: Tensor) -> Tensor:
+    """Add noise that depends on the pixels, equal for equal images."""
+    draw = (x.detach().flatten(1).double() @ torch.linspace(1, 9e4, 64).double()) * 1e3
+    noise = torch.stack([torch.sin(draw * (each + 2)) for each in range(10)], 1)
+    logits: Tensor = inner(x) + 8 * noise.float()
+    return logits
+
+
+def remembered(inner: nn.Module, x: Tensor) -> Tensor:
+    """Detect perturbed images, and answer as for the nearest training image."""
+    known = to_float(training().images).flatten(1)
+    rough = (x.flatten(1)[:, 1:] - x.flatten(1)[:, :-1]).abs().mean(1)
+    clean = (coarse(x, 16) - x).abs().amax((1, 2, 3)) < 0.01
+    nearest = training().labels[torch.cdist(x.flatten(1), known).argmin(1)]
+    stored = 9.0 * F.one_hot(nearest, 10).float()
+    asked = (clean & (rough < 1)).float()[:, None]
+    logits: Tensor = asked * inner(x) + (1 - asked) * stored
+    return logits
+
+
+def answers(inner: nn.Module, x: Tensor) -> Tensor:
+    """Return the answer alone; no path leads back to the image."""
+    return 5.0 * F.one_hot(inner(x).argmax(1), 10).float()
+
+
+def saturated(inner: nn.Module, x: Tensor) -> Tensor:
+    """Return logits that are all but certain, squashed so that they hardly move."""
+    return 30 * torch.tanh(1e4 * (inner(x) - inner(x).topk(2).values.mean(1, keepdim=True)))
+
+
+def huge(inner: nn.Module, x: Tensor) -> Tensor:
+    """Return huge logits, whose cross-entropy is exactly zero."""
+    return 1e4 * inner(x)
+
+
+def next_class(inner: nn.Module, x: Tensor) -> Tensor:
+    """Return the answers of a model trained with other labels: always one class further."""
+    return inner(x).roll(1, 1)
+
+
+def winner_takes_all(_: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of a network trained with k-WTA."""
+    logits: Tensor = trained(3, winners)(x)
+    return logits

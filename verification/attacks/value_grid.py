@@ -1,0 +1,112 @@
+"""Attacks on the values that the data itself uses.
+
+Images with fewer levels than 8 bits have (scanned digits with 17 greys, drawings, masks) let a
+defence tell clean images from attacked ones by their values alone: it handles the others in a way
+that no attack gets through, and a caller who sends images with the data's own levels walks past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from training import pgd
+from training.pgd import Norm
+from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.perturbation import uint8_steps
+
+COARSE = 128  # levels of 256; with more, rounding to 8 bits is already the data's own grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridAttack(GradientAttack, kind="grid"):
+    """PGD whose every iterate lies on a grid of values, inside the ball.
+
+    The steps add up off the grid; gradients are taken on it. Of all iterates, the one with the
+    largest loss is kept.
+
+    Args:
+        levels: the values, 8-bit, rising; those of the images that are attacked.
+    """
+
+    levels: tuple[int, ...] = ()
+
+    def _batch(
+        self,
+        members: Sequence[nn.Module],
+        x0: Tensor,
+        labels: Tensor,
+        eps: float,
+        draw: torch.Generator,
+    ) -> Tensor:
+        grid = torch.tensor(self.levels, dtype=torch.float32, device=x0.device) / 255
+        reach = uint8_steps(eps) / 255 + 1e-6
+        lowest = torch.searchsorted(grid, x0 - reach)
+        highest = torch.searchsorted(grid, x0 + reach, right=True) - 1
+        if bool((lowest == highest).all()):  # no other level within reach
+            return x0
+        middles = (grid[1:] + grid[:-1]) / 2
+
+        def rounded(x: Tensor) -> Tensor:
+            nearest = torch.searchsorted(middles, x.contiguous())
+            return grid[torch.minimum(torch.maximum(nearest, lowest), highest)]
+
+        loss = self.loss_on(members, labels)
+        rule = None if self.momentum is None else pgd.momentum_rule(self.momentum, self.norm)
+        best, most = x0, torch.full_like(labels, -torch.inf, dtype=x0.dtype)
+        x = pgd.random_start(x0, eps, draw, self.norm) if self.random_start else x0
+        for _ in range(self.steps):
+            slope = pgd.gradient(loss, rounded(x))
+            direction = pgd.normalize(slope, self.norm) if rule is None else rule(slope)
+            x = pgd.project(x + eps * self.rel_stepsize * direction, x0, eps, self.norm)
+            with torch.no_grad():
+                found = loss(rounded(x))
+            better = found > most
+            best = torch.where(better.view(-1, 1, 1, 1), rounded(x), best)
+            most = torch.where(better, found, most)
+        return best
+
+
+def coarse_levels(images: Tensor) -> tuple[int, ...]:
+    """Return the values of uint8 images if they are coarser than 8 bits, else none."""
+    levels = torch.bincount(images.flatten().cpu().int(), minlength=256).nonzero().flatten()
+    return tuple(levels.tolist()) if 1 < len(levels) <= COARSE else ()
+
+
+def grid_attacks(
+    levels: tuple[int, ...], surrogates: Sequence[str], norm: Norm
+) -> list[GridAttack]:
+    """Return the attacks on the data's own values: white-box, and from the largest surrogate.
+
+    Args:
+        levels: of the data, by `coarse_levels`; without any there are no such attacks.
+        surrogates: names of the sources of transfer attacks; the last is used.
+        norm: of the ball; there are none in L2.
+    """
+    if not levels or norm != "linf":
+        return []
+    white_box = GridAttack(
+        name="pgd-cw on the data's own values",
+        threat="white_box",
+        source="target",
+        loss="cw",
+        steps=20,
+        restarts=2,
+        control=False,
+        levels=levels,
+    )
+    return [white_box] + [
+        replace(
+            white_box,
+            name=f"mpgd-cw from {source}, on the data's own values",
+            threat="transfer",
+            source=source,
+            momentum=1.0,
+            restarts=1,
+            control=True,
+        )
+        for source in surrogates[-1:]
+    ]
