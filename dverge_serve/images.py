@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ MAX_FILE_PIXELS = 134_217_728  # of files of one's own: every camera's; about 40
 # A progressive JPEG may repeat its scans without end, each a few bytes of file and a pass over all
 # pixels. Encoders write about ten; the rest is room for the previews that phones put inside.
 START_OF_SCAN, MOST_SCANS = b"\xff\xda", 128
+MOST_SCANNED = 2**29  # pixels over all scans: 32 scans of the largest image that the service takes
 # Pillow unpacks a PNG's colour profile, up to a thousand times as long, wherever it finds one; the
 # standard allows one. The name may turn up in compressed pixels, too, by chance.
 PROFILE, MOST_PROFILES = b"iCCP", 8
@@ -112,7 +114,11 @@ class Preprocess:
 
 
 def load(
-    data: bytes, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    preprocess: Preprocess,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    admit: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Decode one image file and preprocess it.
 
@@ -124,6 +130,12 @@ def load(
         data: the file.
         preprocess: the model's.
         max_pixels: of the image; one from an untrusted caller has `MAX_PIXELS` at most.
+
+    Args:
+        data: the file's content.
+        preprocess: the model's.
+        max_pixels: largest image, width x height.
+        admit: called with the image's pixels before they are decoded; may raise an `ImageError`.
 
     Returns:
         uint8 array `[channels, height, width]`.
@@ -146,10 +158,14 @@ def load(
             # Phones write JPEGs that hold a preview or a depth map behind the photo (MPO).
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ImageError("animated_image", "the image is animated; expected a single frame")
-            if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
-                raise ImageError(
-                    "broken_image", f"the JPEG has more than {MOST_SCANS} scans; expected about ten"
-                )
+            if image.format in ("JPEG", "MPO"):
+                scans = data.count(START_OF_SCAN)
+                if scans > MOST_SCANS or (scans > 1 and scans * width * height > MOST_SCANNED):
+                    raise ImageError(
+                        "broken_image", f"the JPEG has {scans} scans; expected about ten"
+                    )
+            if admit is not None:
+                admit(width * height)
             if image.format == "PNG":
                 _scale_transparent_value(image, bits=data[24])
             reduce = 1

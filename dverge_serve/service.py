@@ -167,7 +167,8 @@ class Dverge:
             tracing.check()
             require_free(*_address())
             _share(folder, settings)
-            supervisor.take_over()
+            if os.name == "posix":
+                supervisor.take_over()
         except UserError as error:
             if log == "json":
                 logs.LOGGER.error("%s", as_variables(error))
@@ -182,8 +183,9 @@ class Dverge:
         loop.set_exception_handler(
             lambda _, context: logs.note_failure(context["message"], context.get("exception"))
         )
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, not nohup
-            loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
+        if os.name == "posix":
+            # A closed terminal tells the supervisor, too; what is to happen is its to say.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         await application().start()
         folder = _run_folder()
         if folder is not None:

@@ -19,6 +19,9 @@ from dverge_serve.serving.responses import ServiceError
 INLINE_BYTES = 16_384
 INLINE_FILES = 4
 INLINE_PIXELS = 16_384
+# Pixels of all images of a request, or `max_pixels` if that is more. A megabyte holds 64 flat
+# pictures of 16 million pixels, which take ten seconds.
+MOST_PIXELS = 67_108_864
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -83,11 +86,19 @@ def decode(
         given_up: once set, no further image is decoded, as the caller is gone.
     """
     arrays = []
+    most = left = max(MOST_PIXELS, max_pixels)
+
+    def admit(pixels: int) -> None:
+        nonlocal left
+        left -= pixels
+        if left < 0:
+            raise ImageError("image_too_large", f"the images have more than {most} pixels together")
+
     for position, data in enumerate(files, start=1):
         if given_up is not None and given_up.is_set():
             raise CancelledError
         try:
-            arrays.append(load(data, preprocess, max_pixels=max_pixels))
+            arrays.append(load(data, preprocess, max_pixels=max_pixels, admit=admit))
         except ImageError as error:
             where = f"image {position} of {len(files)}: " if len(files) > 1 else ""
             raise ServiceError(error.code, f"{where}{error}") from error

@@ -88,7 +88,7 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for a while if an answer is still to be sent."""
-        if not self._is_answering:
+        if not self._is_answering or self.scheme == "https":  # TLS has no half-closed connections
             return False
         self.cycle.keep_alive = False
         self._stop_timer()
@@ -125,9 +125,11 @@ class Protocol(HttpToolsProtocol):
         """End the connection, once the requests before this one have their answers."""
         self._stop_timer()
         self.logger.warning(why)
+        begun = self.cycle is not None and self.cycle.response_started and not self._in_headers
         if self._is_answering:
             self.cycle.keep_alive = False
-        elif self.cycle is not None and self.cycle.response_started and not self._in_headers:
+            self.flow.pause_reading()
+        elif begun or self.pipeline:
             self.transport.close()
         else:
             self.send_400_response(why)

@@ -7,6 +7,7 @@ from functools import partial
 
 from dverge_serve.serving import openapi
 from dverge_serve.serving.classify import Classifier
+from dverge_serve.serving.decoding import MOST_PIXELS
 from dverge_serve.serving.metrics import CONTENT_TYPE
 from dverge_serve.serving.oip import BASE, VERSIONED, InferenceProtocol
 from dverge_serve.serving.pages import demo_page, start_page
@@ -47,7 +48,8 @@ class RouteTable(dict[str, Route]):
                 CLASSIFY_ERRORS,
                 openapi.images(settings),
                 f"A body of at most {settings.max_body_bytes} bytes; images of at most "
-                f"{settings.max_pixels} pixels, at most {settings.max_images} in multipart. "
+                f"{settings.max_pixels} pixels, at most {settings.max_images} in multipart and "
+                f"{max(MOST_PIXELS, settings.max_pixels)} pixels together. "
                 "EXIF orientation is applied, alpha composited on white; animations are refused.",
             ),
             get("/model", own.model, "The model's card", openapi.ref("Card"), (503,)),

@@ -155,6 +155,21 @@ UNSOUND: dict[str, tuple[Picture, str]] = {
 }
 
 
+def test_flat_pictures_cannot_cost_a_minute_for_a_megabyte(colours: Server) -> None:
+    """A scan or a picture of 16 million pixels takes a few bytes, and a good part of a second."""
+    large = Image.new("L", (4096, 4096))
+    progressive = encode(large, "JPEG", progressive=True)
+    at = progressive.rindex(b"\xff\xda")
+    many = progressive[:at] + 40 * progressive[at:-2] + progressive[-2:]
+    answer = httpx.post(f"{colours.url}/predict", content=many, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "broken_image")
+    files = [("images", encode(large.convert("1")))] * 5
+    answer = httpx.post(f"{colours.url}/predict", files=files, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "image_too_large")
+    assert answer.json()["error"]["message"].startswith("image 5 of 5: ")
+    assert httpx.post(f"{colours.url}/predict", files=files[:4], timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize("kind", SOUND)
 def test_sound_pictures_are_seen_as_they_are(colours: Server, kind: str) -> None:
     picture, label = SOUND[kind]
