@@ -116,7 +116,9 @@ def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
     model, report = evaluated
     assert report.verdict in page_path(model).read_text(encoding="utf-8")
     folder = model.with_name("model.report")
-    assert {"curves.png", "queries.png", "matrices.png", "regions.png"} <= {f.name for f in folder.iterdir()}
+    assert {"curves.png", "queries.png", "matrices.png", "regions.png"} <= {
+        f.name for f in folder.iterdir()
+    }
     assert not list(model.parent.glob(".*.part"))
 
 
