@@ -33,11 +33,13 @@ class Preset:
     aware_steps: int
 
 
-# The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
-# comes closest to the model itself, and what differs from it in kind.
-PAPER = ("standard-3", "standard-5", "standard-8")
+# Surrogates that differ in size alone are the first members of the largest. The paper's black-box
+# protocol has standard ensembles of 3, 5 and 8 members; `mixed` ones have several architectures.
+# `full` adds what comes closest to the model itself, and what differs from it in kind.
+MIXED = ("mixed-3", "mixed-5")
+PAPER = (*MIXED, "standard-3", "standard-5", "standard-8")
 PRESETS = {
-    "quick": Preset(PAPER[:2], square_queries=100, aware_steps=20),
+    "quick": Preset(MIXED, square_queries=100, aware_steps=20),
     "standard": Preset(PAPER, square_queries=0, aware_steps=50),
     "full": Preset(
         (*PAPER, "dverge-3", "deeper-3", "adversarial-3"), square_queries=5000, aware_steps=100

@@ -11,6 +11,7 @@ import torch
 from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
+from training.runs.lock import held
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
@@ -29,13 +30,21 @@ def attack_and_report(config: VerificationConfig) -> Report:
     """Attack a model file, write the report and its evidence beside it, and return the report.
 
     Raises:
-        UserError: what `find_context` raises; a live service that stopped answering, after all
-            else was written.
+        UserError: what `find_context` raises; another process that verifies this model; a live
+            service that stopped answering, after all else was written.
     """
+    if not config.model.is_file():
+        return _attack_and_report(config)  # refuses it
+    lock = report_path(config.model).with_suffix(".lock")
+    with held(lock, f"is verifying {config.model}", "wait until it is done"):
+        return _attack_and_report(config)
+
+
+def _attack_and_report(config: VerificationConfig) -> Report:
     begun = time.time()
     context = find_context(config)
     targets, control = find_targets(context)
-    sources = {each.name: (each.members, each.run.weights_sha256) for each in context.surrogates}
+    sources = {each.name: (each.members, each.weights) for each in context.surrogates}
     service, labels, seed = context.service, context.engine.card.labels, config.seed
     eps, split, model = context.eps, context.split, targets["model"]
     with EvidenceWriter(evidence_folder(config.model), split, context.holdout) as evidence:

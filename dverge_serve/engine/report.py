@@ -52,6 +52,9 @@ class RobustRate(Rate):
     delivered: float
     of_clean_correct: float | None  # share of the images that are right untouched
     attacks: Mapping[str, float]  # share that survives each attack alone, by its name
+    worst: Mapping[str, Any] | None = (
+        None  # `attack`, `value`: the strongest of those on all images
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

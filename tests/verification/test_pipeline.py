@@ -37,7 +37,12 @@ from verification.config import radii
 from verification.foreign_model import ForeignEngine
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
-from verification.surrogates import given_surrogates, surrogate_config, surrogate_folder, surrogates
+from verification.surrogates import (
+    given_surrogates,
+    surrogate_config,
+    surrogate_sets,
+    surrogates,
+)
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -187,7 +192,13 @@ def test_without_the_run_the_white_box_is_not_run(
     assert report.verdict == "INCONCLUSIVE"
     assert report.robust_accuracy[0.1].white_box is None
     assert report.control is not None
-    assert report.control.what == "surrogate-standard-3"
+    assert report.control.what == "surrogate-mixed-3"
+    assert report.control.robust_accuracy[0.1].transfer is not None
+    attackers = set(report.control.robust_accuracy[0.1].transfer.attacks)
+    # Only networks that the control does not have attack it.
+    assert {name.partition(" from ")[2] for name in attackers if " from " in name} == {
+        f"member {index} of surrogate-mixed-5" for index in (3, 4)
+    }
     assert report.clean_accuracy.n == 32
     assert report.robust_accuracy[0.1].all is not None
     assert "more noise" in report.robust_accuracy[0.1].all.attacks
@@ -232,27 +243,32 @@ def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path)
     assert (dverge.method, dverge.dverge) == ("dverge", config.dverge)
     assert surrogate_config(config, "no-such-method-3") is None
     data, cpu = load_training(config.data), torch.device("cpu")
-    (first,) = surrogates(config, data, cpu, ["standard-3", "no-such-method-3"])
+    first, *alone = surrogates(
+        surrogate_sets(config, ["standard-3", "no-such-method-3"]), data, cpu
+    )
+    assert [each.name for each in alone] == [
+        f"member {index} of surrogate-standard-3" for index in range(3)
+    ]
+    assert len({first.weights, *(each.weights for each in alone)}) == 4
     stamp = (first.run.path / "members.safetensors").stat().st_mtime_ns
-    (second,) = surrogates(config, data, cpu, ["standard-3"])
+    second = surrogates(surrogate_sets(config, ["standard-3"]), data, cpu)[0]
     assert (second.run.path / "members.safetensors").stat().st_mtime_ns == stamp
     assert isinstance(data.train, Split)
     other = Split(data.train.images, data.train.labels.flip(0))
     data = type(data)(data.labels, other, data.holdout)
-    (third,) = surrogates(config, data, cpu, ["standard-3"])
+    third = surrogates(surrogate_sets(config, ["standard-3"]), data, cpu)[0]
     assert third.run.path != first.run.path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -> None:
     config = load_recipe("digits", TINY | {"data.train_limit": 300, "standard.epochs": 1})
-    data, cpu, kind = load_training(config.data), torch.device("cpu"), "standard-3"
-    wanted = surrogate_config(config, kind)
-    assert wanted is not None
-    folder = surrogate_folder(kind, wanted, data)
+    data, cpu = load_training(config.data), torch.device("cpu")
+    sets = surrogate_sets(config, ["standard-3"])
+    folder = sets[0].folder(data)
     with ThreadPoolExecutor(1) as other:
         with locked(folder):
-            found = other.submit(surrogates, config, data, cpu, [kind])
+            found = other.submit(surrogates, sets, data, cpu)
             with pytest.raises(TimeoutError):  # neither refused nor begun
                 found.result(timeout=2)
             assert [each.name for each in folder.iterdir()] == [".lock"]
@@ -266,8 +282,9 @@ def test_a_folder_of_surrogates_can_be_given(
     with pytest.raises(UserError, match="no finished run"):
         given_surrogates(tmp_path, card, cpu)
     shutil.copytree(tiny_run, tmp_path / "mine")
-    (found,) = given_surrogates(tmp_path, card, cpu)
+    found, *alone = given_surrogates(tmp_path, card, cpu)
     assert (found.name, len(found.members)) == ("mine", 3)
+    assert [len(each.members) for each in alone] == [1, 1, 1]
     with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
         given_surrogates(tmp_path, replace(card, labels=("cat", "dog")), cpu)
     colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))

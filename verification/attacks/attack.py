@@ -58,6 +58,7 @@ JSON_FORM: dict[str, tuple[str, Any]] = {
     "shuffles": ("shuffles", 0),
     "queries": ("queries", 0),
     "standing_only": ("skip_broken", None),
+    "nearest": ("nearest", 1.0),
     "control": ("control", None),
     "only_eps": ("only_eps", None),
     "gate": ("gate", None),
@@ -93,6 +94,8 @@ class Attack(ABC):
         restarts: repetitions with other draws; an image must survive them all.
         skip_broken: leave out images already broken at this eps: by this threat, or with
             `queries`, which has no figure of its own, by any.
+        nearest: with `skip_broken`, run on this share of the images that are left: those that the
+            attacks of this threat have brought nearest to another answer.
         control: whether an undefended control is attacked too, where the source is the target.
         only_eps: run at this radius alone.
         gate: the check this attack was added for; it counts like any other.
@@ -106,6 +109,7 @@ class Attack(ABC):
     norm: Norm = "linf"
     restarts: int = 1
     skip_broken: bool = False
+    nearest: float = 1.0
     control: bool = True
     only_eps: float | None = None
     gate: str = ""

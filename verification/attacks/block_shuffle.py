@@ -53,7 +53,7 @@ def _pieces(x: Tensor, draw: torch.Generator, blocks: int, axis: int) -> list[Te
     whole = sum(shares)
     ends = [round(x.shape[axis] * end / whole) for end in accumulate(shares)]
     lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    pieces = x.split(lengths, axis)
+    pieces = torch.split(x, lengths, axis)
     order = torch.randperm(blocks, generator=draw, device=draw.device).tolist()
     return [pieces[index] for index in order]
 

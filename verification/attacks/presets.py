@@ -15,6 +15,7 @@ from verification.config import PRESETS
 
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 ATTACK_KINDS: tuple[type[Attack], ...] = (Noise, GradientAttack, Square, AutoAttack)
+NEAREST = 0.2  # of the standing images get the dearer transfer attacks
 MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
@@ -28,6 +29,8 @@ class Variant:
         norm: of every ball. Square is an Linf attack and is left out of the others.
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
+        parts: surrogates that are some of the networks of another one.
+        alone: those of them that are a single network.
         reference: whether pyautoattack is installed.
     """
 
@@ -35,6 +38,8 @@ class Variant:
     classes: int
     norm: Norm = "linf"
     skips: bool = True
+    parts: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset()
     reference: bool = False
 
 
@@ -74,14 +79,15 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
             control=False,
         ),
     ]
-    if preset == "quick":
-        chosen += _quick(surrogates)
-    else:
-        chosen += _transfer_protocol(surrogates, variant.skips)
-        chosen += _white_box_protocol(variant.classes)
+    ensembles = [name for name in surrogates if name not in variant.alone]
+    chosen += _fast_transfer(surrogates)
+    if preset != "quick":
+        chosen += _transfer_protocol(ensembles, variant.skips)
+    chosen += _nearest_transfer([name for name in surrogates if name not in variant.parts])
+    chosen += _quick() if preset == "quick" else _white_box_protocol(variant.classes)
     chosen.append(_doubled(chosen, middle))
     if preset == "full":
-        chosen += _full(surrogates, variant.reference)
+        chosen += _full(ensembles, variant.reference)
     queries = PRESETS[preset].square_queries
     if queries and norm == "linf":
         chosen.append(
@@ -132,15 +138,41 @@ def _read(table: dict[str, Any]) -> Attack:
     return kind(**{name: value for name, value in settings.items() if name in known})
 
 
-def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
+def _fast_transfer(surrogates: Sequence[str]) -> list[GradientAttack]:
+    """Return the transfer attacks that break most for each gradient.
+
+    Images break under different networks: a few large steps from each alone, and from small
+    ensembles, find more than many steps from all at once.
+    """
+    return _from_each(surrogates, replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4))
+
+
+def _nearest_transfer(ensembles: Sequence[str]) -> list[GradientAttack]:
+    """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
+
+    Hardly any other image is broken by them.
+    """
+    one = replace(MPGD, steps=10, skip_broken=True, nearest=NEAREST)
+    bsr = replace(one, name="bsr-nearest", shuffles=4)
+    mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
+    pgn = replace(one, name="pgn-nearest", penalty_samples=2)
+    return [
+        *_from_each(ensembles, replace(one, name="mpgd-nearest", steps=20)),
+        *_from_each(ensembles, replace(one, name="m-di2-nearest", steps=20, diversity=0.5)),
+        *_from_each(ensembles, bsr, ["cw"]),
+        *_from_each(ensembles, mef, ["cw"]),
+        *_from_each(ensembles, pgn, ["ce"]),
+    ]
+
+
+def _quick() -> list[GradientAttack]:
     """Return the smallest set that still finds masked gradients.
 
-    Momentum PGD from every surrogate with both losses; white-box PGD on both ways of combining the
-    members, because a saturated softmax hides the gradient.
+    White-box PGD on both ways of combining the members, because a saturated softmax hides the
+    gradient.
     """
     white_box = replace(PGD, steps=20, restarts=2)
     return [
-        *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
         *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], white_box),
         *_on_each([("ce", "mean-softmax")], replace(white_box, control=False)),
     ]
@@ -169,9 +201,10 @@ def _white_box_protocol(classes: int) -> list[GradientAttack]:
     return _on_each(forms, replace(PGD, steps=50, restarts=5))
 
 
-def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[GradientAttack]:
-    """Return the attack from every surrogate, with both losses."""
-    losses: tuple[LossName, ...] = ("ce", "cw")
+def _from_each(
+    surrogates: Sequence[str], attack: GradientAttack, losses: Sequence[LossName] = ("ce", "cw")
+) -> list[GradientAttack]:
+    """Return the attack from every surrogate, with each loss."""
     return [
         replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
         for surrogate in surrogates

@@ -68,7 +68,7 @@ def run_suite(
     """Attack every target with every attack at every radius.
 
     Transfer images are crafted once and scored on all targets: the same attack for each. A target
-    is never its own surrogate.
+    is never its own surrogate, nor that of its kin.
 
     Args:
         suite: the attacks, in order: those that skip broken images come last.
@@ -135,7 +135,11 @@ def _pairs(
         return [(list(targets), NOTHING, "")]
     if attack.source != "target":
         members, weights = sources[attack.source]
-        names = [name for name, target in targets.items() if target.weights != weights]
+        names = [
+            name
+            for name, target in targets.items()
+            if weights != target.weights and weights not in target.kin
+        ]
         return [(names, Ensemble(members).eval(), weights)] if names else []
     chosen = list(targets) if attack.control else list(targets)[:1]
     return [
@@ -157,7 +161,11 @@ def _selected(
         for each in suite
         if each.name != attack.name and attack.threat in ("queries", each.threat)
     ]
-    return np.asarray(np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0))
+    chosen = [
+        outcome.nearest(outcome.robust(others, eps), eps, attack.threat, attack.nearest)
+        for outcome in outcomes
+    ]
+    return np.asarray(np.any(chosen, axis=0))
 
 
 def _crafted(

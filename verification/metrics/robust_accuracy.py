@@ -20,7 +20,8 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
     """Return clean and robust accuracy, per radius, threat and attack, with intervals.
 
     `value` counts images robust both as floats and in 8 bits (`delivered`); `float` and `delivered`
-    count one version each.
+    count one version each; `worst` is the one attack that breaks most by itself, of those that were
+    run on all images.
     A threat none of whose attacks was run is null.
     """
 
@@ -30,13 +31,15 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
         if not ran:
             return None
         robust: Mask = outcome.robust(ran, each)
+        alone = {attack.name: float(outcome.robust([attack], each).mean()) for attack in ran}
+        whole = {attack.name: alone[attack.name] for attack in ran if not attack.skip_broken}
+        worst = min(whole or alone, key=alone.__getitem__)
         return {
             **rate(robust),
             "of_clean_correct": rate(robust[outcome.clean])["value"],
             **{version: float(outcome.robust(ran, each, [version]).mean()) for version in VERSIONS},
-            "attacks": {
-                attack.name: float(outcome.robust([attack], each).mean()) for attack in ran
-            },
+            "attacks": alone,
+            "worst": {"attack": worst, "value": alone[worst]},
         }
 
     return {

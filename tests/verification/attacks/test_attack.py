@@ -249,7 +249,9 @@ def test_every_new_piece_keeps_ball_box_model_and_seed(
             steps=3,
             rule=pgd.momentum_rule(1.0, norm),
             start=pgd.random_start(x0, eps, draw, norm),
-            estimate=neighbourhood.variance_tuned(eps, draw, samples=2) if variance else pgd.gradient,
+            estimate=neighbourhood.variance_tuned(eps, draw, samples=2)
+            if variance
+            else pgd.gradient,
             norm=norm,
         )
 

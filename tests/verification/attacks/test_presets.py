@@ -37,9 +37,11 @@ def test_presets_are_what_they_say(preset: str) -> None:
     assert len(set(names)) == len(names)
     skipping = {"vmi", "square", "reweighted", "autoattack"}
     for attack in chosen:
-        assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
+        skips = attack.name.split("-")[0].split()[0] in skipping or "-nearest-" in attack.name
+        assert attack.skip_broken is skips
         assert attack.skip_broken or not any(
-            each.skip_broken for each in chosen[: chosen.index(attack)]
+            each.skip_broken and each.threat == attack.threat
+            for each in chosen[: chosen.index(attack)]
         )
     (doubled,) = [attack for attack in gradients(chosen) if attack.gate == "converged"]
     (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
@@ -48,7 +50,7 @@ def test_presets_are_what_they_say(preset: str) -> None:
         protocol = [
             attack
             for attack in gradients(chosen)
-            if attack.source in "abc" and not attack.skip_broken
+            if attack.source in "abc" and not attack.skip_broken and "-fast-" not in attack.name
         ]
         assert sum(attack.restarts for attack in protocol) == 30
         assert {attack.steps for attack in protocol} == {100}
@@ -62,6 +64,28 @@ def test_presets_are_what_they_say(preset: str) -> None:
     in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"], [1.0])
     assert {attack.norm for attack in in_l2} == {"l2"}
     assert not any(isinstance(attack, Square) for attack in in_l2)
+
+
+def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
+    alone = frozenset({"one", "two"})
+    variant = Variant(preset="standard", classes=3, parts=alone | {"small"}, alone=alone)
+    chosen = [
+        attack
+        for attack in gradients(suite(variant, ["small", "large", *alone], [0.1]))
+        if attack.threat == "transfer"
+    ]
+    kinds = {
+        name: {
+            attack.name.split("-ce ")[0].split("-cw ")[0]
+            for attack in chosen
+            if attack.source == name
+        }
+        for name in ("one", "small", "large")
+    }
+    assert kinds["one"] == {"mpgd-fast"}
+    assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm"}
+    nearest = {f"{kind}-nearest" for kind in ("mpgd", "m-di2", "bsr", "mef", "pgn")}
+    assert kinds["large"] == kinds["small"] | nearest
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
@@ -86,8 +110,12 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "diversity": 0.0,
         "skip_gamma": 1.0,
         "variance_samples": 0,
+        "penalty_samples": 0,
+        "flat_samples": 0,
+        "shuffles": 0,
         "queries": 0,
         "standing_only": False,
+        "nearest": 1.0,
         "control": True,
         "only_eps": None,
         "gate": "",
@@ -109,7 +137,7 @@ def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
 def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None:
     assert residual_ends([Residual()])
     chosen = [
-        replace(shorter(attack, 6, 60), restarts=1, skip_broken=False)
+        replace(shorter(attack, 6, 60), restarts=1, skip_broken=False, nearest=1.0)
         for attack in suite(Variant(preset="full", classes=4), ["s"], [EPS])
     ]
     ours = gradients(chosen)
@@ -117,7 +145,8 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
     assert {attack.output for attack in ours} == {"mean-logits", "mean-softmax", "logsumexp"}
     assert {attack.skip_gamma for attack in ours} == {0.2, 1.0}
     assert any(attack.diversity for attack in ours)
-    assert any(attack.variance_samples for attack in ours)
+    for samples in ("variance_samples", "penalty_samples", "flat_samples", "shuffles"):
+        assert any(getattr(attack, samples) for attack in ours)
     assert any(isinstance(attack, Square) for attack in chosen)
     found = robust(chosen)
     for attack in chosen:
