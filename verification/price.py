@@ -71,7 +71,7 @@ def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, ra
         one = source.get(attack.source, 0.0)
         if attack.source == "target" and attack.control:
             one += source.get("control", 0.0)
-        times = 1 if attack.only_eps is not None else radii
+        times = attack.nearest * (1 if attack.only_eps is not None else radii)
         total += attack.work * attack.restarts * times * one
     return total * images
 
