@@ -156,7 +156,7 @@ def test_an_attack_averages_in_one_way_and_counts_its_gradients() -> None:
         attack = replace(plain, **{name: 2})  # type: ignore[arg-type]
         model = Linear()
         passes: list[int] = []
-        model.register_forward_hook(lambda *_, passes=passes: passes.append(1))  # type: ignore[misc]
+        model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         found = attack.run(model, x, labels, EPS, 0).images
         assert len(passes) == attack.work == 4 * a_step
         assert float((found - x).abs().max()) <= EPS + 1e-6

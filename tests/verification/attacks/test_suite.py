@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from verification.attacks.presets import Variant, suite
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
+from verification.metrics.robust_accuracy import figures
 
 
 def test_an_image_breaks_exactly_where_the_margin_is_below_eps() -> None:
@@ -178,3 +180,30 @@ def test_a_target_is_not_its_own_surrogate() -> None:
     target = Target(TorchEngine([Linear()]), None, "own")
     outcome = run_suite(chosen, sources, {"m": target}, linear_split([120]), [EPS], seed=0)["m"]
     assert {attack for attack, _, _ in outcome.survived} == {"from other"}
+
+
+def test_dear_attacks_run_on_the_images_that_others_brought_nearest() -> None:
+    plain = GradientAttack(name="plain", threat="transfer", source="s", loss="cw")
+    few = replace(plain, name="few", skip_broken=True, nearest=0.5)
+    target = Target(TorchEngine([Linear()]), None)
+    # 120 breaks; of the others the distance to 127.5 is 17.5, 40, 22.5 and 100.
+    split = linear_split([110, 88, 120, 150, 228])
+    found = run_suite([plain, few], {"s": ([Linear()], "s")}, {"m": target}, split, [EPS], seed=0)
+    outcome = found["m"]
+    assert outcome.ran["few", EPS].tolist() == [True, False, False, True, False]
+    table = figures(outcome, [plain, few], [EPS])["robust_accuracy"][0]["transfer"]
+    # The strongest attack is one that was run on all images.
+    assert table["worst"] == {"attack": "plain", "value": table["attacks"]["plain"]}
+    assert table["worst"]["value"] == 0.8
+
+
+def test_a_target_is_not_attacked_by_its_kin() -> None:
+    attack = GradientAttack(name="a", threat="transfer", source="s", steps=1)
+    engine, sources = TorchEngine([Linear()]), {"s": ([Linear()], "part of both")}
+    targets = {
+        "model": Target(engine, None, "model"),
+        "control": Target(engine, None, "other", frozenset({"part of both"})),
+    }
+    found = run_suite([attack], sources, targets, linear_split([120]), [EPS], seed=0)
+    assert found["model"].has(attack, EPS)
+    assert not found["control"].has(attack, EPS)
