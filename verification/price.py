@@ -16,12 +16,13 @@ from training.estimate import estimate, gradient_evaluations
 from training.models.ensemble import Ensemble
 from training.trainer import prepare
 from verification.attacks.attack import Attack
-from verification.attacks.batches import LARGEST, batch_size
+from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import ready
 from verification.surrogates import Surrogate, SurrogateSet
 
-TIMED_IMAGES = 16  # for one gradient of each source
+FEW = 8  # images that a gradient is timed on
+LONG_S = 0.02  # for a gradient of one image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +156,16 @@ def forecast(
 
 def _seconds(members: Sequence[nn.Module], split: Split) -> float:
     """Return the seconds that one gradient of one image takes on these networks."""
-    part = split.take(slice(0, TIMED_IMAGES))
     attack = GradientAttack(name="timed", threat="transfer", source="timed", steps=1)
-    images, model = to_float(part.images), Ensemble(members).eval()
-    for _ in range(2):  # the first time prepares what later times use
+    model = Ensemble(members).eval()
+
+    def timed(count: int) -> float:
+        part = split.take(slice(0, count))
         begun = time.monotonic()
-        float(attack.run(model, images, part.labels, 0.1, 0).images.sum())
-        taken = time.monotonic() - begun
-    batches = 1
-    if split.device.type == "cpu":
-        batches = -(-len(split) // batch_size(len(split), LARGEST["cpu"]))
-    return taken / len(part) / min(batches, torch.get_num_threads())
+        float(attack.run(model, to_float(part.images), part.labels, 0.1, 0).images.sum())
+        return (time.monotonic() - begun) / len(part)
+
+    timed(FEW)  # prepares what later times use
+    # Small images in whole batches, a thread for each; large ones fill the cores a few at a time.
+    small = timed(FEW) < LONG_S
+    return timed(LARGEST["cpu"] * torch.get_num_threads() if small else 2 * FEW)
