@@ -12,7 +12,7 @@ import torch
 
 from training.config import Config
 from training.data.class_counts import balance
-from training.data.splits import load_training
+from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge import draw_layer
@@ -38,15 +38,22 @@ def gradient_evaluations(config: Config, images: int) -> dict[str, int]:
     }
 
 
-def estimate(config: Config, device: torch.device) -> dict[str, Any]:
+def estimate(
+    config: Config, device: torch.device, data: TrainingData | None = None
+) -> dict[str, Any]:
     """Time a few steps of every stage on the run's own images and return what all will cost.
+
+    Args:
+        config: of the run.
+        device: where it will be trained.
+        data: the images, where the caller has loaded them already.
 
     Returns:
         parameters (of all members), training images, gradient evaluations and seconds of each
         stage that will be run, and notes: lines about the classes and the starting weights.
     """
     start = Start.read(config)
-    data = load_training(config.data)
+    data = load_training(config.data) if data is None else data
     members, optimizers = prepare(config, data, device, start=start)
     notes = [*balance(data), *([start.describe(config, members)] if start else [])]
     split = data.train.to(device)

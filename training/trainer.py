@@ -15,7 +15,7 @@ from torch.optim import SGD
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
-from training.config import Config, check_seed
+from training.config import MAX_SEED, Config, check_seed
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
@@ -216,7 +216,8 @@ def _run_stage(
     settings, images = stage.settings, len(training.train)
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
-    label = f"{stage.name} training, {config.members} members"
+    named = "surrogates, " if config.seed > MAX_SEED else ""
+    label = f"{named}{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
     with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):

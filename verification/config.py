@@ -40,13 +40,15 @@ class Preset:
     hop_skip_jump: bool = True
 
 
-# The paper's black-box protocol has standard ensembles of 3, 5 and 8 members. `full` adds what
-# comes closest to the model itself, and what differs from it in kind.
 SUBSTITUTE = "substitute"  # the source of attacks from a stolen model
-PAPER = ("standard-3", "standard-5", "standard-8")
+# Surrogates that differ in size alone are the first members of the largest. The paper's black-box
+# protocol has standard ensembles of 3, 5 and 8 members; `mixed` ones have several architectures.
+# `full` adds what comes closest to the model itself, and what differs from it in kind.
+MIXED = ("mixed-3", "mixed-5")
+PAPER = (*MIXED, "standard-3", "standard-5", "standard-8")
 PRESETS = {
     "quick": Preset(
-        PAPER[:2],
+        MIXED,
         sample=60,
         budgets=(100, 1000),
         substitute=1000,

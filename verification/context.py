@@ -13,7 +13,7 @@ from dverge_serve.engine.report import report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.files import check_writable
-from dverge_serve.progress import say
+from dverge_serve.progress import Progress, say
 from export.published_checkpoint import read_labels
 from training.config import DOWNLOADED, EMBEDDED, Config, Data
 from training.data.splits import Split, TrainingData, load_rest, load_test, load_training
@@ -33,8 +33,17 @@ from verification.foreign_network import find_foreign_gradients
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
 from verification.oip_client import client
+from verification.price import forecast
 from verification.service_client import Service
-from verification.surrogates import Surrogate, given_surrogates, surrogate_configs, surrogates
+from verification.surrogates import (
+    Surrogate,
+    SurrogateSet,
+    given_surrogates,
+    surrogate_config,
+    surrogate_sets,
+    surrogates,
+    with_known_start,
+)
 
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
@@ -87,6 +96,7 @@ def find_context(config: VerificationConfig) -> Context:
     check_writable(report_path(config.model))
     training = training_config(engine.card, gradients, config.data)
     written = dict(zip(config.eps, config.eps_given, strict=False))
+    training, no_start = with_known_start(training, gradients.run if gradients else None)
     eps = tuple(sorted(set(config.eps or training.verification.eps)))
     if config.at_eps is not None and config.at_eps not in eps:
         raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
@@ -111,15 +121,26 @@ def find_context(config: VerificationConfig) -> Context:
         reference=autoattack.available(),
         scores=gives_scores(engine),
     )
-    kinds = PRESETS[config.preset].surrogates
+    made: list[Surrogate] = []
+    sets: list[SurrogateSet] = []
     if config.surrogates is not None:
         made = given_surrogates(config.surrogates, engine.card, device)
-        names = [surrogate.name for surrogate in made]
     else:
-        made, names = [], [each.name for each in surrogate_configs(training, kinds).values()]
+        sets = surrogate_sets(training, PRESETS[config.preset].surrogates)
+    sizes = {each.name: (len(each.indices), each.run.config.members) for each in made}
+    for each in sets:
+        sizes |= {name: (len(own), each.config.members) for name, own in each.parts.items()}
+    names = list(sizes)
+    parts = frozenset(name for name, (size, whole) in sizes.items() if size < whole)
+    alone = frozenset(name for name in parts if sizes[name][0] == 1)
+    variant = replace(variant, parts=parts, alone=alone)
     more = [*grid_attacks(coarse_levels(split.images), names, config.norm), *config.attacks]
     check_suite([*presets.suite(variant, names), *more], names)
-    made = made or surrogates(training, data, device, kinds)
+    members = gradients.members if gradients else ()
+    if Progress.shown:
+        suite = [*presets.suite(variant, names), *more]
+        say(forecast(suite, made, sets, members, data, split, len(eps), device))
+    made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
         run = gradients.run if gradients else None
@@ -140,7 +161,9 @@ def find_context(config: VerificationConfig) -> Context:
         eps_given=tuple(written[each] for each in eps) if written else (),
         surrogates=made,
         suite=suite,
-        left_out=_left_out(config, variant, training, no_gradients if gradients is None else None),
+        left_out=_left_out(
+            config, variant, training, no_gradients if gradients is None else None, no_start
+        ),
         against=against,
         service=service,
     )
@@ -173,18 +196,24 @@ def _service(
 
 
 def _left_out(
-    config: VerificationConfig, variant: Variant, training: Config, no_gradients: str | None
+    config: VerificationConfig,
+    variant: Variant,
+    training: Config,
+    no_gradients: str | None,
+    no_start: str,
 ) -> list[dict[str, str]]:
     """Return the parts of the preset that are not run, each with the reason."""
     missing = presets.left_out(variant)
     if config.surrogates is None:
         kinds = PRESETS[config.preset].surrogates
-        able = surrogate_configs(training, kinds)
+        able = [kind for kind in kinds if surrogate_config(training, kind) is not None]
         missing |= {
             f"surrogate {kind}": f"none of its kind for {training.architecture}"
             for kind in kinds
             if kind not in able
         }
+        if no_start:
+            missing["surrogates from the model's starting weights"] = no_start
     if no_gradients is not None:
         missing["white-box attacks"] = no_gradients
     return [{"what": what, "why": why} for what, why in missing.items()]

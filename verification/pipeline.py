@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -13,17 +14,20 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
 from dverge_serve.progress import say
 from training.data.splits import image_files
+from training.runs.lock import held
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
 from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
 from verification.leakage import find_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
+from verification.price import Price, price
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.page import page
@@ -36,13 +40,39 @@ def attack_and_report(config: VerificationConfig) -> Report:
     """Attack a model file, write the report and its evidence beside it, and return the report.
 
     Raises:
-        UserError: what `find_context` raises; a live service that stopped answering, after all
-            else was written.
+        UserError: what `find_context` raises; another process that verifies this model; a live
+            service that stopped answering, after all else was written.
     """
+    if not config.model.is_file():
+        return _attack_and_report(config)  # refuses it
+    lock = report_path(config.model).with_suffix(".lock")
+    with held(lock, f"is verifying {config.model}", "wait until it is done"):
+        return _attack_and_report(config)
+
+
+def _price(context: Context, targets: Mapping[str, Target]) -> Price:
+    sizes = {each.name: len(each.members) for each in context.surrogates}
+    sizes |= {
+        name: len(targets[key].members or ())
+        for name, key in (("target", "model"), ("control", "control"))
+        if key in targets
+    }
+    return price(
+        context.suite,
+        sizes,
+        list({each.run.weights_sha256: each.run.config for each in context.surrogates}.values()),
+        context.training,
+        train_images=len(context.data.train),
+        images=len(context.split),
+        radii=len(context.eps),
+    )
+
+
+def _attack_and_report(config: VerificationConfig) -> Report:
     begun = time.time()
     context = find_context(config)
     targets, control = find_targets(context)
-    sources = {each.name: (each.members, each.run.weights_sha256) for each in context.surrogates}
+    sources = {each.name: (each.members, each.weights) for each in context.surrogates}
     stolen = _steal(context)
     sources[SUBSTITUTE] = (stolen.members, stolen.weights)
     service, labels, seed = context.service, context.engine.card.labels, config.seed
@@ -83,6 +113,7 @@ def attack_and_report(config: VerificationConfig) -> Report:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "gradient_evaluations": _price(context, targets).to_json(),
         }
         report = Report.from_json(nulls(table))
         plots = illustrate(report, labels, context.engine, model.members, split, outcome)

@@ -31,6 +31,14 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorstAttack:
+    """The attack that breaks most by itself, of those that were run on all images."""
+
+    attack: str
+    value: float  # the share that survives it
+
+
+@dataclass(frozen=True, kw_only=True)
 class RobustRate(Rate):
     """The share of images answered rightly untouched and after every attack of one threat.
 
@@ -41,6 +49,7 @@ class RobustRate(Rate):
     delivered: float
     of_clean_correct: float | None  # share of the images that are right untouched
     attacks: Mapping[str, float]  # share that survives each attack alone, by its name
+    worst: WorstAttack | None = None  # None in reports of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from training.data.splits import TrainingData, load_test, load_training
 from verification.attacks.gradient_attack import GradientAttack
 from verification.foreign_model import ForeignEngine, open_engine
 from verification.foreign_network import find_foreign_gradients
-from verification.model_gates import nonzero_gradient
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import clean_scores
+from verification.model_gates import nonzero_gradient
 
 # The official classes 0 to 42; folders are sorted by these words instead.
 SIGNS = (

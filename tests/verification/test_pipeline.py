@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,19 @@ from dverge_serve.engine.report import page_path, read_report, report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from export.exporter import export
-from tests.conftest import TINY
 from tests.verification.conftest import EPS
 from tests.verification.report.schema import REPORT_SCHEMA
-from training.data.splits import Split, load_training
 from training.models.bn_folding import folded
 from training.models.ensemble import Ensemble
 from training.pgd import gradient, member_logits
-from training.recipe import load_recipe
 from training.runs.directory import Run
-from training.runs.lock import locked
+from training.runs.lock import held
 from verification import Report, verify
 from verification.attacks.gradient_attack import Noise
 from verification.attacks.losses import cw_margin
 from verification.config import radii
 from verification.gradients import _from_file, find_run
 from verification.replay import replay
-from verification.surrogates import given_surrogates, surrogate_config, surrogate_folder, surrogates
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -180,6 +175,19 @@ def test_an_interruption_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_a_second_verification_of_a_model_is_refused(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    shutil.copy(tiny_model, model)
+    with (
+        held(tmp_path / "model.report.lock", "holds it", ""),
+        pytest.raises(UserError, match=rf"another process \({os.getpid()}\) is verifying .*model"),
+    ):
+        verify(model, run=tiny_run, eps=EPS, images=8, device="cpu")
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_radii_are_floats_however_they_are_given() -> None:
     for given in (1, 1.0, "1", np.float32(1), (1,), [1.0], np.array([1]), iter("1"), "255/255"):
         assert str(radii(given).values) == "(1.0,)"  # random draws follow from how it is written
@@ -211,7 +219,13 @@ def test_without_the_run_the_white_box_is_not_run(
     assert report.verdict == "INCONCLUSIVE"
     assert report.robust_accuracy[0.1].white_box is None
     assert report.control is not None
-    assert report.control.what == "surrogate-standard-3"
+    assert report.control.what == "surrogate-mixed-3"
+    assert report.control.robust_accuracy[0.1].transfer is not None
+    attackers = set(report.control.robust_accuracy[0.1].transfer.attacks)
+    # Only networks that the control does not have attack it.
+    assert {name.partition(" from ")[2] for name in attackers if " from " in name} == {
+        f"member {index} of surrogate-mixed-5" for index in (3, 4)
+    }
     assert report.clean_accuracy.n == 32
     assert report.robust_accuracy[0.1].all is not None
     assert "more noise" in report.robust_accuracy[0.1].all.attacks
@@ -238,65 +252,6 @@ def test_the_matching_run_under_runs_is_found(
     assert find_run(card, tmp_path / "model.onnx", None) is None
     with pytest.raises(UserError, match="the run this model was exported from"):
         find_run(card, tiny_model, Path("runs/mine"))
-
-
-def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path) -> None:
-    config = load_recipe(
-        "digits", {"width": 8, "standard.epochs": 1, "data.train_limit": 64, "seed": 7}
-    )
-    wanted = surrogate_config(config, "standard-3")
-    assert wanted is not None
-    assert wanted.seed > 2**32 - 1
-    assert wanted.standard == config.standard
-    assert wanted.architecture == config.architecture
-    deeper, dverge = surrogate_config(config, "deeper-3"), surrogate_config(config, "dverge-3")
-    assert deeper is not None
-    assert deeper.architecture == "resnet14"
-    assert dverge is not None
-    assert (dverge.method, dverge.dverge) == ("dverge", config.dverge)
-    assert surrogate_config(config, "no-such-method-3") is None
-    data, cpu = load_training(config.data), torch.device("cpu")
-    (first,) = surrogates(config, data, cpu, ["standard-3", "no-such-method-3"])
-    stamp = (first.run.path / "members.safetensors").stat().st_mtime_ns
-    (second,) = surrogates(config, data, cpu, ["standard-3"])
-    assert (second.run.path / "members.safetensors").stat().st_mtime_ns == stamp
-    assert isinstance(data.train, Split)
-    other = Split(data.train.images, data.train.labels.flip(0))
-    data = type(data)(data.labels, other, data.holdout)
-    (third,) = surrogates(config, data, cpu, ["standard-3"])
-    assert third.run.path != first.run.path
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
-def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -> None:
-    config = load_recipe("digits", TINY | {"data.train_limit": 300, "standard.epochs": 1})
-    data, cpu, kind = load_training(config.data), torch.device("cpu"), "standard-3"
-    wanted = surrogate_config(config, kind)
-    assert wanted is not None
-    folder = surrogate_folder(kind, wanted, data)
-    with ThreadPoolExecutor(1) as other:
-        with locked(folder):
-            found = other.submit(surrogates, config, data, cpu, [kind])
-            with pytest.raises(TimeoutError):  # neither refused nor begun
-                found.result(timeout=2)
-            assert [each.name for each in folder.iterdir()] == [".lock"]
-        assert found.result()[0].run.path == folder
-
-
-def test_a_folder_of_surrogates_can_be_given(
-    tiny_model: Path, tiny_run: Path, tmp_path: Path
-) -> None:
-    card, cpu = Engine(tiny_model, device="cpu").card, torch.device("cpu")
-    with pytest.raises(UserError, match="no finished run"):
-        given_surrogates(tmp_path, card, cpu)
-    shutil.copytree(tiny_run, tmp_path / "mine")
-    (found,) = given_surrogates(tmp_path, card, cpu)
-    assert (found.name, len(found.members)) == ("mine", 3)
-    with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
-        given_surrogates(tmp_path, replace(card, labels=("cat", "dog")), cpu)
-    colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))
-    with pytest.raises(UserError, match=r"the model's \(3, 8, 8\)"):
-        given_surrogates(tmp_path, colour, cpu)
 
 
 def test_another_model_is_compared_image_by_image(

@@ -82,6 +82,12 @@ class Start:
         """Hash of all the files."""
         return sha256(canonical_json([file["sha256"] for file in self.files]))
 
+    @property
+    def published(self) -> bool:
+        """Whether each file holds one network, as published ones do, not the members of a run."""
+        count = len(self.files)
+        return count == len(self.weights) or (count == 1 and self.weights[0].shared)
+
     def put_into(self, members: Sequence[Member]) -> None:
         """Give the members their weights.
 

@@ -182,6 +182,31 @@ def deeper(architecture: str) -> str | None:
     return f"{architecture[:start]}{int(known['depth']) + _parts(known)}{architecture[end:]}"
 
 
+def family(architecture: str) -> list[str]:
+    """Return the network and its relatives, which differ from it in one or two ways.
+
+    They are the one with the other activation, the next deeper of both, and the one of the other
+    kind of block; of a network that is not ours only itself.
+    """
+    known = _NAME.fullmatch(architecture)
+    if not known:
+        return [architecture]
+    bottleneck, leaky = known["bottleneck"] or "", known["leaky"] or ""
+    blocks = (int(known["depth"]) - 2) // _parts(known)
+
+    def named(blocks: int, bottleneck: str, leaky: str) -> str:
+        return f"resnet{blocks * (9 if bottleneck else 6) + 2}{bottleneck}{leaky}"
+
+    other = "" if leaky else "-leaky"
+    return [
+        architecture,
+        named(blocks, bottleneck, other),
+        named(blocks + 1, bottleneck, leaky),
+        named(blocks + 1, bottleneck, other),
+        named(blocks, "" if bottleneck else "-bottleneck", leaky),
+    ]
+
+
 def _parts(known: re.Match[str]) -> int:
     """Return how many convolutions a block in each third adds."""
     return 9 if known["bottleneck"] else 6

@@ -55,10 +55,14 @@ JSON_FORM: dict[str, tuple[str, Any]] = {
     "diversity": ("diversity", 0.0),
     "skip_gamma": ("skip_gamma", 1.0),
     "variance_samples": ("variance_samples", 0),
+    "penalty_samples": ("penalty_samples", 0),
+    "flat_samples": ("flat_samples", 0),
+    "shuffles": ("shuffles", 0),
     "queries": ("queries", 0),
     "answers": ("answers", "none"),
     "sample": ("sample", None),
     "standing_only": ("skip_broken", None),
+    "nearest": ("nearest", 1.0),
     "control": ("control", None),
     "only_eps": ("only_eps", None),
     "gate": ("gate", None),
@@ -93,6 +97,8 @@ class Attack(ABC):
         norm: of the ball; `verify` wants the evaluation's.
         restarts: repetitions with other draws; an image must survive them all.
         skip_broken: leave out images already broken at this eps by this threat.
+        nearest: with `skip_broken`, run on this share of the images that are left: those that the
+            attacks of this threat have brought nearest to another answer.
         sample: run on that many images, drawn at random, the same for all attacks; 0: on all.
         control: whether an undefended control is attacked too.
         only_eps: run at this radius alone.
@@ -109,6 +115,7 @@ class Attack(ABC):
     restarts: int = 1
     skip_broken: bool = False
     sample: int = 0
+    nearest: float = 1.0
     control: bool = True
     only_eps: float | None = None
     gate: str = ""

@@ -17,6 +17,12 @@ from training.seeds import generator
 from verification.attacks import losses, transforms
 from verification.attacks.attack import Attack, Crafted, Model
 from verification.attacks.batches import in_slices
+from verification.attacks.block_shuffle import block_shuffled
+from verification.attacks.neighbourhood import (
+    flatness_enhanced,
+    norm_penalised,
+    variance_tuned,
+)
 from verification.attacks.skip_gradient import skip_gradient
 
 LossName = Literal["ce", "cw", "dlr", "reweighted"]
@@ -65,7 +71,11 @@ class GradientAttack(Attack, kind="gradient"):
         random_start: begin at a random point of the ball, else at the clean image.
         diversity: probability of a random resize and padding at each step (DI2).
         skip_gamma: factor on the gradient of residual branches (SGM); 1 leaves them.
-        variance_samples: neighbours for variance tuning (VMI); 0 for none.
+        variance_samples: neighbours for variance tuning (VMI); 0 for none. Of this and the next
+            three only one can be used.
+        penalty_samples: neighbours for the penalty on the gradient's norm (PGN).
+        flat_samples: neighbours that follow their own gradients (MEF).
+        shuffles: copies with shuffled and rotated blocks (BSR).
     """
 
     loss: LossName | OwnLoss = "ce"
@@ -77,12 +87,19 @@ class GradientAttack(Attack, kind="gradient"):
     diversity: float = 0.0
     skip_gamma: float = 1.0
     variance_samples: int = 0
+    penalty_samples: int = 0
+    flat_samples: int = 0
+    shuffles: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.loss):
             self.check("loss", get_args(LossName))
         self.check("output", OUTPUTS)
+        if len(self._samples) > 1:
+            raise UserError(
+                f"the attack '{self.name}' has {' and '.join(self._samples)}", "one of them"
+            )
         if self.source == "none":
             raise UserError(f"the attack '{self.name}' has no source", "a model with gradients")
 
@@ -121,12 +138,32 @@ class GradientAttack(Attack, kind="gradient"):
     @property
     def work(self) -> int:
         """Passes through the source, for progress."""
-        return max(self.steps * (1 + self.variance_samples), 1)
+        a_step = 1
+        if self._samples:
+            ((name, count),) = self._samples.items()
+            a_step = {"variance_samples": 1 + count, "penalty_samples": 2 * count}.get(name, count)
+        return max(self.steps * a_step, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Return every parameter, for the report; of a loss of one's own its name."""
         named = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
         return super().to_json() | {"loss": named if callable(self.loss) else self.loss}
+
+    @property
+    def _samples(self) -> dict[str, int]:
+        """How many samples a step's gradient is averaged over, by the name of the setting."""
+        names = ("variance_samples", "penalty_samples", "flat_samples", "shuffles")
+        return {name: count for name in names if (count := getattr(self, name))}
+
+    def _estimate(self, eps: float, draw: torch.Generator) -> pgd.Estimate:
+        if self.variance_samples:
+            return variance_tuned(eps, draw, samples=self.variance_samples, norm=self.norm)
+        if self.penalty_samples:
+            step_size, samples = eps * self.rel_stepsize, self.penalty_samples
+            return norm_penalised(eps, draw, step_size=step_size, samples=samples, norm=self.norm)
+        if self.flat_samples:
+            return flatness_enhanced(eps, draw, samples=self.flat_samples, norm=self.norm)
+        return block_shuffled(draw, copies=self.shuffles) if self.shuffles else pgd.gradient
 
     def _batch(
         self,
@@ -140,11 +177,6 @@ class GradientAttack(Attack, kind="gradient"):
         loss = self.loss_on(members, labels)
         if self.diversity:
             loss = transforms.diverse_inputs(loss, draw, probability=self.diversity)
-        estimate: pgd.Estimate = pgd.gradient
-        if self.variance_samples:
-            estimate = transforms.variance_tuned(
-                eps, draw, samples=self.variance_samples, norm=self.norm
-            )
         rule = None if self.momentum is None else pgd.momentum_rule(self.momentum, self.norm)
         return pgd.pgd_loop(
             loss,
@@ -154,7 +186,7 @@ class GradientAttack(Attack, kind="gradient"):
             steps=self.steps,
             rule=rule,
             start=start,
-            estimate=estimate,
+            estimate=self._estimate(eps, draw),
             norm=self.norm,
         )
 

@@ -29,6 +29,8 @@ class Outcomes:
     `worst[eps, threat]` are 8-bit images: the first that broke the target, else the last tried;
     `broken` says which broke it.
     `queries[attack, eps]` is int64 `[n]`: queries spent on each image, as far as they are counted.
+    `margins[eps, threat]` are float `[n]`: the smallest distance to another answer so far, as
+    the right logit less the best wrong one.
     """
 
     survived: dict[tuple[str, float, str], Mask]
@@ -38,6 +40,7 @@ class Outcomes:
     queries: dict[tuple[str, float], npt.NDArray[np.int64]] = field(default_factory=dict)
     worst: dict[tuple[float, str], Pixels] = field(default_factory=dict)
     broken: dict[tuple[float, str], Mask] = field(default_factory=dict)
+    margins: dict[tuple[float, str], npt.NDArray[np.float32]] = field(default_factory=dict)
     soft: dict[tuple[str, float, str], Mask] = field(default_factory=dict)
     soft_clean: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
     violations: int = 0  # adversarial images outside their ball or box: a bug of the attack
@@ -77,6 +80,26 @@ class Outcomes:
         fresh = ~broken & ran
         self.worst[key][fresh] = quantized[fresh]
         self.broken[key] = broken | wrong
+
+    def keep_margin(
+        self, eps: float, threat: str, scores: Scores, labels: npt.NDArray[np.int64]
+    ) -> None:
+        """Keep how near each image's answer came to another one under this threat."""
+        right = np.take_along_axis(scores.logits, labels[:, None], 1)[:, 0]
+        others = scores.logits.copy()
+        np.put_along_axis(others, labels[:, None], -np.inf, 1)
+        found = right - others.max(1)
+        self.margins[eps, threat] = np.fmin(found, self.margins.get((eps, threat), np.inf))
+
+    def nearest(self, standing: Mask, eps: float, threat: str, share: float) -> Mask:
+        """Return this share of the standing images, those nearest to another answer, `[n]`."""
+        margins = self.margins.get((eps, threat))
+        if share >= 1 or margins is None:
+            return standing
+        order = np.argsort(np.where(standing, margins, np.inf), kind="stable")
+        chosen = np.zeros_like(standing)
+        chosen[order[: int(np.ceil(share * standing.sum()))]] = True
+        return chosen
 
     def has(self, attack: Attack, eps: float) -> bool:
         """Return whether the attack was run at this radius."""

@@ -10,15 +10,16 @@ from training.pgd import Norm
 from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
-from verification.attacks.gradient_attack import GradientAttack, LossName, Noise, OutputName
+from verification.attacks.gradient_attack import GradientAttack, LossName, Noise
 from verification.attacks.hop_skip_jump import HopSkipJump
 from verification.attacks.query_presets import query_attacks
 from verification.attacks.rays import RayS
 from verification.attacks.square import Square
+from verification.attacks.transfer_presets import transfer_attacks
 from verification.attacks.value_grid import GridAttack
+from verification.attacks.white_box_presets import PGD, white_box_attacks
 from verification.config import PRESETS
 
-CYCLES = 6  # of white-box rounds, at most
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 ATTACK_KINDS: tuple[type[Attack], ...] = (
     Noise,
@@ -30,8 +31,6 @@ ATTACK_KINDS: tuple[type[Attack], ...] = (
     HopSkipJump,
     AutoAttack,
 )
-MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
-PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,8 @@ class Variant:
         norm: of every ball. Square and RayS are Linf attacks and are left out of the others.
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
+        parts: surrogates that are some of the networks of another one.
+        alone: those of them that are a single network.
         reference: whether pyautoattack is installed.
         scores: whether the model gives scores, which Square follows.
     """
@@ -51,6 +52,8 @@ class Variant:
     classes: int
     norm: Norm = "linf"
     skips: bool = True
+    parts: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset()
     reference: bool = False
     scores: bool = True
 
@@ -89,15 +92,10 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
             control=False,
         ),
     ]
-    if preset == "quick":
-        chosen += _quick(surrogates)
-        chosen += _rounds(variant.classes, steps=10, nearest_steps=50, targets=2)
-    else:
-        chosen += _transfer_protocol(surrogates, variant.skips)
-        chosen += _white_box_protocol(variant.classes)
-        chosen += _rounds(variant.classes, steps=50, nearest_steps=100, targets=9)
-    if preset == "full":
-        chosen += _full(surrogates, variant.reference)
+    chosen += transfer_attacks(
+        preset, surrogates, parts=variant.parts, alone=variant.alone, skips=variant.skips
+    )
+    chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
     chosen += query_attacks(PRESETS[preset], norm, variant.scores)
     return [replace(attack, norm=norm) for attack in chosen]
 
@@ -135,109 +133,3 @@ def _read(table: dict[str, Any]) -> Attack:
     known = {field.name for field in fields(kind)}
     settings = {JSON_FORM[key][0]: value for key, value in table.items() if key in JSON_FORM}
     return kind(**{name: value for name, value in settings.items() if name in known})
-
-
-def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
-    """Return momentum PGD from every surrogate, and white-box PGD, with both losses.
-
-    The rounds do the rest.
-    """
-    return [
-        *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
-        *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD),
-    ]
-
-
-def _transfer_protocol(surrogates: Sequence[str], skips: bool) -> list[GradientAttack]:
-    """Return the paper's black-box protocol (4.2): 5 versions an image, surrogate and loss."""
-    whole = replace(MPGD, steps=100, restarts=3)
-    once = replace(whole, restarts=1, random_start=False)
-    chosen = [whole, replace(once, name="m-di2", diversity=0.5)]
-    if skips:
-        chosen.append(replace(once, name="sgm", skip_gamma=0.2))
-    return [attack for each in chosen for attack in _from_each(surrogates, each)]
-
-
-def _white_box_protocol(classes: int) -> list[GradientAttack]:
-    """Return the paper's white-box protocol on all forms of the ensemble: PGD-50, 5 starts."""
-    forms: list[tuple[LossName, OutputName]] = [
-        ("ce", "mean-softmax"),
-        ("ce", "mean-logits"),
-        ("cw", "mean-logits"),
-        ("ce", "logsumexp"),
-    ]
-    if classes >= 3:
-        forms.append(("dlr", "mean-logits"))
-    return _on_each(forms, replace(PGD, steps=50, restarts=5))
-
-
-def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
-    """Return cycles of Auto-PGD over the losses, on what still stands.
-
-    A cycle that breaks almost nothing is the last. The control, which falls early, gets the first
-    two rounds.
-    """
-    one = AdaptivePGD(
-        name="apgd",
-        threat="white_box",
-        source="target",
-        steps=steps,
-        nearest_steps=nearest_steps,
-        skip_broken=True,
-        gate="converged",
-    )
-    chosen = [replace(one, loss="ce"), replace(one, loss="cw")]
-    if classes >= 3:
-        chosen.append(replace(one, loss="dlr"))
-    if classes >= 4:
-        chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
-    return [
-        replace(
-            each,
-            name=f"apgd-{each.loss}, cycle {cycle}",
-            control=cycle == 1 and each.loss in ("ce", "cw"),
-        )
-        for cycle in range(1, CYCLES + 1)
-        for each in chosen
-    ]
-
-
-def _from_each(surrogates: Sequence[str], attack: GradientAttack) -> list[GradientAttack]:
-    """Return the attack from every surrogate, with both losses."""
-    losses: tuple[LossName, ...] = ("ce", "cw")
-    return [
-        replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
-        for surrogate in surrogates
-        for loss in losses
-    ]
-
-
-def _on_each(
-    forms: Sequence[tuple[LossName, OutputName]], attack: GradientAttack
-) -> list[GradientAttack]:
-    """Return the attack with every loss on every way of combining the members named."""
-    return [
-        replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
-        for loss, output in forms
-    ]
-
-
-def _full(surrogates: Sequence[str], reference: bool) -> list[Attack]:
-    """Return what `full` adds: VMI, the re-weighted members and AutoAttack."""
-    vmi = replace(
-        MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
-    )
-    reweighted = replace(
-        PGD,
-        name="reweighted members",
-        loss="reweighted",
-        steps=100,
-        rel_stepsize=0.1,
-        momentum=0.75,
-        restarts=5,
-        skip_broken=True,
-    )
-    published = AutoAttack(
-        name="autoattack", threat="white_box", source="target", skip_broken=True, control=False
-    )
-    return [*_from_each(surrogates, vmi), reweighted, *([published] if reference else [])]

@@ -97,5 +97,6 @@ class OutcomeRecorder:
             scores = self._engine.run_all(pixels)
             key = (attack.name, eps, version)
             broken.append(self.outcomes.add(key, scores, self._labels, ran))
+            self.outcomes.keep_margin(eps, attack.threat, scores, self._labels)
         self.outcomes.keep_worst(eps, attack.threat, quantized, broken[1], ran)
         return broken[0], broken[1]

@@ -73,8 +73,8 @@ def run_suite(
     """Attack every target with every attack at every radius.
 
     Transfer images are crafted once and scored on all targets: the same attack for each. A target
-    is never its own surrogate. Rounds end, at each radius and for each target, as soon as a whole
-    cycle of them breaks almost nothing; the later ones are not run.
+    is never its own surrogate, nor that of its kin. Rounds end, at each radius and for each target,
+    as soon as a whole cycle of them breaks almost nothing; the later ones are not run.
 
     Args:
         suite: the attacks, in order.
@@ -147,7 +147,11 @@ def _pairs(
         if attack.source not in sources:  # no substitute
             return []
         members, weights = sources[attack.source]
-        names = [name for name, target in targets.items() if target.weights != weights]
+        names = [
+            name
+            for name, target in targets.items()
+            if weights != target.weights and weights not in target.kin
+        ]
         names = names if attack.control else names[:1]
         return [(names, Ensemble(members).eval(), weights)] if names else []
     chosen = list(targets) if attack.control else list(targets)[:1]
@@ -170,7 +174,11 @@ def _selected(
         ran[order[attack.sample :]] = False
     if attack.skip_broken:
         others = [each for each in suite if each is not attack and each.threat == attack.threat]
-        ran &= np.any([outcome.robust(others, eps) for outcome in outcomes], axis=0)
+        left = [
+            outcome.nearest(outcome.robust(others, eps), eps, attack.threat, attack.nearest)
+            for outcome in outcomes
+        ]
+        ran &= np.any(left, axis=0)
     return ran
 
 

@@ -28,8 +28,10 @@ class Target:
         engine: scores every image that counts.
         members: for gradients, in evaluation mode; None where there are none.
         weights: a hash of what the gradients come from.
+        kin: hashes of sources that share networks with it; none of them attacks it.
     """
 
     engine: Scorer
     members: Sequence[nn.Module] | None
     weights: str = ""
+    kin: frozenset[str] = frozenset()

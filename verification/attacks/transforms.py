@@ -1,4 +1,4 @@
-"""What transfer attacks add to PGD: input transformations and gradient estimates."""
+"""Input transformations that transfer attacks add to PGD."""
 
 from __future__ import annotations
 
@@ -6,36 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.pgd import Estimate, Loss, Norm, gradient, random_change
+from training.pgd import Loss
 from training.seeds import generator
-
-
-def variance_tuned(
-    eps: float,
-    draw: torch.Generator,
-    *,
-    samples: int = 20,
-    reach: float = 1.5,
-    norm: Norm = "linf",
-) -> Estimate:
-    """Return the gradient of VMI-FGSM (Wang & He, 2021): plus the variance seen one step before.
-
-    The variance is the mean gradient of `samples` neighbours, drawn from the ball of radius
-    `reach * eps` as random starts are, less the gradient itself. A linear loss has none.
-    """
-    variance: Tensor | None = None
-
-    def estimate(loss: Loss, x: Tensor) -> Tensor:
-        nonlocal variance
-        here = gradient(loss, x)
-        tuned = here if variance is None else here + variance
-        around = torch.zeros_like(x)
-        for _ in range(samples):
-            around += gradient(loss, x + random_change(x, reach * eps, draw, norm))
-        variance = around / samples - here
-        return tuned
-
-    return estimate
 
 
 def diverse_inputs(

@@ -22,7 +22,8 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
     `value` counts images robust both as floats and in 8 bits (`delivered`); `float` and `delivered`
     count one version each. `all` counts whatever was run on an image, which is more on the sample
     that was attacked by queries. `attacks` is the share that survives each attack alone, of its
-    sample.
+    sample. `worst` is the one attack that breaks most by itself, of those that were
+    run on all images.
     A threat none of whose attacks was run is null.
     """
 
@@ -32,13 +33,16 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
         if not ran:
             return None
         robust: Mask = outcome.robust(ran, each)
+        alone = {attack.name: float(_sampled(outcome, attack, each).mean()) for attack in ran}
+        everywhere = [each for each in ran if not (each.skip_broken or each.sample)]
+        whole = {attack.name: alone[attack.name] for attack in everywhere}
+        worst = min(whole or alone, key=alone.__getitem__)
         return {
             **rate(robust),
             "of_clean_correct": rate(robust[outcome.clean])["value"],
             **{version: float(outcome.robust(ran, each, [version]).mean()) for version in VERSIONS},
-            "attacks": {
-                attack.name: float(_sampled(outcome, attack, each).mean()) for attack in ran
-            },
+            "attacks": alone,
+            "worst": {"attack": worst, "value": alone[worst]},
         }
 
     return {

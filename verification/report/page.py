@@ -44,6 +44,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
             alone=_alone(table),
             budgets=[f"{each:,} queries" for each in asked],
             by_queries=[_by_queries(row, asked) for row in report.by_queries],
+            pairs=_pairs(table),
             parameters=_parameters(table["attacks"]),
             contract=str(Contract.from_json(table["model"].get("contract", {}))),
         )
@@ -114,6 +115,22 @@ def _alone(report: dict[str, Any]) -> dict[str, list[str]]:
         attack["name"]: [cell(attack["name"], row) for row in report["robust_accuracy"]]
         for attack in report["attacks"]
     }
+
+
+def _pairs(report: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the surrogates, and for each transfer attack what survives it from each of them.
+
+    In percent at the largest radius; empty for pairs that were not run on all images.
+    """
+    names = [each["name"] for each in report["surrogates"]]
+    last = max(report["robust_accuracy"], key=lambda row: row["eps"])
+    alone = (last["transfer"] or {}).get("attacks", {})
+    found: dict[str, dict[str, str]] = {}
+    for attack in report["attacks"]:
+        kind, _, source = attack["name"].partition(" from ")
+        if source in names and attack["name"] in alone and not attack["standing_only"]:
+            found.setdefault(kind, {})[source] = f"{100 * alone[attack['name']]:.1f}"
+    return names, {kind: [cells.get(name, "") for name in names] for kind, cells in found.items()}
 
 
 def _parameters(attacks: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from training import pgd
 from training.models.ensemble import Ensemble
 from training.models.member import Member as Network
 from training.models.resnet import resnet_stages
-from verification.attacks import losses, transforms
+from verification.attacks import losses, neighbourhood, transforms
 from verification.attacks.skip_gradient import residual_ends, skip_gradient
 
 SHAPE = (3, 1, 4, 4)
@@ -134,7 +134,7 @@ def test_equal_members_are_reweighted_equally_and_the_nearest_most() -> None:
 
 def test_a_linear_loss_has_no_variance_to_tune() -> None:
     x0, w = images(), direction()
-    estimate = transforms.variance_tuned(0.1, torch.Generator().manual_seed(0), samples=3)
+    estimate = neighbourhood.variance_tuned(0.1, torch.Generator().manual_seed(0), samples=3)
     for _ in range(3):
         torch.testing.assert_close(estimate(along(w), x0), w)
 
@@ -143,7 +143,7 @@ def test_variance_tuning_adds_what_the_step_before_saw_around_it() -> None:
     x0 = images()
     loss = lambda x: x.pow(2).flatten(1).sum(1)  # noqa: E731 - its gradient is 2x
     draw, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    estimate = transforms.variance_tuned(0.1, draw, samples=2, reach=1.5)
+    estimate = neighbourhood.variance_tuned(0.1, draw, samples=2, reach=1.5)
     torch.testing.assert_close(estimate(loss, x0), 2 * x0)
     noise = [torch.rand(SHAPE, generator=same, dtype=torch.float64) for _ in range(2)]
     variance = sum((2 * (2 * each - 1) * 0.15 for each in noise), torch.zeros(SHAPE)) / 2
@@ -249,7 +249,9 @@ def test_every_new_piece_keeps_ball_box_model_and_seed(
             steps=3,
             rule=pgd.momentum_rule(1.0, norm),
             start=pgd.random_start(x0, eps, draw, norm),
-            estimate=transforms.variance_tuned(eps, draw, samples=2) if variance else pgd.gradient,
+            estimate=neighbourhood.variance_tuned(eps, draw, samples=2)
+            if variance
+            else pgd.gradient,
             norm=norm,
         )
 

@@ -20,7 +20,7 @@ from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.hop_skip_jump import HopSkipJump
-from verification.attacks.presets import CYCLES, Variant, suite
+from verification.attacks.presets import Variant, suite
 from verification.attacks.query_attack import QueryAttack
 from verification.attacks.rays import RayS
 from verification.attacks.rounds import rounds
@@ -28,6 +28,7 @@ from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
 from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
+from verification.attacks.white_box_presets import CYCLES
 from verification.config import PRESETS, SUBSTITUTE
 
 
@@ -42,7 +43,8 @@ def test_presets_are_what_they_say(preset: str) -> None:
     assert len(set(names)) == len(names)
     skipping = {"apgd", "vmi", "reweighted", "autoattack"}
     for attack in chosen:
-        assert attack.skip_broken is (attack.name.split("-")[0].split()[0] in skipping)
+        skips = attack.name.split("-")[0].split()[0] in skipping or "-nearest-" in attack.name
+        assert attack.skip_broken is skips
         assert attack.skip_broken or not any(
             each.skip_broken and each.threat == attack.threat
             for each in chosen[: chosen.index(attack)]
@@ -55,7 +57,7 @@ def test_presets_are_what_they_say(preset: str) -> None:
         protocol = [
             attack
             for attack in gradients(chosen)
-            if attack.source in "abc" and not attack.skip_broken
+            if attack.source in "abc" and not attack.skip_broken and "-fast-" not in attack.name
         ]
         assert sum(attack.restarts for attack in protocol) == 30
         assert {attack.steps for attack in protocol} == {100}
@@ -79,6 +81,28 @@ def test_presets_are_what_they_say(preset: str) -> None:
     assert {attack.norm for attack in in_l2} == {"l2"}
     in_l2 = [attack for attack in in_l2 if isinstance(attack, QueryAttack)]
     assert [type(attack) for attack in in_l2] == [HopSkipJump]
+
+
+def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
+    alone = frozenset({"one", "two"})
+    variant = Variant(preset="standard", classes=3, parts=alone | {"small"}, alone=alone)
+    chosen = [
+        attack
+        for attack in gradients(suite(variant, ["small", "large", *alone]))
+        if attack.threat == "transfer"
+    ]
+    kinds = {
+        name: {
+            attack.name.split("-ce ")[0].split("-cw ")[0]
+            for attack in chosen
+            if attack.source == name
+        }
+        for name in ("one", "small", "large")
+    }
+    assert kinds["one"] == {"mpgd-fast"}
+    assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm"}
+    nearest = {f"{kind}-nearest" for kind in ("mpgd", "m-di2", "bsr", "mef", "pgn")}
+    assert kinds["large"] == kinds["small"] | nearest
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
@@ -105,10 +129,14 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "diversity": 0.0,
         "skip_gamma": 1.0,
         "variance_samples": 0,
+        "penalty_samples": 0,
+        "flat_samples": 0,
+        "shuffles": 0,
         "queries": 0,
         "answers": "none",
         "sample": 0,
         "standing_only": False,
+        "nearest": 1.0,
         "control": True,
         "only_eps": None,
         "gate": "",
@@ -136,7 +164,7 @@ def robust(attacks: Sequence[Attack]) -> dict[str, list[bool]]:
 def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None:
     assert residual_ends([Residual()])
     chosen = [
-        replace(shorter(attack, 6, 300), restarts=1, skip_broken=False)
+        replace(shorter(attack, 6, 300), restarts=1, skip_broken=False, nearest=1.0)
         for attack in suite(Variant(preset="full", classes=4), ["s"])
     ]
     ours = gradients(chosen)
@@ -144,7 +172,8 @@ def test_every_kind_of_attack_of_the_full_preset_breaks_the_weak_image() -> None
     assert {attack.output for attack in ours} == {"mean-logits", "mean-softmax", "logsumexp"}
     assert {attack.skip_gamma for attack in ours} == {0.2, 1.0}
     assert any(attack.diversity for attack in ours)
-    assert any(attack.variance_samples for attack in ours)
+    for samples in ("variance_samples", "penalty_samples", "flat_samples", "shuffles"):
+        assert any(getattr(attack, samples) for attack in ours)
     assert {Square, RayS, HopSkipJump} <= {type(attack) for attack in chosen}
     found = robust(chosen)
     for attack in chosen:

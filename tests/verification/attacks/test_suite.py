@@ -84,7 +84,7 @@ def test_an_interrupted_suite_goes_on_with_what_it_has(
 ) -> None:
     monkeypatch.setenv("DVERGE_CACHE", str(tmp_path))
     whole = suite(Variant(preset="quick", classes=2), ["surrogate"])
-    chosen = [attack for attack in whole if not attack.gate]  # without rounds, all are run
+    chosen = [attack for attack in whole if not attack.skip_broken]  # all are run
     split = linear_split([120, 140])
     target = Target(TorchEngine([Linear()]), [Linear()], "weights of the model")
     made: list[str] = []
@@ -232,3 +232,30 @@ def test_a_target_is_not_its_own_surrogate() -> None:
     target = Target(TorchEngine([Linear()]), None, "own")
     outcome = run_suite(chosen, sources, {"m": target}, linear_split([120]), [EPS], seed=0)["m"]
     assert {attack for attack, _, _ in outcome.survived} == {"from other"}
+
+
+def test_dear_attacks_run_on_the_images_that_others_brought_nearest() -> None:
+    plain = GradientAttack(name="plain", threat="transfer", source="s", loss="cw")
+    few = replace(plain, name="few", skip_broken=True, nearest=0.5)
+    target = Target(TorchEngine([Linear()]), None)
+    # 120 breaks; of the others the distance to 127.5 is 17.5, 40, 22.5 and 100.
+    split = linear_split([110, 88, 120, 150, 228])
+    found = run_suite([plain, few], {"s": ([Linear()], "s")}, {"m": target}, split, [EPS], seed=0)
+    outcome = found["m"]
+    assert outcome.ran["few", EPS].tolist() == [True, False, False, True, False]
+    table = figures(outcome, [plain, few], [EPS])["robust_accuracy"][0]["transfer"]
+    # The strongest attack is one that was run on all images.
+    assert table["worst"] == {"attack": "plain", "value": table["attacks"]["plain"]}
+    assert table["worst"]["value"] == 0.8
+
+
+def test_a_target_is_not_attacked_by_its_kin() -> None:
+    attack = GradientAttack(name="a", threat="transfer", source="s", steps=1)
+    engine, sources = TorchEngine([Linear()]), {"s": ([Linear()], "part of both")}
+    targets = {
+        "model": Target(engine, None, "model"),
+        "control": Target(engine, None, "other", frozenset({"part of both"})),
+    }
+    found = run_suite([attack], sources, targets, linear_split([120]), [EPS], seed=0)
+    assert found["model"].has(attack, EPS)
+    assert not found["control"].has(attack, EPS)

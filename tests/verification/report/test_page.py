@@ -251,6 +251,30 @@ def test_an_attack_that_skips_broken_images_is_counted_among_those_it_ran_on() -
     assert '<td class="n">90.0</td>' in shown(outcomes={"model": {"survived": whole}})
 
 
+def test_transfer_is_told_pair_by_pair_with_the_worst_by_name() -> None:
+    told = table()
+    (row,) = told["robust_accuracy"]
+    pairs = {"mi-ce from one": 0.5, "mi-ce from two": 0.4, "bsr from two": 0.3, "noise": 0.9}
+    row["transfer"] |= {
+        "attacks": pairs,
+        "worst": {"attack": "mi-ce from two", "value": 0.4},
+    }
+    surrogate = {"method": "standard", "architecture": ["a", "b"], "members": 2}
+    told["surrogates"] = [
+        surrogate | {"name": name, "holdout_accuracy": 0.9, "weights_sha256": "6" * 64}
+        for name in ("one", "two")
+    ]
+    told["attacks"] = [
+        {"name": name, "threat": "transfer", "steps": 1, "standing_only": name.startswith("bsr")}
+        for name in pairs
+    ]
+    text = re.sub(r"\s*\n\s*", "", shown(**told))
+    assert '<th scope="row">mi-ce</th><td class="n">50.0</td><td class="n">40.0</td>' in text
+    assert '<td>mi-ce from two</td><td class="n">40.0</td><td class="n">70.0%</td>' in text
+    assert "bsr</th>" not in text  # it was not run on all images
+    assert "pair by pair" not in shown()
+
+
 def test_the_live_service_is_told_in_words() -> None:
     live = {
         "eps": 0.1,

@@ -1,0 +1,90 @@
+"""What a verification costs: the count is what attacks and training really do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tests.verification.models import Linear, TorchEngine, linear_split
+from training.data.splits import load_test, load_training
+from training.recipe import load_recipe
+from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.presets import Variant, suite
+from verification.attacks.square import Square
+from verification.attacks.suite import run_suite
+from verification.attacks.target import Target
+from verification.config import PRESETS
+from verification.price import forecast, passes, price
+from verification.surrogates import surrogate_sets
+
+
+class Counted(Linear):
+    """Counts the images that it takes gradients of."""
+
+    seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x) * torch.is_grad_enabled()
+        return super().forward(x)
+
+
+def test_counted_gradients_are_those_that_are_computed() -> None:
+    members, other, own = [Counted(), Counted()], [Counted()], [Counted(), Counted()]
+    attack = GradientAttack(name="a", threat="transfer", source="s", steps=3)
+    chosen: list[Any] = [
+        attack,
+        replace(attack, name="b", penalty_samples=2, restarts=2),
+        replace(attack, name="w", threat="white_box", source="target"),
+        replace(attack, name="m", threat="white_box", source="target", control=False),
+        replace(attack, name="one", only_eps=0.1),
+        Square(name="square", threat="queries", source="target", queries=5, control=False),
+    ]
+    targets = {
+        "model": Target(TorchEngine([*own]), own, "model"),
+        "control": Target(TorchEngine([*other]), other, "control"),
+    }
+    split = linear_split([10, 120, 140])
+    run_suite(chosen, {"s": (members, "")}, targets, split, [0.05, 0.1], seed=0)
+    sizes = {"s": 2, "target": 2, "control": 1}
+    assert passes(chosen, sizes, images=3, radii=2) == sum(
+        each.seen for each in (*members, *other, *own)
+    )
+
+
+@pytest.mark.parametrize("preset", ["digits", "images"])
+def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
+    config = load_recipe(preset)
+    sets = surrogate_sets(config, PRESETS["quick"].surrogates)
+    (only,) = sets
+    names = {name: len(indices) for name, indices in only.parts.items()}
+    alone = frozenset(name for name, size in names.items() if size == 1)
+    parts = frozenset(name for name, size in names.items() if size < only.config.members)
+    variant = Variant(preset="quick", classes=10, parts=parts, alone=alone)
+    transfer = [each for each in suite(variant, list(names), [0.1]) if each.threat == "transfer"]
+    whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
+    assert whole.surrogates == 5 * config.standard.epochs * 1293
+    assert whole.attacks == round(passes(transfer, names, 360, 3))
+    assert whole.share < 0.8  # the rest is for the other attacks
+    assert whole.to_json()["model_training"] == whole.training
+
+
+def test_the_forecast_names_what_will_take_how_long(cache: object) -> None:
+    config = load_recipe("digits", TINY | {"seed": 11})
+    data, (_, split), cpu = load_training(config.data), load_test(config.data), torch.device("cpu")
+    sets = surrogate_sets(config, ["mixed-3", "mixed-5"])
+    names = [name for each in sets for name in each.parts]
+    chosen = suite(Variant(preset="quick", classes=10), names, [0.1])
+    told = forecast(chosen, [], sets, [], data, split, 2, cpu)
+    assert told.startswith("surrogates: 5 networks to train, about ")
+    assert f"attacks: {len(chosen)} at 2 radii on {len(split)} images, about " in told
+    assert told.endswith(" at most")
+    folder = sets[0].folder(data)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").touch()
+    again = forecast(chosen, [], sets, [], data, split, 2, cpu)
+    assert again.startswith("surrogates: none to train; ")
+    (folder / "checkpoint.json").unlink()

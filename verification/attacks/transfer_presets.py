@@ -1,0 +1,89 @@
+"""The transfer attacks of each preset: from surrogates, without a query to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from verification.attacks.gradient_attack import GradientAttack, LossName
+
+NEAREST = 0.2  # of the standing images get the dearer attacks
+MPGD = GradientAttack(name="mpgd", threat="transfer", source="a surrogate", momentum=1.0)
+
+
+def transfer_attacks(
+    preset: str,
+    surrogates: Sequence[str],
+    *,
+    parts: Collection[str] = (),
+    alone: Collection[str] = (),
+    skips: bool = True,
+) -> list[GradientAttack]:
+    """Return a preset's transfer attacks.
+
+    Args:
+        preset: `quick`, `standard` or `full`.
+        surrogates: names of the sources.
+        parts: surrogates that are some of the networks of another one.
+        alone: those of them that are a single network.
+        skips: whether the surrogates have residual branches (SGM).
+    """
+    ensembles = [name for name in surrogates if name not in alone]
+    chosen = _fast(surrogates)
+    if preset != "quick":
+        chosen += _protocol(ensembles, skips)
+    chosen += _nearest([name for name in surrogates if name not in parts])
+    if preset == "full":
+        vmi = replace(
+            MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
+        )
+        chosen += _from_each(ensembles, vmi)
+    return chosen
+
+
+def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
+    """Return the transfer attacks that break most for each gradient.
+
+    Images break under different networks: a few large steps from each alone, and from small
+    ensembles, find more than many steps from all at once.
+    """
+    return _from_each(surrogates, replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4))
+
+
+def _nearest(ensembles: Sequence[str]) -> list[GradientAttack]:
+    """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
+
+    Hardly any other image is broken by them.
+    """
+    one = replace(MPGD, steps=10, skip_broken=True, nearest=NEAREST)
+    bsr = replace(one, name="bsr-nearest", shuffles=4)
+    mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
+    pgn = replace(one, name="pgn-nearest", penalty_samples=2)
+    return [
+        *_from_each(ensembles, replace(one, name="mpgd-nearest", steps=20)),
+        *_from_each(ensembles, replace(one, name="m-di2-nearest", steps=20, diversity=0.5)),
+        *_from_each(ensembles, bsr, ["cw"]),
+        *_from_each(ensembles, mef, ["cw"]),
+        *_from_each(ensembles, pgn, ["ce"]),
+    ]
+
+
+def _protocol(surrogates: Sequence[str], skips: bool) -> list[GradientAttack]:
+    """Return the paper's black-box protocol (4.2): 5 versions an image, surrogate and loss."""
+    whole = replace(MPGD, steps=100, restarts=3)
+    once = replace(whole, restarts=1, random_start=False)
+    chosen = [whole, replace(once, name="m-di2", diversity=0.5)]
+    if skips:
+        chosen.append(replace(once, name="sgm", skip_gamma=0.2))
+    return [attack for each in chosen for attack in _from_each(surrogates, each)]
+
+
+def _from_each(
+    surrogates: Sequence[str], attack: GradientAttack, losses: Sequence[LossName] = ("ce", "cw")
+) -> list[GradientAttack]:
+    """Return the attack from every surrogate, with each loss."""
+    return [
+        replace(attack, name=f"{attack.name}-{loss} from {surrogate}", source=surrogate, loss=loss)
+        for surrogate in surrogates
+        for loss in losses
+    ]

@@ -1,0 +1,106 @@
+"""The white-box attacks of each preset: with the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from verification.attacks.apgd import AdaptivePGD
+from verification.attacks.attack import Attack
+from verification.attacks.autoattack import AutoAttack
+from verification.attacks.gradient_attack import GradientAttack, LossName, OutputName
+
+CYCLES = 6  # of rounds, at most
+PGD = GradientAttack(name="pgd", threat="white_box", source="target")
+
+
+def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> list[Attack]:
+    """Return a preset's white-box attacks: weak ones first, then rounds on what stands.
+
+    Args:
+        preset: `quick`, `standard` or `full`.
+        classes: DLR needs three, its targeted form four.
+        reference: whether pyautoattack is installed.
+    """
+    chosen: list[Attack] = []
+    if preset == "quick":
+        chosen += _on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD)
+        chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
+    else:
+        chosen += _protocol(classes)
+        chosen += _rounds(classes, steps=50, nearest_steps=100, targets=9)
+    if preset == "full":
+        chosen += _whole(reference)
+    return chosen
+
+
+def _protocol(classes: int) -> list[GradientAttack]:
+    """Return the paper's white-box protocol on all forms of the ensemble: PGD-50, 5 starts."""
+    forms: list[tuple[LossName, OutputName]] = [
+        ("ce", "mean-softmax"),
+        ("ce", "mean-logits"),
+        ("cw", "mean-logits"),
+        ("ce", "logsumexp"),
+    ]
+    if classes >= 3:
+        forms.append(("dlr", "mean-logits"))
+    return _on_each(forms, replace(PGD, steps=50, restarts=5))
+
+
+def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
+    """Return cycles of Auto-PGD over the losses, on what still stands.
+
+    A cycle that breaks almost nothing is the last. The control, which falls early, gets the first
+    two rounds.
+    """
+    one = AdaptivePGD(
+        name="apgd",
+        threat="white_box",
+        source="target",
+        steps=steps,
+        nearest_steps=nearest_steps,
+        skip_broken=True,
+        gate="converged",
+    )
+    chosen = [replace(one, loss="ce"), replace(one, loss="cw")]
+    if classes >= 3:
+        chosen.append(replace(one, loss="dlr"))
+    if classes >= 4:
+        chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
+    return [
+        replace(
+            each,
+            name=f"apgd-{each.loss}, cycle {cycle}",
+            control=cycle == 1 and each.loss in ("ce", "cw"),
+        )
+        for cycle in range(1, CYCLES + 1)
+        for each in chosen
+    ]
+
+
+def _whole(reference: bool) -> list[Attack]:
+    """Return what `full` adds: the re-weighted members and AutoAttack."""
+    reweighted = replace(
+        PGD,
+        name="reweighted members",
+        loss="reweighted",
+        steps=100,
+        rel_stepsize=0.1,
+        momentum=0.75,
+        restarts=5,
+        skip_broken=True,
+    )
+    published = AutoAttack(
+        name="autoattack", threat="white_box", source="target", skip_broken=True, control=False
+    )
+    return [reweighted, *([published] if reference else [])]
+
+
+def _on_each(
+    forms: Sequence[tuple[LossName, OutputName]], attack: GradientAttack
+) -> list[GradientAttack]:
+    """Return the attack with every loss on every way of combining the members named."""
+    return [
+        replace(attack, name=f"{attack.name}-{loss} on {output}", loss=loss, output=output)
+        for loss, output in forms
+    ]

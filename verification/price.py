@@ -1,0 +1,171 @@
+"""The price of a verification: gradient evaluations, and seconds, before anything is begun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dverge_serve.progress import duration
+from training.config import Config
+from training.data.splits import Split, TrainingData, to_float
+from training.estimate import estimate, gradient_evaluations
+from training.models.ensemble import Ensemble
+from training.trainer import prepare
+from verification.attacks.attack import Attack
+from verification.attacks.batches import LARGEST
+from verification.attacks.gradient_attack import GradientAttack
+from verification.gradients import ready
+from verification.surrogates import Surrogate, SurrogateSet
+
+FEW = 8  # images that a gradient is timed on
+LONG_S = 0.02  # for a gradient of one image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What a verification costs, in gradients of one network on one image.
+
+    Args:
+        surrogates: to train all of them.
+        attacks: to run all of them on all images; those that skip broken images take fewer.
+        training: what the model's own training took.
+    """
+
+    surrogates: int
+    attacks: int
+    training: int
+
+    @property
+    def share(self) -> float:
+        """The verification's price as a share of the model's own training."""
+        return (self.surrogates + self.attacks) / self.training
+
+    def to_json(self) -> dict[str, int]:
+        """Return the figures as the report has them."""
+        return {
+            "surrogates": self.surrogates,
+            "attacks": self.attacks,
+            "model_training": self.training,
+        }
+
+
+def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int) -> float:
+    """Return what all gradients of a suite cost, counted or timed.
+
+    Queries of a model's answers are no gradients and cost nothing here.
+
+    Args:
+        suite: the attacks.
+        source: what one gradient of one image costs on each source: a surrogate's name, `target`,
+            or `control` for the undefended model that white-box attacks run on too.
+        images: how many are attacked.
+        radii: at how many each attack runs.
+    """
+    total = 0.0
+    for attack in suite:
+        if attack.threat == "queries":
+            continue
+        one = source.get(attack.source, 0.0)
+        if attack.source == "target" and attack.control:
+            one += source.get("control", 0.0)
+        times = attack.nearest * (1 if attack.only_eps is not None else radii)
+        total += attack.work * attack.restarts * times * one
+    return total * images
+
+
+def price(
+    suite: Sequence[Attack],
+    sizes: Mapping[str, int],
+    configs: Sequence[Config],
+    model: Config,
+    *,
+    train_images: int,
+    images: int,
+    radii: int,
+) -> Price:
+    """Count the gradients of a verification.
+
+    Args:
+        suite: the attacks.
+        sizes: how many networks each source has, see `passes`.
+        configs: of the surrogates that belong to it, cached or not.
+        model: how the model was trained.
+        train_images, images: how many are trained on and attacked.
+        radii: at how many each attack runs.
+    """
+
+    def trained(config: Config) -> int:
+        return sum(gradient_evaluations(config, train_images).values())
+
+    return Price(
+        surrogates=sum(map(trained, configs)),
+        attacks=round(passes(suite, sizes, images, radii)),
+        training=trained(model),
+    )
+
+
+def forecast(
+    suite: Sequence[Attack],
+    made: Sequence[Surrogate],
+    sets: Sequence[SurrogateSet],
+    members: Sequence[nn.Module],
+    data: TrainingData,
+    split: Split,
+    radii: int,
+    device: torch.device,
+) -> str:
+    """Time a few steps and return a line that says what will take how long.
+
+    Args:
+        suite: the attacks.
+        made: surrogates that are there.
+        sets: surrogates to train; those in the cache take no time.
+        members: the model's own networks; none where they are not known.
+        data: for training.
+        split: the test images.
+        radii: at how many each attack runs.
+        device: where all of it runs.
+    """
+    networks, training = 0, 0.0
+    seconds = {each.name: _seconds(each.members, split) for each in made}
+    for each in sets:
+        if not (each.folder(data) / "checkpoint.json").is_file():
+            networks += each.config.members
+            training += sum(estimate(each.config, device, data)["seconds"].values())
+        drawn, _ = prepare(each.config, data, device)
+        ensemble = [ready(member, device, lowered=True) for member in drawn]
+        alone = [_seconds([member], split) for member in ensemble]
+        seconds |= {
+            name: sum(alone[index] for index in indices) for name, indices in each.parts.items()
+        }
+    if members:
+        seconds["target"] = seconds["control"] = _seconds(members, split)
+    told = "surrogates: none to train"
+    if networks:
+        told = f"surrogates: {networks} networks to train, about {duration(training)}"
+    attacks = passes(suite, seconds, len(split), radii)
+    return (
+        f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "
+        f"about {duration(attacks)} at most"
+    )
+
+
+def _seconds(members: Sequence[nn.Module], split: Split) -> float:
+    """Return the seconds that one gradient of one image takes on these networks."""
+    attack = GradientAttack(name="timed", threat="transfer", source="timed", steps=1)
+    model = Ensemble(members).eval()
+
+    def timed(count: int) -> float:
+        part = split.take(slice(0, count))
+        begun = time.monotonic()
+        float(attack.run(model, to_float(part.images), part.labels, 0.1, 0).images.sum())
+        return (time.monotonic() - begun) / len(part)
+
+    timed(FEW)  # prepares what later times use
+    # Small images in whole batches, a thread for each; large ones fill the cores a few at a time.
+    small = timed(FEW) < LONG_S
+    return timed(LARGEST["cpu"] * torch.get_num_threads() if small else 2 * FEW)
