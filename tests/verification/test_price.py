@@ -64,7 +64,7 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     alone = frozenset(name for name, size in names.items() if size == 1)
     parts = frozenset(name for name, size in names.items() if size < only.config.members)
     variant = Variant(preset="quick", classes=10, parts=parts, alone=alone)
-    transfer = [each for each in suite(variant, list(names), [0.1]) if each.threat == "transfer"]
+    transfer = [each for each in suite(variant, list(names)) if each.threat == "transfer"]
     whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293
     assert whole.attacks == round(passes(transfer, names, 360, 3))
@@ -77,7 +77,7 @@ def test_the_forecast_names_what_will_take_how_long(cache: object) -> None:
     data, (_, split), cpu = load_training(config.data), load_test(config.data), torch.device("cpu")
     sets = surrogate_sets(config, ["mixed-3", "mixed-5"])
     names = [name for each in sets for name in each.parts]
-    chosen = suite(Variant(preset="quick", classes=10), names, [0.1])
+    chosen = suite(Variant(preset="quick", classes=10), names)
     told = forecast(chosen, [], sets, [], data, split, 2, cpu)
     assert told.startswith("surrogates: 5 networks to train, about ")
     assert f"attacks: {len(chosen)} at 2 radii on {len(split)} images, about " in told
