@@ -16,7 +16,7 @@ from dverge_serve.engine.report import Report
 from verification.contract import Contract
 
 PLOTS = ("curves", "queries", "matrices", "regions", "pictures")
-BUDGETS = (100, 1000, 5000)  # queries an image, the columns of their table
+BUDGETS = (100, 1000, 5000)  # queries an image: the columns of their table, as far as asked
 SAID_ELSEWHERE = ("name", "gate", "control", "norm")  # of an attack's parameters
 
 
@@ -28,6 +28,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
         plots: PNG bytes by name (of `PLOTS`), those there are.
     """
     table = report.to_json()
+    asked = [q for q in BUDGETS if any(row.points[-1].queries >= q for row in report.by_queries)]
     css = resources.files("verification.report").joinpath("templates/page.css").read_text("utf-8")
     return (
         _templates()
@@ -39,8 +40,8 @@ def page(report: Report, plots: Mapping[str, bytes]) -> bytes:
             digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             radii=[f"eps {eps:g}" for eps in report.robust_accuracy],
             alone=_alone(table),
-            budgets=[f"{each:,} queries" for each in BUDGETS],
-            by_queries=[_by_queries(row) for row in report.by_queries],
+            budgets=[f"{each:,} queries" for each in asked],
+            by_queries=[_by_queries(row, asked) for row in report.by_queries],
             parameters=_parameters(table["attacks"]),
             contract=str(Contract.from_json(table["model"].get("contract", {}))),
         )
@@ -81,11 +82,11 @@ def _interval(rate: dict[str, Any] | None, places: int = 1, times: int = 100) ->
     return f"{value} ({low}-{high})"
 
 
-def _by_queries(row: ByQueries) -> list[str]:
+def _by_queries(row: ByQueries, asked: list[int]) -> list[str]:
     """Return the cells of a line of the table of queries; `-` beyond what was asked."""
     rates = {point.queries: point.interval for point in row.points}
     median = "-" if row.median is None else f"{row.median:g} queries"
-    return [f"{row.eps:g}", row.answers, *(rates.get(each, "-") for each in BUDGETS), median]
+    return [f"{row.eps:g}", row.answers, *(rates.get(each, "-") for each in asked), median]
 
 
 def _alone(report: dict[str, Any]) -> dict[str, list[str]]:

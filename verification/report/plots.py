@@ -107,6 +107,7 @@ def query_curves(report: Report) -> bytes | None:
                 low, high = ([100 * getattr(p, end) for p in row.points] for end in ("low", "high"))
                 axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")  # the default is mathematics
             axes.set_ylim(0, 102)
             axes.set_xlabel("queries an image")
             axes.set_title(f"the model tells {kind}", fontsize=9, color=INK)
