@@ -211,7 +211,7 @@ def test_a_suite_refuses_two_of_a_name_and_unknown_sources() -> None:
 
 
 FULL = [
-    shorter(attack, 10, 60)
+    shorter(attack, 10, 2000)
     for attack in suite(Variant(preset="full", classes=2, skips=False), ["s"])
     if not attack.gate or attack.name.endswith("cycle 1")  # the others differ in the name alone
 ]
@@ -261,7 +261,7 @@ def test_a_gradient_attack_refuses_a_model_without_gradients() -> None:
     [
         Noise(name="noise", threat="transfer", source="none"),
         GradientAttack(name="pgd", threat="white_box", source="target", loss="cw"),
-        Square(name="square", threat="queries", source="target", queries=60),
+        Square(name="square", queries=60),
     ],
 )
 def test_an_attack_is_a_maite_augmentation(attack: Attack) -> None:
