@@ -134,13 +134,15 @@ def _read(table: dict[str, Any]) -> Attack:
 
 
 def _quick(surrogates: Sequence[str]) -> list[GradientAttack]:
-    """Return momentum PGD from every surrogate, and white-box PGD, with both losses.
+    """Return momentum PGD from every surrogate with both losses, and white-box PGD.
 
-    The rounds do the rest.
+    On both ways of combining the members, because a saturated softmax hides the gradient. The
+    rounds do the rest.
     """
     return [
         *_from_each(surrogates, replace(MPGD, steps=20, restarts=2)),
         *_on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD),
+        *_on_each([("ce", "mean-softmax")], replace(PGD, control=False)),
     ]
 
 
