@@ -79,7 +79,8 @@ def run_suite(
     Args:
         suite: the attacks, in order.
         sources: surrogates by name, in evaluation mode on the split's device, and a hash of each.
-        targets: by name; the first is the one whose images are kept.
+        targets: by name; the first is the one whose images are kept. `control` is left out by
+            attacks that say so.
         split: test images.
         eps_grid: radii.
         seed: of every random draw.
@@ -154,7 +155,7 @@ def _pairs(
         ]
         names = names if attack.control else names[:1]
         return [(names, Ensemble(members).eval(), weights)] if names else []
-    chosen = list(targets) if attack.control else list(targets)[:1]
+    chosen = [name for name in targets if attack.control or name != "control"]
     return [
         ([name], *access) for name in chosen if (access := attack.access(targets[name])) is not None
     ]

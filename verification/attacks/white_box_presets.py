@@ -25,6 +25,8 @@ def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> 
     chosen: list[Attack] = []
     if preset == "quick":
         chosen += _on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD)
+        # The other way of combining the members, in case a saturated softmax hides the gradient.
+        chosen += _on_each([("ce", "mean-softmax")], replace(PGD, control=False))
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _protocol(classes)

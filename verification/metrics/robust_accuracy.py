@@ -10,6 +10,7 @@ from dverge_serve.images import to_float
 from training.data.splits import Split
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import VERSIONS, Mask, Outcomes
+from verification.attacks.rounds import rounds
 from verification.attacks.target import Scorer
 from verification.metrics.statistics import mcnemar, rate
 
@@ -80,15 +81,17 @@ def comparison(
 ) -> list[dict[str, Any]]:
     """Compare two models on the same images, clean and under each threat: McNemar's exact test.
 
-    Only attacks that were run on both count.
+    Only attacks that were run on both count, and all rounds: they end by themselves, for either.
     """
+    of_rounds = rounds(suite)
     rows = [{"what": "clean", "eps": 0.0, **mcnemar(ours.clean, theirs.clean)}]
     for e in eps:
         for threat in THREATS:
             chosen = [attack for attack in suite if attack.threat == threat]
             both = [each for each in chosen if ours.has(each, e) and theirs.has(each, e)]
             if both:
-                this, other = ours.robust(both, e), theirs.robust(both, e)
+                counted = both + [each for each in of_rounds if each.threat == threat]
+                this, other = ours.robust(counted, e), theirs.robust(counted, e)
                 shares = {"this": float(this.mean()), "other": float(other.mean())}
                 rows.append({"what": threat, "eps": e, **shares, **mcnemar(this, other)})
     return rows
@@ -100,7 +103,8 @@ def combinations(
     """Compare mean-logits with mean-softmax under the same attacks, clean and for each threat.
 
     An image counts for a rule as it does in the report's accuracies: answered rightly when clean
-    and after every attack, as floats and in 8 bits.
+    and after every attack, as floats and in 8 bits. Attacks that skip images which the model, by
+    the mean of logits, already answered wrongly would favour the other rule: they do not count.
 
     Args:
         outcome: of the model as it is, by the mean of logits.
@@ -110,7 +114,7 @@ def combinations(
     """
     rows = [_row("clean", 0.0, outcome.robust([], 0.0), soft.robust([], 0.0))]
     for threat in THREATS:
-        attacks = [attack for attack in suite if attack.threat == threat]
+        attacks = [each for each in suite if each.threat == threat and not each.skip_broken]
         for each in eps:
             if any(outcome.has(attack, each) for attack in attacks):
                 masks = outcome.robust(attacks, each), soft.robust(attacks, each)
