@@ -26,8 +26,8 @@ MOST_SCANNED = 2**29  # pixels over all scans: 32 scans of the largest image tha
 # standard allows one. The name may turn up in compressed pixels, too, by chance.
 PROFILE, MOST_PROFILES = b"iCCP", 8
 # Pillow reads each chunk or segment in Python, a few microseconds for as few as 4 bytes of file.
-# Encoders need a read for every 2000 bytes or so.
-LEAST_READS, BYTES_PER_READ = 2000, 256
+# Encoders need a read for every 2000 bytes or so. A small file is read through in milliseconds.
+LEAST_READS, BYTES_PER_READ, UNMETERED = 2000, 256, 16_384
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -148,7 +148,8 @@ def load(
     try:
         if data.count(PROFILE) > MOST_PROFILES:
             raise ImageError("broken_image", "the image holds many colour profiles; expected one")
-        with Image.open(_MeteredFile(data), formats=FORMATS) as image:
+        file = _MeteredFile(data) if len(data) > UNMETERED else io.BytesIO(data)
+        with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(

@@ -57,24 +57,15 @@ class Protocol(HttpToolsProtocol):
             self._framing = 0
             super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
-        if not self._replaying:
-            super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; trailers, which come after the request was handed over, are dropped."""
-        if self._in_headers:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        """Hand the request over."""
+        """Hand the request over; trailers, which come after that, are kept apart and dropped."""
         if not self._replaying:
             self._in_headers = False
             self._stop_timer()
             if len(self.pipeline) > MOST_AHEAD:
                 raise httptools.HttpParserError("too many requests ahead")
             super().on_headers_complete()
+            self.headers = []
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -114,7 +105,7 @@ class Protocol(HttpToolsProtocol):
 
     def _read_on(self) -> None:
         """Go on with a parser to which this request asked for no upgrade."""
-        lines = [name + b": " + value for name, value in self.headers if name in LENGTHS]
+        lines = [name + b": " + value for name, value in self.scope["headers"] if name in LENGTHS]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._replaying = True

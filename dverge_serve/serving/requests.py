@@ -93,15 +93,15 @@ class Request:
         Raises:
             ServiceError: no or several hosts, or a transfer coding other than chunked.
         """
-        names = self.headers
-        several = len(names) < len(self._scope["headers"])
-        given = [name for name, _ in self._scope["headers"]] if several else list(names)
+        raw, coding = self._scope["headers"], b"transfer-encoding"
+        if len(raw) == len(self.headers) and b"host" in self.headers and coding not in self.headers:
+            return
+        names = [name for name, _ in raw]
         close = ((b"connection", b"close"),)
-        hosts = given.count(b"host")
+        hosts = names.count(b"host")
         if hosts > 1 or (hosts == 0 and self._scope["http_version"] != "1.0"):
             raise ServiceError("bad_request", f"{hosts} host headers; expected one", close)
-        coding = names.get(b"transfer-encoding", b"chunked")
-        if coding.lower() != b"chunked" or given.count(b"transfer-encoding") > 1:
+        if names.count(coding) > 1 or self.headers.get(coding, b"chunked").lower() != b"chunked":
             raise ServiceError("bad_request", "transfer-encoding is not 'chunked' alone", close)
 
     @property
