@@ -120,8 +120,9 @@ def find_context(config: VerificationConfig) -> Context:
         sizes |= {name: (len(own), each.config.members) for name, own in each.parts.items()}
     names = list(sizes)
     parts = frozenset(name for name, (size, whole) in sizes.items() if size < whole)
-    alone = frozenset(name for name in parts if sizes[name][0] == 1)
-    variant = replace(variant, parts=parts, alone=alone)
+    brief = {name for name in parts if sizes[name][0] == 1}
+    brief |= {name for each in sets if each.mixed for name in each.parts}
+    variant = replace(variant, parts=parts, brief=frozenset(brief))
     check_suite([*presets.suite(variant, names, eps), *config.attacks], names)
     members = gradients.members if gradients else ()
     if Progress.shown:

@@ -30,7 +30,8 @@ class Variant:
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
         parts: surrogates that are some of the networks of another one.
-        alone: those of them that are a single network.
+        brief: surrogates without the paper's protocol: single networks, and those that the paper
+            does not have.
         reference: whether pyautoattack is installed.
     """
 
@@ -39,7 +40,7 @@ class Variant:
     norm: Norm = "linf"
     skips: bool = True
     parts: frozenset[str] = frozenset()
-    alone: frozenset[str] = frozenset()
+    brief: frozenset[str] = frozenset()
     reference: bool = False
 
 
@@ -79,7 +80,7 @@ def suite(variant: Variant, surrogates: Sequence[str], eps: Sequence[float]) -> 
             control=False,
         ),
     ]
-    ensembles = [name for name in surrogates if name not in variant.alone]
+    ensembles = [name for name in surrogates if name not in variant.brief]
     chosen += _fast_transfer(surrogates)
     if preset != "quick":
         chosen += _transfer_protocol(ensembles, variant.skips)
