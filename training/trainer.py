@@ -216,7 +216,8 @@ def _run_stage(
     settings, images = stage.settings, len(training.train)
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
-    named = "surrogates, " if config.seed > MAX_SEED else ""
+    surrogates = config.seed > MAX_SEED
+    named = "surrogates, " if surrogates else ""
     label = f"{named}{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
     with Progress(label, settings.epochs * count, start=done * count) as progress:
@@ -241,10 +242,11 @@ def _run_stage(
                 "lr": settings.lr_at(epoch, (count - 1) / count),  # its last step's
                 "images_per_s": round(images / (time.monotonic() - begun), 1),
             }
-            if config.members > 1 and _measures_diversity(epoch, settings.epochs):
+            measured = config.members > 1 and not surrogates  # of those nobody asks for it
+            if measured and _measures_diversity(epoch, settings.epochs):
                 few = training.holdout.take(slice(DIVERSITY_IMAGES))
-                measured = diversity(training.members, few, config.dverge, config.seed)
-                record["diversity"] = measured["nats"]
+                found = diversity(training.members, few, config.dverge, config.seed)
+                record["diversity"] = found["nats"]
             log(record)
             progress.advance(0, _note(record))
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:

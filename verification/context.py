@@ -132,8 +132,9 @@ def find_context(config: VerificationConfig) -> Context:
         sizes |= {name: (len(own), each.config.members) for name, own in each.parts.items()}
     names = list(sizes)
     parts = frozenset(name for name, (size, whole) in sizes.items() if size < whole)
-    alone = frozenset(name for name in parts if sizes[name][0] == 1)
-    variant = replace(variant, parts=parts, alone=alone)
+    brief = {name for name in parts if sizes[name][0] == 1}
+    brief |= {name for each in sets if each.mixed for name in each.parts}
+    variant = replace(variant, parts=parts, brief=frozenset(brief))
     more = [*grid_attacks(coarse_levels(split.images), names, config.norm), *config.attacks]
     check_suite([*presets.suite(variant, names), *more], names)
     members = gradients.members if gradients else ()

@@ -165,7 +165,14 @@ def _seconds(members: Sequence[nn.Module], split: Split) -> float:
         float(attack.run(model, to_float(part.images), part.labels, 0.1, 0).images.sum())
         return (time.monotonic() - begun) / len(part)
 
-    timed(FEW)  # prepares what later times use
-    # Small images in whole batches, a thread for each; large ones fill the cores a few at a time.
-    small = timed(FEW) < LONG_S
-    return timed(LARGEST["cpu"] * torch.get_num_threads() if small else 2 * FEW)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each thread of the suite
+    try:
+        timed(FEW)  # prepares what later times use
+        one = timed(FEW)
+        if one < LONG_S:  # small images are worked on in whole batches
+            one = timed(LARGEST["cpu"])
+    finally:
+        torch.set_num_threads(cores)
+    batches = -(-len(split) // LARGEST["cpu"])
+    return one / (min(batches, cores) if split.images.device.type == "cpu" else 1)

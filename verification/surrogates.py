@@ -44,8 +44,13 @@ class Surrogate:
 
     @property
     def weights(self) -> str:
-        """A hash of the weights."""
+        """Hash of the weights."""
         return part_sha256(self.run.weights_sha256, self.indices, self.run.config.members)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all networks of its run."""
+        return len(self.indices) == self.run.config.members
 
     @property
     def architectures(self) -> list[str]:
@@ -70,7 +75,8 @@ class Surrogate:
             "seed": config.seed,
             "start": self.run.checkpoint.get("start", []),
             "weights_sha256": self.weights,
-            "holdout_accuracy": self.run.checkpoint["holdout_accuracy"],
+            # Measured in training, of all networks together.
+            "holdout_accuracy": self.run.checkpoint["holdout_accuracy"] if self.whole else None,
         }
 
 
@@ -85,6 +91,11 @@ class SurrogateSet:
 
     config: Config
     sizes: tuple[int, ...]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether they are of kind `mixed`, which the paper does not have."""
+        return self.config.name.startswith("surrogate-mixed-")
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:

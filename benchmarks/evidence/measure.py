@@ -81,7 +81,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
     )
     assert gradients is not None
     found = given_surrogates(surrogates, engine.card, device)
-    sources = {each.name: (each.members, each.run.weights_sha256) for each in found}
+    sources = {each.name: (each.members, each.weights) for each in found}
     rules = under_attack(engine, gradients, suite, sources, split, protocol.eps, protocol.seed)
     outcome = Outcomes.from_json(report["outcomes"]["model"])
     return {
@@ -103,7 +103,11 @@ def measure(cell: Cell, device: torch.device) -> Record:
         "training": _training(run, config),
         "verdict": report["verdict"],
         "gates_not_passed": [gate["name"] for gate in report["gates"] if not gate["passed"]],
-        "surrogates": {each["name"]: each["holdout_accuracy"] for each in report["surrogates"]},
+        "surrogates": {
+            each["name"]: each["holdout_accuracy"]
+            for each in report["surrogates"]
+            if each["holdout_accuracy"] is not None  # of a whole run
+        },
         "weights_sha256": report["model"]["weights_sha256"],
         "seconds": {
             "attacking": round(time.monotonic() - attacking, 1),

@@ -75,13 +75,13 @@ def measure(
     key = sha256(canonical_json(config.to_json()))[:16]
     run = train(config, evidence_cache() / "search" / key, device=device, resume=True, data=data)
     members = [ready(member, device) for member in run.members()]
-    found = given_surrogates(surrogates, data.labels, device)
+    found = [each for each in given_surrogates(surrogates, data.labels, device) if each.whole]
     variant = Variant(preset="quick", classes=len(data.labels))
     attacks = suite(variant, [each.name for each in found])
     attacks = [each for each in attacks if each.source not in ("target", "none")]
     outcome = run_suite(
         attacks,
-        {each.name: (each.members, each.run.weights_sha256) for each in found},
+        {each.name: (each.members, each.weights) for each in found},
         {"candidate": Target(TorchScorer(members), None)},
         data.holdout,
         protocol.eps,

@@ -61,9 +61,8 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     sets = surrogate_sets(config, PRESETS["quick"].surrogates)
     (only,) = sets
     names = {name: len(indices) for name, indices in only.parts.items()}
-    alone = frozenset(name for name, size in names.items() if size == 1)
     parts = frozenset(name for name, size in names.items() if size < only.config.members)
-    variant = Variant(preset="quick", classes=10, parts=parts, alone=alone)
+    variant = Variant(preset="quick", classes=10, parts=parts)
     transfer = [each for each in suite(variant, list(names)) if each.threat == "transfer"]
     whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293

@@ -43,7 +43,8 @@ class Variant:
         classes: DLR needs three.
         skips: whether the surrogates have residual branches (SGM).
         parts: surrogates that are some of the networks of another one.
-        alone: those of them that are a single network.
+        brief: surrogates without the paper's protocol: single networks, and those that the paper
+            does not have.
         reference: whether pyautoattack is installed.
         scores: whether the model gives scores, which Square follows.
     """
@@ -53,7 +54,7 @@ class Variant:
     norm: Norm = "linf"
     skips: bool = True
     parts: frozenset[str] = frozenset()
-    alone: frozenset[str] = frozenset()
+    brief: frozenset[str] = frozenset()
     reference: bool = False
     scores: bool = True
 
@@ -93,7 +94,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         ),
     ]
     chosen += transfer_attacks(
-        preset, surrogates, parts=variant.parts, alone=variant.alone, skips=variant.skips
+        preset, surrogates, parts=variant.parts, brief=variant.brief, skips=variant.skips
     )
     chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
     chosen += query_attacks(PRESETS[preset], norm, variant.scores)

@@ -16,7 +16,7 @@ def transfer_attacks(
     surrogates: Sequence[str],
     *,
     parts: Collection[str] = (),
-    alone: Collection[str] = (),
+    brief: Collection[str] = (),
     skips: bool = True,
 ) -> list[GradientAttack]:
     """Return a preset's transfer attacks.
@@ -25,10 +25,11 @@ def transfer_attacks(
         preset: `quick`, `standard` or `full`.
         surrogates: names of the sources.
         parts: surrogates that are some of the networks of another one.
-        alone: those of them that are a single network.
+        brief: surrogates without the paper's protocol: single networks, and those that the paper
+            does not have.
         skips: whether the surrogates have residual branches (SGM).
     """
-    ensembles = [name for name in surrogates if name not in alone]
+    ensembles = [name for name in surrogates if name not in brief]
     chosen = _fast(surrogates)
     if preset != "quick":
         chosen += _protocol(ensembles, skips)

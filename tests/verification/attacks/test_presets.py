@@ -85,7 +85,7 @@ def test_presets_are_what_they_say(preset: str) -> None:
 
 def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
     alone = frozenset({"one", "two"})
-    variant = Variant(preset="standard", classes=3, parts=alone | {"small"}, alone=alone)
+    variant = Variant(preset="standard", classes=3, parts=alone | {"small"}, brief=alone)
     chosen = [
         attack
         for attack in gradients(suite(variant, ["small", "large", *alone]))
