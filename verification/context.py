@@ -135,7 +135,8 @@ def find_context(config: VerificationConfig) -> Context:
     brief = {name for name in parts if sizes[name][0] == 1}
     brief |= {name for each in sets if each.mixed for name in each.parts}
     variant = replace(variant, parts=parts, brief=frozenset(brief))
-    more = [*grid_attacks(coarse_levels(split.images), names, config.norm), *config.attacks]
+    by_size = sorted(names, key=lambda name: sizes[name][0])
+    more = [*grid_attacks(coarse_levels(split.images), by_size, config.norm), *config.attacks]
     check_suite([*presets.suite(variant, names), *more], names)
     members = gradients.members if gradients else ()
     if Progress.shown:

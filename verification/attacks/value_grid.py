@@ -101,7 +101,7 @@ def grid_attacks(
     return [white_box] + [
         replace(
             white_box,
-            name=f"mpgd-cw from {source}, on the data's own values",
+            name=f"mpgd-cw on the data's own values from {source}",
             threat="transfer",
             source=source,
             momentum=1.0,
