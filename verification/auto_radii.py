@@ -59,7 +59,8 @@ def halving_radii(
 
     def right(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return control(x).argmax(1) == labels
+            answers: torch.Tensor = control(x).argmax(1)
+        return answers == labels
 
     clean = right(images)
 

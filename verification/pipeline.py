@@ -18,7 +18,7 @@ from verification.attacks.cache import prune
 from verification.attacks.suite import run_suite
 from verification.config import VerificationConfig
 from verification.context import find_context
-from verification.leakage import find_leakage
+from verification.leakage import known_leakage
 from verification.live import attack_service
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
@@ -45,7 +45,7 @@ def attack_and_report(config: VerificationConfig) -> Report:
             context.suite, sources, targets, split, eps, seed=seed, keep=evidence.add
         )
         outcome = outcomes["model"]
-        leakage = find_leakage([context.data.train, context.data.holdout], split)
+        leakage = known_leakage([context.data.train, context.data.holdout], split)
         checks = check(context, model, outcomes, control, leakage)
         measured = measure(context, model, outcome, evidence)
         table = assemble(context, outcomes, control, checks, measured)
