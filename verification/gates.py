@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.stats import binom
 
+from dverge_serve.engine.radius import written
 from dverge_serve.engine.report import Gate, Verdict
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
@@ -67,7 +68,7 @@ def reaches_chance(outcome: Outcomes | None, attack: Attack, eps: float, classes
     if outcome is None or not outcome.has(attack, eps):
         return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
     left = float(outcome.robust([attack], eps, ["float"]).mean())
-    detail = f"{left:.3f} left at eps {eps:g}; chance is {1 / classes:.3f}"
+    detail = f"{left:.3f} left at eps {written(eps)}; chance is {1 / classes:.3f}"
     return Gate(name, left <= 1 / classes, "INCONCLUSIVE", detail)
 
 
@@ -123,7 +124,7 @@ def control_falls(
     transfer = [attack for attack in suite if attack.threat == "transfer"]
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
-        f"at eps {max(eps):g} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
+        f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
@@ -179,5 +180,5 @@ def _never_beats(
         for chosen, e in zip(ran, eps, strict=True)
     ]
     at, limit = int(np.argmax(counts)), allowed(len(outcome.clean))
-    detail = f"{counts[at]} images at eps {eps[at]:g} {what} (allowed {limit})"
+    detail = f"{counts[at]} images at eps {written(eps[at])} {what} (allowed {limit})"
     return Gate(name, counts[at] <= limit, "INCONCLUSIVE", detail)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dverge_serve.engine.radius import written
+
 if TYPE_CHECKING:
     from dverge_serve.engine.report import Accuracies, Live, Rate, Report
 
@@ -69,7 +71,7 @@ def live_line(live: Live) -> str:
     same = "" if live.same_model else ", which serves ANOTHER model"
     return (
         f"live service{same}: {percent(live.clean_accuracy)} clean, "
-        f"{percent(live.transfer)} transferred at eps {live.eps:g}; Square broke "
+        f"{percent(live.transfer)} transferred at eps {written(live.eps)}; Square broke "
         f"{live.square.broken} of {live.square.images} images in {live.square.queries} queries; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )
