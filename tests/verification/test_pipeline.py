@@ -347,7 +347,7 @@ def test_a_graph_without_any_gradient_path_is_told_not_a_crash(
     whole = onnx.load(tiny_model)
     for node in whole.graph.node:
         node.input[:] = ["seen" if name == "images" else name for name in node.input]
-    limit = onnx.numpy_helper.from_array(np.float32([0.5]), "limit")
+    limit = onnx.numpy_helper.from_array(np.array([0.5], np.float32), "limit")
     whole.graph.initializer.append(limit)
     above = onnx.helper.make_node("Greater", ["images", "limit"], ["above"])
     cast = onnx.helper.make_node("Cast", ["above"], ["seen"], to=onnx.TensorProto.FLOAT)
