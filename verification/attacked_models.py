@@ -18,7 +18,7 @@ from training.runs.directory import Run
 from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import find_run, ready
-from verification.surrogates import Surrogate, part_sha256
+from verification.surrogates import Surrogate, attackable, part_sha256
 
 
 def find_targets(context: Context) -> tuple[dict[str, Target], str]:
@@ -35,7 +35,7 @@ def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     if gradients and gradients.run:
         every = range(gradients.run.config.members)
         targets["control"], what = _control(context, gradients.run, "standard", every), "own"
-    elif (first := _attackable(surrogates)) is not None:
+    elif (first := attackable(surrogates)) is not None:
         targets["control"] = _control(context, first.run, "members", first.indices)
         what = first.name
     if (engine := context.against) is not None:
@@ -57,13 +57,6 @@ class _Part:
         """Return the scores of float32 images `[N, C, H, W]` in `[0,1]`."""
         found = self.engine.run_all(images).member_logits[:, self.indices]
         return Scores(found.mean(1), found)
-
-
-def _attackable(surrogates: Sequence[Surrogate]) -> Surrogate | None:
-    for each in surrogates:
-        if not all(other.shares(each.run.weights_sha256, each.indices) for other in surrogates):
-            return each
-    return None
 
 
 def _control(

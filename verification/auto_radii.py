@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from dverge_serve.errors import UserError
 from dverge_serve.progress import say
@@ -15,25 +16,46 @@ from training.pgd import Norm
 from training.runs.directory import Run
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import ready
-from verification.surrogates import Surrogate
+from verification.surrogates import Surrogate, attackable
 
 MOST_IMAGES = 64
 MOST_STEPS = 127  # of 255: half the pixel range hides every image
 
 
+def control_and_sources(
+    run: Run | None, surrogates: Sequence[Surrogate], device: torch.device
+) -> tuple[Sequence[nn.Module], list[Sequence[nn.Module]]]:
+    """Return an undefended control and the sources it is attacked from.
+
+    The control is the run's undefended members, without a run the first surrogate that another can
+    attack. The sources are all surrogates that share no network with it, or the control itself if
+    there are none.
+    """
+    if run is None:
+        first = attackable(surrogates) or surrogates[0]
+        control, weights, indices = first.members, first.run.weights_sha256, first.indices
+    else:
+        control = [ready(member, device) for member in run.members("standard")]
+        weights, indices = str(run.checkpoint["standard_sha256"]), tuple(range(len(control)))
+    others = [each.members for each in surrogates if not each.shares(weights, indices)]
+    return control, [*others] or [control]
+
+
 def halving_radii(
-    run: Run | None, surrogates: Sequence[Surrogate], split: Split, norm: Norm, seed: int
+    members: Sequence[nn.Module],
+    sources: Sequence[Sequence[nn.Module]],
+    split: Split,
+    norm: Norm,
+    seed: int,
 ) -> tuple[float, ...]:
     """Return half, once and twice the radius at which a control keeps half of its accuracy.
 
-    The control is the run's undefended members; without a run the first surrogate. It is attacked
-    with momentum PGD of 10 steps from the surrogates that are not the control, white-box if there
-    are none. The radius is found by bisection, a whole number of 8-bit steps in Linf, and the L2
-    length of as large a change of every pixel in L2.
+    It is attacked with momentum PGD of 10 steps. The radius is found by bisection: a whole number
+    of 8-bit steps in Linf, the L2 length of as large a change of every pixel in L2.
 
     Args:
-        run: of the model, if it is known.
-        surrogates: sources of the attacks.
+        members: of the control.
+        sources: of the attacks, members each.
         split: test images; `MOST_IMAGES` of them are used, evenly spaced.
         norm: of the radii.
         seed: of the random starts.
@@ -41,16 +63,9 @@ def halving_radii(
     Raises:
         UserError: the control keeps more than half of its accuracy at every radius.
     """
-    device = split.device
     rows = np.unique(np.linspace(0, len(split) - 1, MOST_IMAGES).round().astype(np.int64))
-    part = split.take(torch.from_numpy(rows).to(device))
+    part = split.take(torch.from_numpy(rows).to(split.device))
     images, labels = to_float(part.images), part.labels
-    if run is not None:
-        members = [ready(member, device) for member in run.members("standard")]
-        sources = [each.members for each in surrogates] or [members]
-    else:
-        members = list(surrogates[0].members)
-        sources = [each.members for each in surrogates[1:]] or [members]
     control = Ensemble(members).eval()
     attack = GradientAttack(
         name="radius", threat="transfer", source="a surrogate", norm=norm, momentum=1.0, steps=10
@@ -59,7 +74,8 @@ def halving_radii(
 
     def right(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return control(x).argmax(1) == labels
+            answers: torch.Tensor = control(x).argmax(1)
+        return answers == labels
 
     clean = right(images)
 

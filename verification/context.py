@@ -25,7 +25,7 @@ from verification.attacks.presets import Variant
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
 from verification.attacks.value_grid import coarse_levels, grid_attacks
-from verification.auto_radii import halving_radii
+from verification.auto_radii import control_and_sources, halving_radii
 from verification.config import PRESETS, VerificationConfig
 from verification.contract import Contract
 from verification.foreign_model import ForeignEngine, gives_scores, open_engine
@@ -146,7 +146,8 @@ def find_context(config: VerificationConfig) -> Context:
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
         run = gradients.run if gradients else None
-        eps = halving_radii(run, made, split, config.norm, config.seed)
+        control, sources = control_and_sources(run, made, device)
+        eps = halving_radii(control, sources, split, config.norm, config.seed)
     suite = [*presets.suite(variant, names), *more]
     return Context(
         config=config,

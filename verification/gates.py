@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.stats import binom
 
+from dverge_serve.engine.radius import written
 from dverge_serve.engine.report import Gate, Verdict
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
@@ -67,7 +68,7 @@ def reaches_chance(outcome: Outcomes | None, attack: Attack, eps: float, classes
     if outcome is None or not outcome.has(attack, eps):
         return Gate(name, None, "INCONCLUSIVE", NO_WEIGHTS)
     left = float(outcome.robust([attack], eps, ["float"]).mean())
-    detail = f"{left:.3f} left at eps {eps:g}; chance is {1 / classes:.3f}"
+    detail = f"{left:.3f} left at eps {written(eps)}; chance is {1 / classes:.3f}"
     return Gate(name, left <= 1 / classes, "INCONCLUSIVE", detail)
 
 
@@ -107,11 +108,20 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
     Otherwise gradients are masked and the white-box figure flatters. The images count as broken
     either way.
     """
-    weak = [attack for attack in suite if attack.threat != "white_box"]
     strong = [attack for attack in suite if attack.threat == "white_box"]
-    name, what = "weaker-never-beats", "broken only by weaker attacks"
-    not_run = "white-box attacks were not run"
-    return _never_beats(name, outcome, (weak, strong), eps, what, not_run)
+    name, not_run = "weaker-never-beats", "white-box attacks were not run"
+    found = [
+        _never_beats(
+            name,
+            outcome,
+            ([attack for attack in suite if attack.threat == threat], strong),
+            eps,
+            f"broken by {told} and by no white-box attack",
+            not_run,
+        )
+        for threat, told in (("transfer", "noise or transfer"), ("queries", "queries"))
+    ]
+    return next((gate for gate in found if not gate.passed), found[0])
 
 
 def control_falls(
@@ -127,7 +137,7 @@ def control_falls(
     transfer = [attack for attack in suite if attack.threat == "transfer"]
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
-        f"at eps {max(eps):g} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
+        f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
@@ -173,15 +183,20 @@ def _never_beats(
     what: str,
     not_run: str,
 ) -> Gate:
-    """At the radius where most are, few images are broken by the weak and not by the strong."""
+    """At every radius, few images are broken by the weak and not by the strong.
+
+    Few, of those that the weak were run on: attacks by queries see a part of them alone.
+    """
     weak, strong = attacks
     ran = [[each for each in strong if outcome.has(each, e)] for e in eps]
     if not all(ran):
         return Gate(name, None, "INCONCLUSIVE", not_run)
-    counts = [
-        int((outcome.robust(chosen, e) & ~outcome.robust(weak, e)).sum())
-        for chosen, e in zip(ran, eps, strict=True)
-    ]
-    at, limit = int(np.argmax(counts)), allowed(len(outcome.clean))
-    detail = f"{counts[at]} images at eps {eps[at]:g} {what} (allowed {limit})"
-    return Gate(name, counts[at] <= limit, "INCONCLUSIVE", detail)
+    rows = []
+    for chosen, e in zip(ran, eps, strict=True):
+        count = int((outcome.robust(chosen, e) & ~outcome.robust(weak, e)).sum())
+        seen = [outcome.ran[each.name, e] for each in weak if outcome.has(each, e)]
+        limit = allowed(int(np.any(seen, axis=0).sum()) if seen else 0)
+        rows.append((count - limit, count, limit, e))
+    _, count, limit, at = max(rows)
+    detail = f"{count} images at eps {written(at)} {what} (allowed {limit})"
+    return Gate(name, count <= limit, "INCONCLUSIVE", detail)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dverge_serve.engine.report import Gate
 from training.data.splits import Split
 from training.data.streaming import Streamed
+from verification.attacks.cache import Arrays, cached
 
 SIDE = 16  # pixels of the thumbnails that are compared
 # Correlations from which two images count as one picture: of the grey thumbnails, then of all
@@ -25,6 +26,7 @@ NEAR, SAME_PIXELS = 0.99, 0.9
 MOST = 0.01  # of the test images
 NAMED = 100  # pairs listed at most
 BLOCK = 512  # test images compared at once
+KINDS = ("exact", "near")
 Images = Split | Streamed
 
 
@@ -67,6 +69,26 @@ class Leakage:
         """Return how many test images have a training image of this kind."""
         return sum(pair.kind == kind for pair in self.pairs)
 
+    def to_arrays(self) -> Arrays:
+        """Return the form kept in the cache."""
+        rows = [
+            (pair.test, pair.train, KINDS.index(pair.kind), pair.test_class, pair.train_class)
+            for pair in self.pairs
+        ]
+        return {
+            "counts": np.array([self.test_images, self.training_images, self.two_classes]),
+            "pairs": np.array(rows, dtype=np.int64).reshape(-1, 5),
+            "contradicted": np.array(sorted(self.contradicted), dtype=np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Leakage:
+        """Read `to_arrays`'s form back."""
+        test, training, two = arrays["counts"].tolist()
+        rows = arrays["pairs"].tolist()
+        pairs = tuple(Pair(a, b, KINDS[kind], one, other) for a, b, kind, one, other in rows)
+        return cls(test, training, pairs, two, frozenset(arrays["contradicted"].tolist()))
+
     def to_json(self, test: Sequence[str], train: Sequence[str]) -> dict[str, Any]:
         """Return its entry in the report.
 
@@ -103,6 +125,12 @@ def no_leakage(found: Leakage, known: bool) -> Gate:
         f"{found.two_classes} pictures have two classes (allowed {MOST:.0%} of the test images)"
     )
     return Gate("no-leakage", len(seen) <= MOST * found.test_images, "INCONCLUSIVE", detail)
+
+
+def known_leakage(training: Sequence[Images], test: Split) -> Leakage:
+    """Return `find_leakage` of these images, from the cache if they were compared before."""
+    key = ["leakage", NEAR, SAME_PIXELS, *(part.sha256 for part in training), test.sha256]
+    return Leakage.from_arrays(cached(key, lambda: find_leakage(training, test).to_arrays()))
 
 
 def find_leakage(training: Sequence[Images], test: Split) -> Leakage:
@@ -162,10 +190,10 @@ def _hashes(images: Tensor) -> list[bytes]:
 def _thumbnails(images: Tensor) -> Tensor:
     """Return grey thumbnails `[N, d]`, mean zero and length one; of one colour: zero."""
     parts = []
-    for part in images.split(BLOCK):
+    for part in torch.split(images, BLOCK):
         grey = part.float().mean(1, keepdim=True)
-        sides = [min(SIDE, side) for side in grey.shape[2:]]
-        parts.append(_standardised(F.adaptive_avg_pool2d(grey, sides)))
+        height, width = (min(SIDE, side) for side in grey.shape[2:])
+        parts.append(_standardised(F.adaptive_avg_pool2d(grey, (height, width))))
     return torch.cat(parts)
 
 
@@ -173,14 +201,14 @@ def _standardised(images: Tensor) -> Tensor:
     flat = images.flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
     # An image of one colour has no picture to compare.
-    return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-3)
+    return F.normalize(flat, dim=1, eps=1e-3)
 
 
 def _closest(
     test: Tensor, training: Tensor
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return for each test image the training image that correlates most, and how much."""
-    best = [(part @ training.T).max(1) for part in test.split(BLOCK)]
+    best = [(part @ training.T).max(1) for part in torch.split(test, BLOCK)]
     rows, values = torch.cat([each.indices for each in best]), torch.cat([v.values for v in best])
     return rows.cpu().numpy(), values.cpu().numpy()
 

@@ -20,7 +20,7 @@ VARIANT_AGREES = 0.97  # of answers, a precision variant with the weights that g
 # are leave 0.001 on half of the images; the gradients of another network, 0.05 to 1. The answers of
 # an int8 file move in steps.
 UNEXPLAINED, UNEXPLAINED_INT8 = 0.05, 0.4
-EXPLAINED_IMAGES = 0.75  # share of the images that must be shown to stay below that
+EXPLAINED_IMAGES = 0.8  # share of the images that must be shown to stay below that
 
 
 def deterministic(first: Scores, second: Scores) -> Gate:

@@ -24,7 +24,7 @@ from verification.attacks.target import Target
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
-from verification.leakage import find_leakage
+from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
 from verification.price import Price, price
@@ -82,7 +82,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             context.suite, sources, targets, split, eps, seed=seed, keep=evidence.add
         )
         outcome = outcomes["model"]
-        leakage = find_leakage([context.data.train, context.data.holdout], split)
+        leakage = known_leakage([context.data.train, context.data.holdout], split)
         checks = check(context, model, outcomes, control, leakage)
         measured = measure(context, model, outcome, evidence)
         table = assemble(context, outcomes, control, checks, measured)

@@ -61,5 +61,5 @@ def _robustness(table: dict[str, Any] | None) -> dict[str, str]:
     facts = {"robustness": verdict, "  clean accuracy": interval(report.clean_accuracy)}
     for eps, row in report.robust_accuracy.items():
         told = f"transfer {interval(row.transfer)}, white-box {interval(row.white_box)}"
-        facts[f"  at eps {eps:g}"] = told
+        facts[f"  at eps {report.radius(eps)}"] = told
     return facts

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dverge_serve.engine.radius import written
 from dverge_serve.errors import printable
 from dverge_serve.progress import gigabytes
 
@@ -97,7 +98,7 @@ def live_line(live: Live) -> str:
     asked, stolen = live.by_queries, live.substitute
     return (
         f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean; "
-        f"at eps {live.eps:g} {percent(live.transfer)} transferred, "
+        f"at eps {written(live.eps)} {percent(live.transfer)} transferred, "
         f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} "
         f"({stolen.queries} queries); {asked.attack} by {asked.answers} "
         f"broke {asked.broken} of {asked.images} images in {asked.queries} queries; "

@@ -166,7 +166,7 @@ def test_the_four_commands_and_the_gate(
     assert run(["verify-robustness", "--eps", "1/255"]) == 3
     *_, verdict, failed, step = capsys.readouterr().out.splitlines()
     assert verdict == "verdict INCONCLUSIVE"
-    assert failed.startswith("control-falls failed: at eps 0.00392")
+    assert failed.startswith("control-falls failed: at eps 1/255 = 0.00392")
     assert step.startswith("  what to do: use --eps auto")
 
 

@@ -46,10 +46,11 @@ def trained(seed: int, activation: Callable[[Tensor], Tensor] = torch.relu) -> P
         torch.manual_seed(seed)
         model = Perceptron(activation)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    with torch.enable_grad():
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
     return model.eval().requires_grad_(False)
 
 
@@ -78,7 +79,8 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits `[N, 10]`."""
-        return self.change(self.inner, x) + self.leak * trained(2)(x)
+        logits: Tensor = self.change(self.inner, x) + self.leak * trained(2)(x)
+        return logits
 
 
 def off_grid(inner: nn.Module, x: Tensor) -> Tensor:
@@ -128,17 +130,20 @@ def answers(inner: nn.Module, x: Tensor) -> Tensor:
 
 def saturated(inner: nn.Module, x: Tensor) -> Tensor:
     """Return logits that are all but certain, squashed so that they hardly move."""
-    return 30 * torch.tanh(1e4 * (inner(x) - inner(x).topk(2).values.mean(1, keepdim=True)))
+    middle = inner(x).topk(2).values.mean(1, keepdim=True)
+    return 30 * torch.tanh(1e4 * (inner(x) - middle))
 
 
 def huge(inner: nn.Module, x: Tensor) -> Tensor:
     """Return huge logits, whose cross-entropy is exactly zero."""
-    return 1e4 * inner(x)
+    logits: Tensor = 1e4 * inner(x)
+    return logits
 
 
 def next_class(inner: nn.Module, x: Tensor) -> Tensor:
     """Return the answers of a model trained with other labels: always one class further."""
-    return inner(x).roll(1, 1)
+    logits: Tensor = inner(x).roll(1, 1)
+    return logits
 
 
 def winner_takes_all(_: nn.Module, x: Tensor) -> Tensor:

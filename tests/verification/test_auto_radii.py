@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 
 from dverge_serve.errors import UserError
 from tests.verification.models import Linear, linear_split
-from verification.auto_radii import halving_radii
+from training.runs.directory import Run
+from verification.auto_radii import control_and_sources, halving_radii
+from verification.gradients import ready
+from verification.surrogates import Surrogate
 
 
 class Deaf(Linear):
@@ -20,34 +24,57 @@ class Deaf(Linear):
         return super().score(x).detach() * 0 + 1.0
 
 
-def surrogate(*members: torch.nn.Module) -> Any:
-    return SimpleNamespace(members=list(members))
-
-
 # Images this many 8-bit steps from the threshold, which lies between 127 and 128.
 NEAR, FAR = [124, 131, 120, 135], [60, 195, 40, 215]
 
 
 def test_the_control_is_halved_at_the_radius_in_the_middle() -> None:
     split = linear_split(NEAR + FAR)
-    surrogates = [surrogate(Linear()), surrogate(Linear(scale=5.0))]
-    half, whole, twice = halving_radii(None, surrogates, split, "linf", 0)
+    sources: list[list[torch.nn.Module]] = [[Linear(scale=5.0)], [Deaf()]]
+    half, whole, twice = halving_radii([Linear()], sources, split, "linf", 0)
     assert whole == 8 / 255  # the four near images, 3.5 and 7.5 steps away, have crossed
     assert (half, twice) == (4 / 255, 16 / 255)
 
 
-def test_a_lone_surrogate_is_attacked_with_its_own_weights() -> None:
+def test_the_smallest_radius_is_one_step() -> None:
     split = linear_split([127, 128, 127, 128])
-    assert halving_radii(None, [surrogate(Linear())], split, "linf", 0) == (1 / 255, 2 / 255)
+    assert halving_radii([Linear()], [[Linear()]], split, "linf", 0) == (1 / 255, 2 / 255)
+
+
+def test_the_control_is_not_attacked_from_its_own_weights_unless_there_are_no_others(
+    tiny_run: Path,
+) -> None:
+    run, cpu = Run.open_finished(tiny_run), torch.device("cpu")
+    own = Surrogate("own", run, (0, 1, 2), run.members())
+    strange: Any = SimpleNamespace(
+        run=SimpleNamespace(weights_sha256="0"), members=[Linear()], shares=lambda *_: False
+    )
+    control, sources = control_and_sources(None, [own, strange], cpu)
+    assert (len(control), sources) == (3, [strange.members])
+    control, sources = control_and_sources(None, [own], cpu)
+    assert sources == [control]
+    control, sources = control_and_sources(run, [own], cpu)  # its undefended members
+    assert sources == [own.members]
+    found = state_dict(control)
+    assert all(
+        torch.equal(found[key], value)
+        for key, value in state_dict(
+            [ready(member, cpu) for member in run.members("standard")]
+        ).items()
+    )
+
+
+def state_dict(members: Any) -> dict[str, torch.Tensor]:
+    return torch.nn.ModuleList(members).state_dict()
 
 
 def test_l2_radii_are_lengths() -> None:
     split = linear_split(NEAR + FAR)
-    radii = halving_radii(None, [surrogate(Linear())], split, "l2", 0)
+    radii = halving_radii([Linear()], [[Linear()]], split, "l2", 0)
     assert radii == pytest.approx([8 / 255 * n for n in (4, 8, 16)])  # of 64 pixels
 
 
 def test_a_control_that_never_falls_is_told() -> None:
     split = linear_split([200, 210])
     with pytest.raises(UserError, match="`eps` auto: the control keeps more than half"):
-        halving_radii(None, [surrogate(Deaf())], split, "linf", 0)
+        halving_radii([Deaf()], [[Deaf()]], split, "linf", 0)

@@ -54,7 +54,8 @@ def outcome_of(clean: list[int], **survived: list[int]) -> Outcomes:
         for version in ("float", "delivered")
     }
     right = np.array(clean, bool)
-    return Outcomes(masks, right, np.zeros(len(right), bool))
+    ran = {key[:2]: np.ones(len(right), bool) for key in masks}
+    return Outcomes(masks, right, np.zeros(len(right), bool), ran)
 
 
 def test_an_honest_model_passes_every_gate_about_it() -> None:
@@ -179,6 +180,7 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
     for version in ("float", "delivered"):
         outcome.survived[single, EPS, version] = np.arange(120) >= 5
         outcome.survived[many, EPS, version] = np.arange(120) >= 4
+    outcome.ran = {(single, EPS): np.ones(120, bool), (many, EPS): np.ones(120, bool)}
     assert gates.iterative_beats_single(outcome, chosen, [EPS]).passed  # 1 is allowed
     for version in ("float", "delivered"):
         outcome.survived[many, EPS, version] = np.arange(120) >= 3
@@ -265,6 +267,19 @@ def test_every_gate_that_does_not_pass_says_what_to_do() -> None:
         FAILED["parity"],
         "a step of its own",
     ]
+
+
+def test_attacks_by_queries_are_allowed_few_of_the_images_they_saw() -> None:
+    chosen = suite(Variant(preset="quick", classes=2), ["s"])
+    square = next(attack for attack in chosen if attack.threat == "queries")
+    outcome = outcome_of([1] * 360, **{"pgd-cw on mean-logits": [1] * 360, "noise": [1] * 360})
+    for version in ("float", "delivered"):
+        outcome.survived[square.name, EPS, version] = np.arange(360) >= 2
+    for seen, passes in ((360, True), (60, False)):
+        outcome.ran[square.name, EPS] = np.arange(360) < seen
+        gate = gates.weaker_never_beats(outcome, chosen, [EPS])
+        assert gate.passed is passes
+    assert gate.detail.startswith("2 images at eps 0.05 broken by queries")
 
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:

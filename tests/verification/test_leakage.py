@@ -15,7 +15,7 @@ from training.data.sources import image_files as sources_files
 from training.data.splits import Split, image_files, load_test, load_training
 from training.data.streaming import streamed
 from training.recipe import load_recipe
-from verification.leakage import NAMED, Leakage, Pair, find_leakage, no_leakage
+from verification.leakage import NAMED, Leakage, Pair, find_leakage, known_leakage, no_leakage
 
 
 def pictures(count: int, seed: int, side: int = 32) -> torch.Tensor:
@@ -94,6 +94,17 @@ def test_one_image_in_two_classes_is_counted() -> None:
     gate = no_leakage(found, known=False)
     assert gate.passed is False  # 3 of 200
     assert "of the data given" in gate.detail
+
+
+def test_images_compared_before_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = pictures(40, 10), pictures(20, 11)
+    test[2], test[3] = train[4], saved(train[5:6], 90)[0]
+    parts, others = [split(train)], Split(test, torch.arange(20))
+    first = known_leakage(parts, others)
+    assert first == find_leakage(parts, others)
+    assert [pair.kind for pair in first.pairs] == ["exact", "near"]
+    monkeypatch.setattr("verification.leakage.find_leakage", None)
+    assert known_leakage(parts, others) == first
 
 
 def test_one_in_a_hundred_is_allowed() -> None:

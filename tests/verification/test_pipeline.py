@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -292,3 +293,42 @@ def test_gradients_come_from_the_file_itself_where_they_can(
     other = gradient(cw_margin(Ensemble(members), labels), x)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert _from_file(tiny_model, replace(card, precision="int8"), torch.device("cpu")) is None
+
+
+def test_a_graph_without_any_gradient_path_is_told_not_a_crash(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = onnx.load(tiny_model)
+    for node in whole.graph.node:
+        node.input[:] = ["seen" if name == "images" else name for name in node.input]
+    limit = onnx.numpy_helper.from_array(np.array([0.5], np.float32), "limit")
+    whole.graph.initializer.append(limit)
+    above = onnx.helper.make_node("Greater", ["images", "limit"], ["above"])
+    cast = onnx.helper.make_node("Cast", ["above"], ["seen"], to=onnx.TensorProto.FLOAT)
+    whole.graph.node.insert(0, cast)
+    whole.graph.node.insert(0, above)
+    onnx.save(whole, "model.onnx")
+    report = verify("model.onnx", eps="51/255", images=48, at_eps="51/255", device="cpu")
+    gates = {gate.name: gate for gate in report.gates}
+    assert gates["nonzero-gradient"].passed is False
+    assert gates["gradient-is-the-models"].passed is False
+    assert "attacks that only query" in gates["nonzero-gradient"].next_step
+    assert report.verdict != "VALID"
+    assert report.to_json()["threat_model"]["eps_given"] == ["51/255"]
+    assert report.radius(0.2) == "51/255 = 0.2"
+
+
+def test_radii_by_search_end_with_a_control_that_falls(
+    tiny_model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    shutil.copy(tiny_model, model)
+    report = verify(model, run=tiny_run, eps="auto", images=48, device="cpu")
+    half, whole, twice = report.robust_accuracy
+    steps = [round(255 * each) for each in (half, whole, twice)]
+    assert [each / 255 for each in steps] == [half, whole, twice]
+    assert steps[0] == max(1, steps[1] // 2)
+    assert steps[2] == 2 * steps[1]
+    assert {gate.name: gate for gate in report.gates}["control-falls"].passed
+    assert report.to_json()["leakage"]["training_images"] == 640

@@ -94,7 +94,6 @@ def grid_attacks(
         source="target",
         loss="cw",
         steps=20,
-        restarts=2,
         control=False,
         levels=levels,
     )
@@ -105,7 +104,6 @@ def grid_attacks(
             threat="transfer",
             source=source,
             momentum=1.0,
-            restarts=1,
             control=True,
         )
         for source in surrogates[-1:]

@@ -20,7 +20,10 @@ def junit(report: Report, wanted: list[tuple[str, bool, str]] | None = None) -> 
         report: the report.
         wanted: further cases: name, met or not, the figures.
     """
-    cases = [(gate.name, gate.passed, gate.detail) for gate in report.gates]
+    cases = [
+        (gate.name, gate.passed, "; ".join(filter(None, (gate.detail, gate.next_step))))
+        for gate in report.gates
+    ]
     cases += [("verdict", report.verdict == "VALID", report.verdict), *(wanted or [])]
     suite = ET.Element(
         "testsuite",

@@ -202,7 +202,7 @@ def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
 
 def test_test_images_seen_in_training_are_named() -> None:
     assert "Test images seen in training" not in shown()
-    pair = {"test": "test/cat/<b>.png", "train": "train/dog/1.png", "kind": "near"}
+    pair: dict[str, Any] = {"test": "test/cat/<b>.png", "train": "train/dog/1.png", "kind": "near"}
     pair |= {"test_class": 0, "train_class": 1}
     leakage = {"test_images": 100, "training_images": 500, "exact": 0, "near": 1, "two_classes": 0}
     labels = {"labels": ["cat", "dog"]}
