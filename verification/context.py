@@ -29,7 +29,7 @@ from verification.foreign_model import ForeignEngine
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
 from verification.live import Service
-from verification.price import forecast
+from verification.price import Price, forecast, price
 from verification.surrogates import (
     Surrogate,
     SurrogateSet,
@@ -59,6 +59,7 @@ class Context:
     eps: tuple[float, ...]
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
+    price: Price
     left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
     against: Engine | None
     service: Service | None
@@ -123,11 +124,22 @@ def find_context(config: VerificationConfig) -> Context:
     brief = {name for name in parts if sizes[name][0] == 1}
     brief |= {name for each in sets if each.mixed for name in each.parts}
     variant = replace(variant, parts=parts, brief=frozenset(brief))
-    check_suite([*presets.suite(variant, names, eps), *config.attacks], names)
+    suite = [*presets.suite(variant, names, eps), *config.attacks]
+    check_suite(suite, names)
     members = gradients.members if gradients else ()
+    cost = price(
+        suite,
+        {name: size for name, (size, _) in sizes.items()}
+        | dict.fromkeys(("target", "control"), len(members)),
+        [each.config for each in sets] or list(dict.fromkeys(each.run.config for each in made)),
+        training,
+        train_images=len(data.train),
+        images=len(split),
+        radii=len(eps),
+    )
     if Progress.shown:
-        suite = presets.suite(variant, names, eps)
-        say(forecast(suite, made, sets, members, data, split, len(eps), device))
+        told = forecast(suite, made, sets, members, data, split, len(eps), device)
+        say(f"{told}; {cost}")
     made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     suite = [*presets.suite(variant, names, eps), *config.attacks]
@@ -144,6 +156,7 @@ def find_context(config: VerificationConfig) -> Context:
         eps=eps,
         surrogates=made,
         suite=suite,
+        price=cost,
         left_out=_left_out(config, variant, training, gradients, no_start),
         against=against,
         service=service,
