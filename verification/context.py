@@ -33,7 +33,7 @@ from verification.foreign_network import find_foreign_gradients
 from verification.gates import NO_WEIGHTS
 from verification.gradients import Gradients, find_gradients
 from verification.oip_client import client
-from verification.price import forecast
+from verification.price import Price, forecast, price
 from verification.service_client import Service
 from verification.surrogates import (
     Surrogate,
@@ -66,6 +66,7 @@ class Context:
     eps_given: tuple[str, ...]  # how their user wrote them, in the same order; or none
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
+    price: Price
     left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
     against: Engine | None
     service: Service | None
@@ -137,11 +138,22 @@ def find_context(config: VerificationConfig) -> Context:
     variant = replace(variant, parts=parts, brief=frozenset(brief))
     by_size = sorted(names, key=lambda name: sizes[name][0])
     more = [*grid_attacks(coarse_levels(split.images), by_size, config.norm), *config.attacks]
-    check_suite([*presets.suite(variant, names), *more], names)
+    suite = [*presets.suite(variant, names), *more]
+    check_suite(suite, names)
     members = gradients.members if gradients else ()
+    cost = price(
+        suite,
+        {name: size for name, (size, _) in sizes.items()}
+        | dict.fromkeys(("target", "control"), len(members)),
+        [each.config for each in sets] or list(dict.fromkeys(each.run.config for each in made)),
+        training,
+        train_images=len(data.train),
+        images=len(split),
+        radii=len(eps),
+    )
     if Progress.shown:
-        suite = [*presets.suite(variant, names), *more]
-        say(forecast(suite, made, sets, members, data, split, len(eps), device))
+        told = forecast(suite, made, sets, members, data, split, len(eps), device)
+        say(f"{told}; {cost}")
     made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
@@ -164,6 +176,7 @@ def find_context(config: VerificationConfig) -> Context:
         eps_given=tuple(written[each] for each in eps) if written else (),
         surrogates=made,
         suite=suite,
+        price=cost,
         left_out=_left_out(
             config, variant, training, no_gradients if gradients is None else None, no_start
         ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -20,14 +19,12 @@ from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
 from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
-from verification.attacks.target import Target
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
-from verification.price import Price, price
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.page import page
@@ -48,24 +45,6 @@ def attack_and_report(config: VerificationConfig) -> Report:
     lock = report_path(config.model).with_suffix(".lock")
     with held(lock, f"is verifying {config.model}", "wait until it is done"):
         return _attack_and_report(config)
-
-
-def _price(context: Context, targets: Mapping[str, Target]) -> Price:
-    sizes = {each.name: len(each.members) for each in context.surrogates}
-    sizes |= {
-        name: len(targets[key].members or ())
-        for name, key in (("target", "model"), ("control", "control"))
-        if key in targets
-    }
-    return price(
-        context.suite,
-        sizes,
-        list({each.run.weights_sha256: each.run.config for each in context.surrogates}.values()),
-        context.training,
-        train_images=len(context.data.train),
-        images=len(context.split),
-        radii=len(context.eps),
-    )
 
 
 def _attack_and_report(config: VerificationConfig) -> Report:
@@ -113,7 +92,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "gradient_evaluations": _price(context, targets).to_json(),
+            "gradient_evaluations": context.price.to_json(),
         }
         report = Report.from_json(nulls(table))
         plots = illustrate(report, labels, context.engine, model.members, split, outcome)

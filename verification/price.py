@@ -44,6 +44,9 @@ class Price:
         """The verification's price as a share of the model's own training."""
         return (self.surrogates + self.attacks) / self.training
 
+    def __str__(self) -> str:
+        return f"at most {self.share:.2g} times the gradients that the model's own training took"
+
     def to_json(self) -> dict[str, int]:
         """Return the figures as the report has them."""
         return {

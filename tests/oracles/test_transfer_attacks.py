@@ -5,6 +5,8 @@ foolbox's MI-FGSM is not compared: it does not normalise the gradient before it 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchattacks
@@ -16,11 +18,13 @@ from verification.attacks.gradient_attack import GradientAttack
 from verification.metrics.statistics import rate
 
 EPS, STEP_SIZE, STEPS = 0.2, 0.04, 10
+MI = GradientAttack(name="mi", threat="transfer", source="s", momentum=1.0, random_start=False)
 
 
 def right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x).argmax(1) == labels
+        answers: Tensor = model(x).argmax(1)
+    return answers == labels
 
 
 @pytest.mark.parametrize("momentum", [1.0, 0.5])
@@ -49,16 +53,12 @@ def test_its_images_transfer_as_ours_do(
     source, target = Ensemble([first]).eval(), Ensemble(others).eval()
     shared = {"eps": EPS, "alpha": STEP_SIZE, "steps": STEPS, "decay": 1.0}
     theirs: torchattacks.attack.Attack
-    settings: dict[str, float]
     if kind == "di":  # 8 pixels become up to 10
         theirs = torchattacks.DIFGSM(source, resize_rate=1.25, diversity_prob=0.5, **shared)
-        settings = {"diversity": 0.5}
+        ours = replace(MI, diversity=0.5)
     else:
         theirs = torchattacks.VMIFGSM(source, N=5, beta=1.5, **shared)
-        settings = {"variance_samples": 5}
-    ours = GradientAttack(
-        name=kind, threat="transfer", source="s", momentum=1.0, random_start=False, **settings
-    )
+        ours = replace(MI, variance_samples=5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         found = theirs(x0, labels)

@@ -68,6 +68,7 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     assert whole.surrogates == 5 * config.standard.epochs * 1293
     assert whole.attacks == round(passes(transfer, names, 360, 3))
     assert whole.share < 0.8  # the rest is for the other attacks
+    assert str(whole).startswith("at most 0.")
     assert whole.to_json()["model_training"] == whole.training
 
 

@@ -56,7 +56,7 @@ class Job:
     def work(self) -> int:
         """Passes through a network in one restart, for progress."""
         members = len(self.model) if isinstance(self.model, Ensemble) else 1
-        return self.attack.work * max(members, 1)
+        return max(round(self.attack.work * self.attack.nearest), 1) * max(members, 1)
 
 
 def run_suite(
