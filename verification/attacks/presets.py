@@ -48,7 +48,8 @@ def left_out(variant: Variant) -> dict[str, str]:
     missing = "pyautoattack is not installed: pip install 'dverge-serve[audit]'"
     found = {
         "SGM": (whole and not variant.skips, "a surrogate has no residual branches"),
-        "DLR": (whole and variant.classes < 3, "it needs three classes"),
+        "DLR": (variant.classes < 3, "it needs three classes"),
+        "targeted DLR": (variant.classes < 4, "it needs four classes"),
         "AutoAttack": (preset == "full" and not variant.reference, missing),
         "Square": (square and variant.norm != "linf", "it is an Linf attack"),
     }
@@ -80,7 +81,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
     else:
         chosen += _transfer_protocol(surrogates, variant.skips)
         chosen += _white_box_protocol(variant.classes)
-        chosen += _rounds(variant.classes, steps=50, nearest_steps=100, targets=9)
+        chosen += _rounds(variant.classes, steps=20, nearest_steps=100, targets=9)
     if preset == "full":
         chosen += _full(surrogates, variant.reference)
     queries = PRESETS[preset].square_queries

@@ -178,3 +178,19 @@ def test_a_target_is_not_its_own_surrogate() -> None:
     target = Target(TorchEngine([Linear()]), None, "own")
     outcome = run_suite(chosen, sources, {"m": target}, linear_split([120]), [EPS], seed=0)["m"]
     assert {attack for attack, _, _ in outcome.survived} == {"from other"}
+
+
+def test_an_attack_can_leave_out_the_control_alone() -> None:
+    own: dict[str, Any] = {"threat": "white_box", "source": "target", "loss": "ce", "steps": 1}
+    chosen = [
+        GradientAttack(name="everybody", **own),
+        GradientAttack(name="no control", control=False, **own),
+    ]
+    targets = {
+        name: Target(TorchEngine([Linear()]), [Linear()], name)
+        for name in ("model", "control", "against")
+    }
+    outcomes = run_suite(chosen, {}, targets, linear_split([120]), [EPS], seed=0)
+    ran = {name: {attack for attack, _ in found.ran} for name, found in outcomes.items()}
+    both = {"everybody", "no control"}
+    assert ran == {"model": both, "control": {"everybody"}, "against": both}
