@@ -33,6 +33,7 @@ from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.gradients import flow
+from verification.metrics.robust_accuracy import comparison
 from verification.next_steps import FAILED, NOT_RUN, advised
 from verification.self_test import self_test
 
@@ -300,3 +301,12 @@ def test_the_self_test_finds_the_breakable_images_and_no_others() -> None:
     missed[np.flatnonzero(expected)[0]] = False
     assert gates.verdict([gates.self_test_found(expected, missed)]) == "INVALID"
     assert gates.self_test_found(expected, np.ones_like(found)).passed is False
+
+
+def test_rounds_of_either_model_count_in_a_comparison() -> None:
+    """At the larger radius the first model's rounds end later than the other's."""
+    ours, theirs = after_rounds(9, 0, 5, 0, 0), after_rounds(9, 0, 0)
+    (row,) = [
+        each for each in comparison(ours, theirs, ROUNDS, [2 * EPS]) if each["what"] == "white_box"
+    ]
+    assert (row["this"], row["other"]) == (386 / 400, 391 / 400)

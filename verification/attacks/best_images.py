@@ -13,7 +13,9 @@ from verification.attacks.batches import in_slices
 from verification.attacks.losses import margins
 from verification.attacks.perturbation import quantize
 
-CLEARLY = 0.01  # of the scores' range: an image that is wrong by this much is done
+# Of the scores' range: an image that is wrong by this much is done. An fp16 or int8 file, scored
+# in place of the weights that are attacked here, may be off by less.
+CLEARLY = 0.05
 
 
 class BestImages:

@@ -66,7 +66,8 @@ def left_out(variant: Variant) -> dict[str, str]:
     missing = "pyautoattack is not installed: pip install 'dverge-serve[audit]'"
     found = {
         "SGM": (whole and not variant.skips, "a surrogate has no residual branches"),
-        "DLR": (whole and variant.classes < 3, "it needs three classes"),
+        "DLR": (variant.classes < 3, "it needs three classes"),
+        "targeted DLR": (variant.classes < 4, "it needs four classes"),
         "AutoAttack": (preset == "full" and not variant.reference, missing),
         "Square, RayS": (variant.norm != "linf", "they are Linf attacks"),
         "Square": (not variant.scores, "it follows scores, the model gives labels alone"),

@@ -30,7 +30,7 @@ def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> 
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _protocol(classes)
-        chosen += _rounds(classes, steps=50, nearest_steps=100, targets=9)
+        chosen += _rounds(classes, steps=20, nearest_steps=100, targets=9)
     if preset == "full":
         chosen += _whole(reference)
     return chosen

@@ -143,7 +143,7 @@ def test_a_suite_comes_back_from_its_json() -> None:
     }
     (last,) = [table for table in tables if table["name"] == f"apgd-targeted, cycle {CYCLES}"]
     assert (last["kind"], last["loss"], last["targets"]) == ("apgd", "targeted", 9)
-    assert (last["steps"], last["nearest_steps"], last["gate"]) == (50, 100, "converged")
+    assert (last["steps"], last["nearest_steps"], last["gate"]) == (20, 100, "converged")
     (vmi,) = [table for table in tables if table["name"] == "vmi-ce from b"]
     assert (vmi["decay"], vmi["variance_samples"], vmi["standing_only"]) == (1.0, 20, True)
 

@@ -259,3 +259,19 @@ def test_a_target_is_not_attacked_by_its_kin() -> None:
     found = run_suite([attack], sources, targets, linear_split([120]), [EPS], seed=0)
     assert found["model"].has(attack, EPS)
     assert not found["control"].has(attack, EPS)
+
+
+def test_an_attack_can_leave_out_the_control_alone() -> None:
+    own: dict[str, Any] = {"threat": "white_box", "source": "target", "loss": "ce", "steps": 1}
+    chosen = [
+        GradientAttack(name="everybody", **own),
+        GradientAttack(name="no control", control=False, **own),
+    ]
+    targets = {
+        name: Target(TorchEngine([Linear()]), [Linear()], name)
+        for name in ("model", "control", "against")
+    }
+    outcomes = run_suite(chosen, {}, targets, linear_split([120]), [EPS], seed=0)
+    ran = {name: {attack for attack, _ in found.ran} for name, found in outcomes.items()}
+    both = {"everybody", "no control"}
+    assert ran == {"model": both, "control": {"everybody"}, "against": both}
