@@ -43,10 +43,28 @@ class PeerError(UserError):
         super().__init__("another process of this training failed", next_step="see its message")
 
 
+class Interrupted(UserError):  # noqa: N818 - Ctrl-C is no error
+    """Ctrl-C in work that can go on later.
+
+    Args:
+        next_step: how to go on.
+    """
+
+    exit_code = Exit.INTERRUPTED
+
+    def __init__(self, next_step: str = "") -> None:
+        super().__init__("interrupted", next_step=next_step)
+
+
 class NotMetError(UserError):
     """A check that ran and failed: parity at export, `--min-accuracy` at verification."""
 
     exit_code = Exit.NOT_MET
+
+
+def printable(text: str) -> str:
+    """Return the text with `?` for characters that a terminal could obey, e.g. escape codes."""
+    return "".join(c if c.isprintable() or c.isspace() else "?" for c in text)
 
 
 def rename_parameters(text: str, names: Mapping[str, str]) -> str:

@@ -10,16 +10,22 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from dverge_serve.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 16_777_216
+MAX_FILE_PIXELS = 134_217_728  # of files of one's own: every camera's; about 400 MB decoded
 # A progressive JPEG may repeat its scans without end, each a few bytes of file and a pass over all
 # pixels. Encoders write about ten; the rest is room for the previews that phones put inside.
 START_OF_SCAN, MOST_SCANS = b"\xff\xda", 128
+# Pillow unpacks a PNG's colour profile, up to a thousand times as long, wherever it finds one; the
+# standard allows one. The name may turn up in compressed pixels, too, by chance.
+PROFILE, MOST_PROFILES = b"iCCP", 8
+# Pillow reads each chunk or segment in Python, a few microseconds for as few as 4 bytes of file.
+# Encoders need a read for every 2000 bytes or so.
+LEAST_READS, BYTES_PER_READ = 2000, 256
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -31,6 +37,8 @@ ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 # Our own bound is checked before any pixel is decoded; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
+# Comments of a PNG, unpacked.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
 # Pillow warns about metadata it cannot read. Once, here: changing the filters around each image
 # would not be safe with several threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -42,6 +50,20 @@ class ImageError(ValueError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class _MeteredFile(io.BytesIO):
+    """An image file in memory that may be read only so often, in proportion to its length."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._reads = LEAST_READS + len(data) // BYTES_PER_READ
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads -= 1
+        if self._reads < 0:
+            raise ImageError("broken_image", "the image consists of too many tiny pieces")
+        return super().read(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +117,13 @@ def load(
     """Decode one image file and preprocess it.
 
     Content decides the format. EXIF orientation is applied, alpha composited on white, 16-bit
-    scaled, CMYK and palette converted.
+    scaled, CMYK and palette converted. A JPEG of more than `MAX_PIXELS` is decoded at half, a
+    quarter or an eighth of its size, which takes that much less memory.
+
+    Args:
+        data: the file.
+        preprocess: the model's.
+        max_pixels: of the image; one from an untrusted caller has `MAX_PIXELS` at most.
 
     Returns:
         uint8 array `[channels, height, width]`.
@@ -106,7 +134,9 @@ def load(
     if not data:
         raise ImageError("empty_image", "the image is empty; expected PNG, JPEG or WebP bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if data.count(PROFILE) > MOST_PROFILES:
+            raise ImageError("broken_image", "the image holds many colour profiles; expected one")
+        with Image.open(_MeteredFile(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(
@@ -120,6 +150,13 @@ def load(
                 raise ImageError(
                     "broken_image", f"the JPEG has more than {MOST_SCANS} scans; expected about ten"
                 )
+            if image.format == "PNG":
+                _scale_transparent_value(image, bits=data[24])
+            reduce = 1
+            while width * height > MAX_PIXELS * reduce**2:
+                reduce *= 2
+            if reduce > 1:
+                image.draft(None, (width // reduce, height // reduce))  # JPEG alone can
             image.load()
             return _array(_upright(image), preprocess)
     except ImageError:
@@ -153,7 +190,7 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
     if isinstance(image, bytes):
         return load(image, preprocess)
     if isinstance(image, (str, Path)):
-        return load(Path(image).read_bytes(), preprocess)
+        return load(Path(image).read_bytes(), preprocess, max_pixels=MAX_FILE_PIXELS)
     if isinstance(image, np.ndarray):
         channels = image.shape[2:]
         if image.dtype != np.uint8 or not image.size or channels not in ((), (1,), (3,), (4,)):
@@ -164,20 +201,6 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
             )
         image = Image.fromarray(image[..., 0] if channels == (1,) else image)
     return _array(_upright(image), preprocess)
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """Return the image files under `folder`, sorted, without hidden files and folders.
-
-    File managers and notebooks keep copies and previews there.
-    """
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
 
 
 def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -193,6 +216,18 @@ def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
+def _scale_transparent_value(image: Image.Image, bits: int) -> None:
+    """Bring the one value that a PNG names as transparent to the depth that Pillow decodes to.
+
+    It does so with the pixels alone: it widens 2 and 4 bits to 8, and cuts 16 bits of colour to 8.
+    """
+    value = image.info.get("transparency")
+    if image.mode == "L" and isinstance(value, int) and bits in (2, 4):
+        image.info["transparency"] = value * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(value, tuple) and bits == 16:
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -204,7 +239,9 @@ def _opaque(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit L or RGB (or CMYK), alpha composited on white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grayscale
         wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        gray = ((wide + 128) // 257).astype(np.uint8)
+        gray[wide == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

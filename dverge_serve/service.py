@@ -26,13 +26,14 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 import bentoml
 import click
+import uvicorn.config
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils.analytics import usage_stats
 
 from dverge_serve.errors import Exit, UserError
-from dverge_serve.serving import tracing
+from dverge_serve.serving import logs, tracing
 from dverge_serve.serving.requests import Receive, Scope, Send
-from dverge_serve.serving.settings import Settings, as_variables
+from dverge_serve.serving.settings import Log, Settings, as_variables
 from dverge_serve.serving.sockets import beyond_loopback, require_free
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Return the ASGI application that a worker runs."""
+        # What uvicorn takes unless told otherwise, and BentoML tells it nothing.
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = "dverge_serve.serving.protocol:Protocol"
         bento = super().to_asgi(is_main=is_main)
         app = application()
         http = tracing.traced(app)
@@ -80,7 +83,6 @@ class DvergeService(bentoml.Service):  # type: ignore[misc]
 def application() -> App:
     """Return this worker's application, made at the first call."""
     # Imported here: the supervisor and the command line need none of it.
-    from dverge_serve.serving import logs
     from dverge_serve.serving.app import App
     from dverge_serve.serving.metrics import forget_dead_workers
     from dverge_serve.serving.worker import Worker
@@ -154,19 +156,34 @@ class Dverge:
         """Refuse to start on a model, a setting or a port that cannot be used."""
         folder = Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent
         atexit.register(_clean_up, folder)
+        from dverge_serve.serving import supervisor
+
+        log: Log = "text"
         try:
             settings = service_settings()
+            log = settings.log
+            logs.set_up(log)
             check_model(settings)
             tracing.check()
             require_free(*_address())
             _share(folder, settings)
+            supervisor.take_over()
         except UserError as error:
-            print(f"dverge: {as_variables(error)}", file=sys.stderr, flush=True)  # noqa: T201
+            if log == "json":
+                logs.LOGGER.error("%s", as_variables(error))
+            else:
+                print(f"dverge: {as_variables(error)}", file=sys.stderr, flush=True)  # noqa: T201
             raise SystemExit(Exit.USER) from error
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Begin to load the model."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(
+            lambda _, context: logs.note_failure(context["message"], context.get("exception"))
+        )
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, not nohup
+            loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
         await application().start()
         folder = _run_folder()
         if folder is not None:
@@ -199,17 +216,20 @@ def _address() -> tuple[str, int]:
 
 
 def check_model(settings: Settings) -> None:
-    """Load the model once, so that an error is reported before any worker starts.
+    """Load the model and its report once, so that an error is told before any worker starts.
 
     Raises:
         UserError: it cannot be served.
     """
     # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
     from dverge_serve.engine.session import Engine, check_device
+    from dverge_serve.serving.model_report import read_model_report
 
-    check_device(settings.device)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
-    Engine(settings.model, device="cpu", threads=1, expected_sha256=settings.model_sha256)
+    expected = settings.model_sha256
+    with Engine(settings.model, device="cpu", threads=1, expected_sha256=expected) as engine:
+        check_device(settings.device, engine.card.precision)
+        read_model_report(settings.model, engine.sha256)
 
 
 def _share(folder: Path, settings: Settings) -> None:

@@ -13,13 +13,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from dverge_serve.engine.card import Card, FusionMode
-from dverge_serve.engine.providers import CPU, providers
+from dverge_serve.engine.providers import Device, pick_device
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.progress import say
@@ -83,23 +83,21 @@ def build_best(
     if requested != "auto" or not groupable:
         form: FusionMode = "branches" if requested == "auto" else requested
         # A form that was named needs no device here to be measured on.
-        plan = FusionPlan(form, _device(providers("auto")) if target == "auto" else target)
+        plan = FusionPlan(form, pick_device(target) if target == "auto" else target)
         return plan, build_graph(ensemble, replace(card, form=form, target=plan.target))
     try:
-        device = _device(providers(target))
-    except UserError as error:
-        raise UserError(
-            error.found, error.expected, "measure there, or name a form: `form` grouped|branches"
-        ) from error
-    forms = {
-        form: build_graph(ensemble, replace(card, form=form, target=device))
-        for form in get_args(FusionMode)
-    }
-    try:
+        device = pick_device(target)
+        forms = {
+            form: build_graph(ensemble, replace(card, form=form, target=device))
+            for form in get_args(FusionMode)
+        }
         # The device is named: one that does not work is an error, never replaced in silence.
         found = speedups(forms["branches"], forms["grouped"], device)
     except UserError as error:
-        if target != "auto" or device == "cpu":
+        if target == "cuda":
+            next_step = "measure there, or name a form: `form` grouped|branches"
+            raise UserError(error.found, error.expected, next_step) from error
+        if target == "cpu" or pick_device(target) == "cpu":
             raise
         say(f"{error.found}: the file is made for the CPU")
         return build_best(ensemble, card, requested, "cpu")
@@ -108,12 +106,7 @@ def build_best(
     return FusionPlan(chosen, device, found), forms[chosen]
 
 
-def _device(found: list[Any]) -> Target:
-    """Return the device of the first of ONNX Runtime's providers, which does the work."""
-    return "cpu" if found[0] == CPU else "cuda"
-
-
-def speedups(slow: bytes, fast: bytes, target: Target) -> dict[int, float]:
+def speedups(slow: bytes, fast: bytes, device: Device) -> dict[int, float]:
     """Return batch size to how many times faster the engine runs `fast` than `slow`.
 
     The two take turns, and the fastest call of each counts: other work on the machine can only
@@ -124,7 +117,7 @@ def speedups(slow: bytes, fast: bytes, target: Target) -> dict[int, float]:
         pair = []
         for name, data in (("slow.onnx", slow), ("fast.onnx", fast)):
             Path(folder, name).write_bytes(data)
-            pair.append(Engine(Path(folder, name), device=target))
+            pair.append(Engine(Path(folder, name), device=device))
     for batch in BATCHES:
         images = np.zeros((batch, *pair[0].card.input_shape), np.float32)
         first = [_seconds(engine, images) for engine in pair]  # also warms up

@@ -90,7 +90,7 @@ def from_list(path: str | Path) -> ExportSource:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"cannot read {path} ({error})", "a TOML list of members") from error
     _keys(table, KEYS, str(path), needed=("labels", "mean", "std", "member"))

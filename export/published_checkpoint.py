@@ -22,6 +22,7 @@ from dverge_serve.files import sha256
 from export.source import ExportSource, config_json, without_images
 from training.config import Config
 from training.models.member import Member
+from training.models.pretrained import PICKLES
 from training.models.resnet import BlockMiddle, resnet_stages
 from training.models.state_dict import fit
 from training.recipe import load_recipe
@@ -135,7 +136,7 @@ def read_labels(labels: str, classes: int | None = None) -> tuple[str, ...]:
         names: tuple[str, ...] = CIFAR10
     else:
         try:
-            text = Path(labels).read_text(encoding="utf-8")
+            text = Path(labels).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read labels from {labels}", "cifar10, or a text file with one class a line"
@@ -160,11 +161,19 @@ def _load(path: Path) -> tuple[Mapping[str, Any], str]:
             table = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged pickles surface as almost any exception; a foreign one as a refusal to unpickle.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path} cannot be read as tensors ({reason})", EXPECTED) from error
+        raise UserError(f"{path} {_fault(data, str(error))}", EXPECTED) from error
     if not isinstance(table, Mapping):
         raise UserError(f"{path} holds a {type(table).__name__}", EXPECTED)
     return table, sha256(data)
+
+
+def _fault(data: bytes, error: str) -> str:
+    """Return why a file was not unpickled; torch's own text is long and speaks of its options."""
+    if not data.startswith(PICKLES):
+        return "is no file of torch.save"
+    if found := re.search(r"GLOBAL (\S+)", error):
+        return f"holds an object of {found[1]}, and only tensors are unpickled"
+    return "is damaged, or not of torch.save"
 
 
 def _states(table: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
@@ -173,6 +182,8 @@ def _states(table: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
     for key, state in table.items():
         match = re.fullmatch(r"model_?(\d+)", str(key))
         if match and isinstance(state, Mapping):
+            if int(match[1]) in numbered:
+                raise UserError(f"{path} holds model{match[1]} and model_{match[1]}", "one of them")
             numbered[int(match[1])] = state
     if not numbered or sorted(numbered) != list(range(len(numbered))):
         keys = ", ".join(str(key) for key in list(table)[:6]) or "nothing"

@@ -1,7 +1,9 @@
 """A pretend CUDA device: CPU tensors that say they are on `cuda`, and refuse what a GPU refuses.
 
 They refuse `numpy()`, refuse to meet CPU tensors in one operation (scalars and indices excepted, as
-on a GPU) and, inside `no_waiting()`, whatever makes the host wait for the device.
+on a GPU) and, inside `no_waiting()`, whatever makes the host wait for the device. Generators of the
+device draw other numbers than the CPU's. Convolutions and matrix products are rounded to TF32 where
+PyTorch allows it, which it does for convolutions.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ WAITS = {
     *("__bool__", "__float__", "__int__", "__index__"),
 }
 MAY_MEET = {"to", "copy_", "type", "as_subclass", "__getitem__", "__setitem__"}
+PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "einsum"}
 ATTRIBUTES = {"device": CUDA, "is_cuda": True, "is_cpu": False}
 
 
@@ -31,6 +34,15 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
+
+
+class CudaGenerator(torch.Generator):
+    """A generator that says it is on the pretend GPU."""
+
+    device = CUDA
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        return super().manual_seed(seed ^ 1)
 
 
 class PretendCuda(TorchFunctionMode):
@@ -46,20 +58,28 @@ class PretendCuda(TorchFunctionMode):
 def pretend_cuda() -> Iterator[torch.device]:
     """Offer a pretend GPU while the block runs."""
     plain = torch.Generator
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    allowed = cudnn.allow_tf32, products.allow_tf32
     with pytest.MonkeyPatch.context() as patch, PretendCuda():
-        patch.setattr(torch, "Generator", lambda device="cpu": plain("cpu"))
+        patch.setattr(
+            torch,
+            "Generator",
+            lambda device="cpu": CudaGenerator() if _device(device) == "cuda" else plain(),
+        )
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        cudnn.allow_tf32, products.allow_tf32 = True, False  # as in a fresh process
         try:
             yield CUDA
         finally:
+            cudnn.allow_tf32, products.allow_tf32 = allowed
             torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Refuse transfers to the host while the block runs."""
+    """Refuse to wait for the device, and copies to it that do, while the block runs."""
     PretendCuda.waiting_is_wrong = True
     try:
         yield
@@ -85,10 +105,14 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return not (gpu and host)
     if gpu and name in ("numpy", "__array__"):
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
-    if gpu and PretendCuda.waiting_is_wrong and name in WAITS:
+    if name == "pin_memory":
+        return _pinned(*args)
+    if PretendCuda.waiting_is_wrong and _waits(name, args, kwargs, bool(gpu)):
         raise RuntimeError(f"{name} waits for the device inside a recorded step")
     if gpu and name not in MAY_MEET and any(each.dim() for each in host):
         raise RuntimeError(f"tensors on cuda:0 and cpu meet in {name}")
+    if gpu and _in_tf32(name):
+        args = tuple(_rounded(each) for each in args)
     asked = [each for each in [kwargs.get("device"), *args] if _device(each) is not None]
     args = tuple(_stripped(each) for each in args)
     kwargs = {key: _stripped(each) for key, each in kwargs.items()}
@@ -98,6 +122,37 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if asked:
         return _placed(found, any(_device(each) == "cuda" for each in asked))
     return _placed(found, _is_gpu(args[0]) if name == "copy_" else bool(gpu))
+
+
+def _in_tf32(name: str) -> bool:
+    """Whether a GPU rounds this operation's float32 operands to TF32."""
+    if name == "conv2d":
+        return torch.backends.cudnn.allow_tf32
+    return name in PRODUCTS and torch.backends.cuda.matmul.allow_tf32
+
+
+def _rounded(value: Any) -> Any:
+    """Return a float32 tensor with 10 bits of mantissa in place of 23; gradients pass unchanged."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return value
+    with torch._C.DisableTorchFunction():
+        bits = (value.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
+        return value + (bits.view(torch.float32) - value.detach())
+
+
+def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:
+    if name in ("to", "cuda") and not on_gpu:
+        sent = any(_device(each) == "cuda" for each in tree_iter((args, kwargs)))
+        return sent and not (hasattr(args[0], "pinned") and kwargs.get("non_blocking"))
+    if name == "__getitem__":
+        return any(_is_gpu(each) and each.dtype is torch.bool for each in tree_iter(args[1]))
+    return on_gpu and name in WAITS
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    found = tensor.clone()
+    found.pinned = True  # type: ignore[attr-defined]
+    return found
 
 
 def _is_gpu(value: Any) -> bool:

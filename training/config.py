@@ -26,8 +26,9 @@ DOWNLOADED = ("cifar10", "cifar100", "fashion-mnist", "svhn")
 FREE = {
     "data.memory_gb",
     "data.workers",
+    "graphs",
     "tensorboard",
-}  # may change from one half of a run to the other
+}  # how the work is done: may change from one half of a run to the other
 DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 
@@ -38,7 +39,7 @@ class Data:
     name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "svhn", "imagefolder"] = (
         "imagefolder"
     )
-    path: str = ""  # imagefolder: a folder with train/<class>/ and test/<class>/
+    path: str = ""  # imagefolder: a folder with train/<class>/ and test/<class>/, or a CSV file
     mode: Literal["L", "RGB"] = "RGB"
     crop: tuple[int, int] = (32, 32)  # height, width of the model's input in pixels
     resize: tuple[int, int] | None = None  # covered before the crop; none: same as crop
@@ -135,13 +136,15 @@ class Config:
         known = {*self.__dataclass_fields__, *(own.table for own in self._own)}
         if settings.table not in known:
             object.__setattr__(self, "_own", (*self._own, settings()))
-        check("width", self.width, self.width >= 1, "1 or more")
+        plain = bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\")
+        check("name", self.name, plain, "a name for a folder, without / or a leading dot")
+        check("width", self.width, 1 <= self.width <= 10_000, "1 to 10000")
         least = METHODS[self.method].members
         listed = isinstance(self.architecture, tuple)
         fits = not listed or len(self.architecture) == self.members
         check("architecture", self.architecture, fits, f"one name, or {self.members} of them")
-        check("members", self.members, self.members >= least, f"{least} or more")
-        check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        check("members", self.members, least <= self.members <= 1000, f"{least} to 1000")
+        check("batch_size", self.batch_size, 2 <= self.batch_size < 2**31, "2 or more, below 2**31")
         check("seed", self.seed, self.seed >= 0, "0 or more")
 
     @property

@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from dverge_serve.errors import UserError, nearest
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+MOST = 2**63  # what arrays and random generators take
+
 
 def check(key: str, value: Any, holds: bool, expected: str) -> None:
     """Refuse a key's value unless it `holds`.
@@ -86,11 +89,24 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         check(f"{where}: {key}", value, math.isfinite(value), "a finite number")
         return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        check(f"{where}: {key}", value, abs(value) < MOST, f"a whole number below {MOST:,}")
     if (
         isinstance(hint, type)
         and isinstance(value, hint)
         and isinstance(value, bool) == (hint is bool)
     ):
         return value
-    name = getattr(hint, "__name__", str(hint)) if not options else str(hint)
-    raise UserError(f"{where}: {key} = {value!r}", f"a value of type {name}")
+    raise UserError(f"{where}: {key} = {value!r}", _in_words(hint))
+
+
+def _in_words(hint: Any) -> str:
+    """Return a type as a recipe's writer knows it."""
+    options = [each for each in typing.get_args(hint) if each not in (type(None), Ellipsis)]
+    if typing.get_origin(hint) is not tuple:
+        named = [WORDS.get(each, str(each)) for each in options or [hint]]
+        return " or ".join(named)
+    one = {int: "32", float: "0.5"}.get(options[0], '"a"')
+    if len(options) == 2:
+        return f"a pair such as [{one}, {one}]"
+    return f"a list such as [{one}, {one}, ...]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dverge_serve.errors import UserError
 
@@ -39,3 +40,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" and not able:
         raise UserError(f"precision bf16, which this {device.type} lacks", "fp32 or auto")
     return torch.bfloat16 if able and precision != "fp32" else None
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on `device`; a GPU copies it from pinned memory, and nobody waits."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

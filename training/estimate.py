@@ -18,6 +18,7 @@ from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge import draw_layer
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
+from training.parallel import cuda_graphs
 from training.trainer import prepare
 
 TIMED_STEPS = 3
@@ -61,8 +62,12 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
         times = []
         for number, epoch in enumerate(epochs):
             batch = batches[number % len(batches)]
-            if number == 0 or device.type == "cuda":  # where each layer is made ready by itself
-                stage.step(epoch, 0, batch)
+            if cuda_graphs.wanted(config, device):  # each layer is recorded by itself
+                untimed = cuda_graphs.WARM_UPS + 1
+            else:
+                untimed = int(number == 0 or device.type == "cuda")
+            for _ in range(untimed):
+                float(stage.step(epoch, 0, batch).sum())  # a GPU is waited for
             begun = time.monotonic()
             float(stage.step(epoch, 0, batch).sum())
             times.append(time.monotonic() - begun)

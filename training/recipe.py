@@ -47,7 +47,7 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
     if recipe.endswith(".toml"):
         where, name = recipe, Path(recipe).stem
         try:
-            text = Path(recipe).read_text(encoding="utf-8")
+            text = Path(recipe).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read recipe {recipe}", "a TOML file") from error
     else:

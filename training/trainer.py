@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch.optim import SGD
 
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
+from training.accuracy import accuracy
 from training.config import Config, check_seed
 from training.data.class_counts import balance, class_counts
-from training.data.splits import Split, TrainingData, load_training, normalisation, to_float
+from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
@@ -25,7 +25,6 @@ from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.diversity import diversity
 from training.models.build import build_members
 from training.models.dropout import seed_dropout
-from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.models.state_dict import load_members, members_tensors
@@ -38,7 +37,6 @@ from training.runs.tensorboard import Log, logged, require_tensorboard
 from training.swa import Average
 
 SAVE_EVERY_S = 10.0
-EVALUATION_BATCH = 512
 DIVERSITY_IMAGES = 256
 
 
@@ -94,6 +92,7 @@ def train(
     device, out = pick_device(device), Path(out)
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
+        _say(surrogate, f"{out} is finished: nothing is left to train")
         return run
     # Whatever can be wrong is found before anything is written.
     start = topology.rank0_first(lambda: Start.read(config))
@@ -124,6 +123,11 @@ def train(
         if state is None:
             return run
         first, done, tensors = state
+        together = f", {topology.size} processes" if topology.size > 1 else ""
+        _say(surrogate, f"training '{config.name}' on {device}{together} into {out}")
+        if first > 0 or done > skipped(config, members, start):
+            name = stages(config, members, optimizers, topology)[first].name
+            _say(surrogate, f"going on after epoch {done} of {name} training")
         load_members(members, tensors)
         load_momentum(optimizers, tensors)
         parts = data.train.to(device), data.holdout.to(device)
@@ -141,6 +145,12 @@ def _finished(run: Run, out: Path, config: Config, *, resume: bool, wait: bool) 
         with run.locked(wait=wait):  # told now, before the images are read
             return run.finished
     return run.finished
+
+
+def _say(surrogate: bool, line: str) -> None:
+    """Show a line to the user, who asked for this run; of surrogates, verification speaks."""
+    if not surrogate:
+        say(line)
 
 
 def prepare(
@@ -166,22 +176,8 @@ def prepare(
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
         member.compute = compute
-    on_device = topology.size == 1 and cuda_graphs.wanted(config, device)
+    on_device = topology.shares == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
-
-
-def accuracy(members: Sequence[Member], split: Split) -> float:
-    """Return the share of `split` that the mean of the members' logits gets right."""
-    if not len(split):
-        return float("nan")
-    right = 0
-    ensemble = Ensemble(members).eval()
-    with torch.no_grad():
-        for start in range(0, len(split), EVALUATION_BATCH):
-            part = split.take(slice(start, start + EVALUATION_BATCH))
-            logits = ensemble(to_float(part.images))
-            right += int((logits.argmax(1) == part.labels).sum())
-    return right / len(split)
 
 
 def _run_stages(

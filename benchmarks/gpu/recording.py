@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.smoke import needs_gpu
 from benchmarks.gpu.steps import Stepper, Way, random_batch
-from benchmarks.gpu.tiny import METHODS, python, random_split, tiny_config
+from benchmarks.gpu.tiny import python, random_split, tiny_config
+from dverge_serve.errors import UserError
 from training.data.splits import TrainingData, load_training
+from training.method_registry import METHODS
 from training.methods import epoch_batches, stages
 from training.optimizers import RateOnDevice
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
-from training.parallel.topology import Batch
 from training.recipe import load_recipe
 from training.trainer import prepare
 
@@ -53,40 +55,34 @@ def recorded_fp32_batch(device: torch.device) -> str:
 
 
 @needs_gpu
-def a_failed_recording_leaves_nothing_behind(device: torch.device) -> str:
-    """After a recording that failed, another one works."""
+def a_failed_recording_ends_in_one_line(device: torch.device) -> str:
+    """It is told as an error of the environment, and the current stream is the one before it."""
     return python("-c", "from benchmarks.gpu.recording import fail_to_record as f; f()")
 
 
 def fail_to_record() -> None:
-    """Record a step that waits for the GPU, which cannot be recorded, then one that does not."""
+    """Record a step that waits for the GPU, which cannot be recorded."""
     device = torch.device("cuda")
     weight = nn.Parameter(torch.ones(4, device=device))
     optimizer = RateOnDevice([weight], lr=0.1, momentum=0.9, weight_decay=0.0)
-    waiting, plain = 1, 2
 
-    def work(layer: int, batch: Batch) -> Tensor:
+    def work(layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         optimizer.zero_grad()
-        loss = (weight * batch[0].mean()).sum()
+        loss = (weight * inputs[0].mean()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        if layer == waiting:
-            loss.item()
+        loss.item()
         optimizer.step()
-        return loss.detach()[None]
+        return [loss.detach()]
 
-    def make_steps(layer: int) -> list[str]:
-        step = Recorded(work, [optimizer], 4, CudaRecorder(device, 1))
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            for _ in range(WARM_UPS + 2):
-                images = torch.rand(4, 8, device=device)
-                step(layer, (images, torch.zeros(4, dtype=torch.long, device=device), images))
-        return [str(each.message) for each in seen]
-
-    assert any("not recorded" in text for text in make_steps(waiting)), "no warning"
+    step = Recorded(work, [optimizer], 4, CudaRecorder(device, 1))
+    try:
+        for _ in range(WARM_UPS + 1):
+            step(1, [torch.rand(4, 8, device=device)])
+    except UserError as error:
+        print(error)
+    else:
+        raise AssertionError("a step that waits for the GPU was recorded")
     assert torch.cuda.current_stream() == torch.cuda.default_stream(), "left on another stream"
-    torch.cuda.empty_cache()
-    assert make_steps(plain) == [], "nothing can be recorded any more"
 
 
 @needs_gpu
@@ -125,6 +121,7 @@ def steps_do_not_wait(device: torch.device) -> str:
             torch.cuda.set_sync_debug_mode("warn")
             stage.step(0, 0, batch)
             torch.cuda.set_sync_debug_mode("default")
-        waits[method] = sum("synchronizing" in str(each.message) for each in seen)
+        # The mode itself warns once, that it is a prototype.
+        waits[method] = sum("called a synchronizing" in str(each.message) for each in seen)
     assert waits["dverge"] == 0, waits
     return str(waits)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
+from typing import get_args
 from unittest import SkipTest, mock
 
 import numpy as np
+import onnxruntime
 import torch
+from PIL import Image
 
 from benchmarks.gpu.smoke import needs_gpu
-from benchmarks.gpu.tiny import METHODS, python, tiny_config
-from dverge_serve.engine.providers import providers
+from benchmarks.gpu.tiny import python, tiny_config
+from dverge_serve.engine.card import FusionMode
+from dverge_serve.engine.providers import PROVIDER, Device
+from dverge_serve.engine.session import Engine
 from export import export
+from export.parity import check
+from export.source import from_run
 from training import train
+from training.method_registry import METHODS
 from verification import verify
 
 
@@ -31,8 +40,9 @@ def use_nccl() -> None:
     torch.cuda.set_device(0)
     free_port = 0
     store = dist.TCPStore("127.0.0.1", free_port, 1, is_master=True)  # type: ignore[attr-defined]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    group, tensor = dist.new_group([0]), torch.ones(5, device="cuda", dtype=torch.float64)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = dist.new_group([0], backend="nccl")
+    tensor = torch.ones(5, device="cuda", dtype=torch.float64)
     assert isinstance(group, dist.ProcessGroup)
     waiting = dist.broadcast(tensor, 0, group, async_op=True)
     assert waiting is not None
@@ -67,14 +77,54 @@ def two_processes_share_one_device(device: torch.device) -> str:
         return python("-m", *command, "--set", "data.train_limit=200")
 
 
+def images_are_read_during_training(device: torch.device) -> str:
+    """A run on a folder of images that does not fit into memory."""
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for place in (Path(folder, split, name) for split in ("train", "test") for name in "ab"):
+            place.mkdir(parents=True)
+            for number in range(40):
+                pixels = draw.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+        data = {"data.name": "imagefolder", "data.path": folder, "data.memory_gb": 0}
+        run = train(tiny_config(**data), Path(folder, "run"), device=device)
+        assert np.isfinite(run.checkpoint["holdout_accuracy"])
+    return "80 images"
+
+
 @needs_gpu
 def onnxruntime_on_cuda(device: torch.device) -> str:
-    """ONNX Runtime finds its CUDA provider."""
-    import onnxruntime as ort
+    """An exported file's answers under ONNX Runtime's CUDA provider are torch's."""
+    return _answers_as_torch("cuda")
 
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise SkipTest("this ONNX Runtime is built without CUDA")
-    return str(providers("cuda"))
+
+@needs_gpu
+def onnxruntime_on_tensorrt(device: torch.device) -> str:
+    """The same under TensorRT, whose libraries are in no extra of ours."""
+    try:
+        ctypes.CDLL("libnvinfer.so.10")
+    except OSError as error:
+        raise SkipTest(str(error)) from error
+    return _answers_as_torch("tensorrt")
+
+
+def _answers_as_torch(device: Device) -> str:
+    if PROVIDER[device] not in onnxruntime.get_available_providers():
+        raise SkipTest(f"this ONNX Runtime is built without {device}")
+    told = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, DVERGE_CACHE=f"{folder}/cache"),
+    ):
+        source = from_run(train(tiny_config(), Path(folder, "run"), device="cpu"))
+        for form in get_args(FusionMode):
+            model = Path(folder, f"{form}.onnx")
+            export(source, model, form=form, target="cpu")
+            with Engine(model, device=device) as engine:
+                parity = check(engine, source.ensemble, source.probe)
+            assert parity.holds, f"{form}: {parity}"
+            told.append(f"{form}: {parity}")
+    return "; ".join(told)
 
 
 @needs_gpu

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -84,12 +83,10 @@ class Stepper:
             their seconds.
 
         Raises:
-            UserWarning: the step cannot be recorded; training would go on with eager ones.
+            UserError: the step cannot be recorded.
         """
         count = WARM_UPS + 1 if self._recorded is not None else 2
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="steps are not recorded")
-            return sum(self.seconds(images, layer) for _ in range(count))
+        return sum(self.seconds(images, layer) for _ in range(count))
 
     def seconds(self, images: Batch, layer: int) -> float:
         """Return what one step takes."""
@@ -106,9 +103,10 @@ class Stepper:
     def step(self, images: Batch, layer: int) -> Tensor:
         """Make one recorded step; return each member's loss, `[members]`."""
         assert self._recorded is not None
-        return self._recorded(layer, images)
+        (distil, update), (source, labels, target) = self._recorded, images
+        return update(0, (labels, *distil(layer, (source, target))))[0]
 
-    def _record(self, batch: int) -> Recorded:
+    def _record(self, batch: int) -> list[Recorded]:
         members, settings = self._side.members, self._side.settings
         optimizers = [
             RateOnDevice(
@@ -120,13 +118,9 @@ class Stepper:
             for member in members
         ]
 
-        def work(layer: int, images: Batch) -> Tensor:
-            source, labels, target = images
-            return dverge.step(
-                members, optimizers, source, labels, target, layer=layer, settings=settings
-            )
-
-        return Recorded(work, optimizers, batch, CudaRecorder(self._device, len(members)))
+        recorder = CudaRecorder(self._device, len(members))
+        parts = dverge.halves(members, optimizers, settings=settings)
+        return [Recorded(part, optimizers, batch, recorder) for part in parts]
 
 
 def measure(

@@ -16,7 +16,6 @@ from training.models.member import Member
 from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("dverge", "adversarial", "dverge+adversarial", "adp", "gal")
 
 
 def untrained_members(architecture: str = "resnet20") -> list[Member]:

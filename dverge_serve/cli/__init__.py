@@ -6,14 +6,16 @@ Nothing heavy is imported here; each command reaches for its room when it runs.
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
 
 from dverge_serve import __version__
-from dverge_serve.errors import Exit, PeerError, UserError, rename_parameters
+from dverge_serve.errors import Exit, PeerError, UserError, printable, rename_parameters
 
 TRAIN = (
     *("torch", "torchvision", "onnx", "onnxscript", "safetensors", "sklearn", "scipy"),
@@ -22,7 +24,9 @@ TRAIN = (
 EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(("onnx2torch", "pyautoattack"), "audit")
 
 # What the machine says no to; other errors of files are mistakes of ours.
-NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP}
+NOT_OURS |= {errno.ENAMETOOLONG}
+NO_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError that torch raises where the CPU's is full
 
 app = typer.Typer(
     name="dverge",
@@ -57,7 +61,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
     # Each registers its commands, in the order help shows them.
     from dverge_serve.cli import train, export, verify, serve, predict  # noqa: F401, I001, RUF100
-    from dverge_serve.cli import inspect, bench, bento  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import inspect, bench, bento, doctor  # noqa: F401, I001, RUF100
 
     from dverge_serve.progress import show
 
@@ -84,8 +88,10 @@ def run(arguments: list[str]) -> int:
         return _say(f"cannot use {error.filename or 'the disk'} ({error.strerror})", Exit.USER)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
-            told = "the device's memory is full; lower batch_size, or use --device cpu"
-            return _say(told, Exit.USER)
+            smaller = "lower batch_size, or " if "train" in arguments else ""
+            return _say(f"the device's memory is full; {smaller}use --device cpu", Exit.USER)
+        if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+            return _say("not enough memory; lower batch_size, width or members", Exit.USER)
         # Usage errors know how to say themselves, whichever click Typer stands on.
         describe = getattr(error, "format_message", None)
         return _say(f"{describe()} (see --help)", Exit.USER) if callable(describe) else _bug()
@@ -108,12 +114,16 @@ def as_flags(text: str) -> str:
 
 
 def main() -> NoReturn:
-    """Run the command line of this process."""
+    """Run the command line of this process; warnings go to standard error in one line each."""
+    for stream in (sys.stdout, sys.stderr):  # a class or file name must not stop a command
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"dverge: {message}", err=True)
     sys.exit(run(sys.argv[1:]))
 
 
 def _say(text: str, code: Exit) -> int:
-    typer.echo(f"dverge: {' '.join(text.split())}", err=True)
+    short = re.sub(r"\S{300,}", lambda word: f"{word[0][:140]}...{word[0][-140:]}", printable(text))
+    typer.echo(f"dverge: {' '.join(short.split())}", err=True)
     return int(code)
 
 

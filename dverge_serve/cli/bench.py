@@ -26,8 +26,9 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each batch size.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency and throughput for each batch size.
+    """Measure a model file's speed.
 
+    Latency and throughput for each batch size.
     Beside the engine's time stands that of a bare ONNX Runtime session on the same file, and the
     share that the engine's own checks take.
     """

@@ -19,8 +19,9 @@ def bento(
     ] = Path("bento"),
     build: Annotated[bool, typer.Option(help="Build the Bento, or only write the folder.")] = True,
 ) -> None:
-    """Build a Bento from the installed package, the model and its report.
+    """Build a Bento of a model file.
 
+    It holds the installed package, the model and its report.
     Nothing is fetched from the network.
     """
     from dverge_serve.serving import bento as packing

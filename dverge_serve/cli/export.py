@@ -46,7 +46,7 @@ def export(
         typer.Option(help="auto (what measures faster), grouped (one network) or branches."),
     ] = "auto",
 ) -> None:
-    """Fuse the members into one ONNX file.
+    """Fuse the members into one graph.
 
     The graph averages the members' logits; it is checked against torch before it gets its name.
     """

@@ -11,6 +11,6 @@ Model = Annotated[Path, typer.Argument(help="The model file.", metavar="MODEL.on
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="A folder with train/<class>/ and test/<class>/, or a set's name."),
+    typer.Option(help="A folder of train/<class>/ and test/<class>/, a CSV file, or a set's name."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -32,6 +32,8 @@ def predict(
     from dverge_serve.engine.session import Engine
     from dverge_serve.files import atomic_path
 
+    if csv_file is not None and not csv_file.parent.is_dir():
+        raise UserError(f"no folder {csv_file.parent} for --csv", "a file in one that is there")
     files = _image_files(paths)
     rows = _predict(Engine(model, device="cpu"), files)
     if csv_file is not None:
@@ -43,6 +45,7 @@ def predict(
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
+        typer.echo(f"wrote {csv_file}: {len(rows)} images", err=True)
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     elif csv_file is None:
@@ -59,15 +62,18 @@ def predict(
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
-    from dverge_serve.images import image_paths
+    from dverge_serve.image_folder import find_images, told
+    from dverge_serve.progress import say
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = image_paths(path)
-            if not found:
+            found = find_images(path)
+            if not found.paths:
                 raise UserError(f"no image in {path}", "PNG, JPEG or WebP files")
-            files += found
+            if found.left_out:
+                say(f"{path}: {told(found.left_out)}")
+            files += found.paths
         elif path.is_file():
             files.append(path)
         else:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dverge_serve.errors import printable
+from dverge_serve.progress import gigabytes
+
 if TYPE_CHECKING:
+    from dverge_serve.engine.environment import CacheUse, Finding
     from dverge_serve.engine.live_report import Live
     from dverge_serve.engine.rates import Accuracies, Rate
     from dverge_serve.engine.report import Report
@@ -22,7 +27,7 @@ def show(table: Table) -> None:
 
 def plain(value: Any) -> Text:
     """Return text that is never read as markup: class and file names are anybody's."""
-    return Text("".join(c if c.isprintable() else "?" for c in str(value)))
+    return Text(printable(str(value)))
 
 
 def percent(rate: Rate | None) -> str:
@@ -116,6 +121,25 @@ def bench_table(rows: list[dict[str, Any]], title: str) -> None:
     form = "{batch} {p50_ms:.2f} {p99_ms:.2f} {images_per_s:.0f} {bare_ms:.2f} {share:.1%}"
     columns = ("batch", "p50 ms", "p99 ms", "images/s", "bare session ms", "engine's share")
     show(_table(title, columns, [form.format(**row).split() for row in rows]))
+
+
+def findings_table(findings: Iterable[Finding]) -> None:
+    """Print what the environment has, and what follows from it."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for each in findings:
+        told = f"{each.found}\n{each.advice}" if each.advice else each.found
+        table.add_row(each.what, plain(told))
+    show(table)
+
+
+def cache_table(parts: Sequence[CacheUse], folder: Path) -> None:
+    """Print what each part of the cache holds, and all of it."""
+    rows = [(each.name, f"{each.entries}", gigabytes(each.size)) for each in parts]
+    if rows:
+        show(_table(None, ("part", "entries", "size"), rows, left=1))
+    Console().print(plain(f"{gigabytes(sum(each.size for each in parts))} in {folder}"))
 
 
 def predictions_table(rows: list[dict[str, Any]]) -> None:

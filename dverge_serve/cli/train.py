@@ -11,7 +11,7 @@ import typer
 
 from dverge_serve.cli import app, as_flags
 from dverge_serve.cli.options import Data, Device
-from dverge_serve.errors import Exit, UserError
+from dverge_serve.errors import Exit, Interrupted, UserError
 
 if TYPE_CHECKING:
     from export.fusion_choice import Target
@@ -51,6 +51,9 @@ def train(
         ),
     ] = None,
     set_: Settings = None,
+    list_skipped: Annotated[
+        bool, typer.Option(help="List the files of --data that are not used, and stop.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print the settings, what the run will cost, and stop.")
     ] = False,
@@ -72,20 +75,29 @@ def train(
         raise UserError(f"no run at {out}", "one that `dverge train` began", "look at --out")
     config = _config(begun, recipe, data, members, seed, set_, start)
     check_seed(config)  # of a dry run, too
+    if list_skipped:
+        from training.data.image_folder import read_folder
+
+        for each in read_folder(Path(config.data.path)).left_out if config.data.path else ():
+            typer.echo(f"{each.path}: {each.reason}")
+        return
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         _say_cost(config, device)
         return
     from training.device import pick_device
     from training.parallel.distributed import join
+    from training.runs.directory import Run
     from training.trainer import train as train_run
 
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with join(config, pick_device(device)) as (topology, chosen):
-        if topology.first:
-            together = f", {topology.size} processes" if topology.size > 1 else ""
-            typer.echo(f"training '{config.name}' on {chosen}{together} into {out}", err=True)
-        run = train_run(config, out, device=chosen, resume=resume, topology=topology)
+        try:
+            run = train_run(config, out, device=chosen, resume=resume, topology=topology)
+        except KeyboardInterrupt as stopped:
+            if not Run(out).begun:
+                raise
+            raise Interrupted(f"go on with `dverge train --resume --out {out}`") from stopped
         if topology.first:
             accuracy = run.checkpoint["holdout_accuracy"]
             typer.echo(f"finished {out}: held-out accuracy {accuracy:.3f}")
@@ -96,9 +108,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the run and the model go.")] = Path("demo"),
     device: Device = "auto",
 ) -> None:
-    """Go the whole way on embedded images.
+    """Train, export and verify on digits.
 
-    Train, export and verify on real digit images; compare with a standard ensemble.
+    The whole way on embedded images, and a comparison with a standard ensemble.
     """
     from dverge_serve.cli.tables import demo_table
     from export.exporter import export as export_run
@@ -109,11 +121,14 @@ def demo(
 
     config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
-    run = train_run(config, out / "run", device=chosen, resume=True)
-    typer.echo("2/3 exporting one ONNX graph", err=True)
-    export_run(run, model, target=cast("Target", device))  # pick_device knows the same names
-    typer.echo("3/3 attacking the exported file and an undefended control", err=True)
-    report = verify(model, run=run, device=chosen)
+    try:
+        run = train_run(config, out / "run", device=chosen, resume=True)
+        typer.echo("2/3 exporting one ONNX graph", err=True)
+        export_run(run, model, target=cast("Target", device))  # pick_device knows the same names
+        typer.echo("3/3 attacking the exported file and an undefended control", err=True)
+        report = verify(model, run=run, device=chosen)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted("the same command goes on from what is done") from stopped
     assert report.control is not None  # the run's own standard members
     demo_table(report, report.control, DEMO_EPS)
     typer.echo(f"verdict {report.verdict}. Serve it with: dverge serve {model}")

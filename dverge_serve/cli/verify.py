@@ -137,9 +137,10 @@ def replay(
         Path, typer.Argument(help="The report; model and images beside it.", metavar="REPORT.json")
     ] = Path("model.report.json"),
 ) -> None:
-    """Score the images saved with a report again.
+    """Score a report's images again.
 
-    Every figure must come out as it stands there; exit code 1 if one does not.
+    They are those saved with it. Every figure must come out as it stands there; exit code 1 if one
+    does not.
     """
     from verification.replay import replay as replay_report
 

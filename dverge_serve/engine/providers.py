@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from importlib import metadata
@@ -10,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import onnxruntime as ort
 
+from dverge_serve.engine.buckets import LARGEST
+from dverge_serve.engine.card import INPUT, Card, Precision
 from dverge_serve.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -20,76 +23,87 @@ TENSORRT = "TensorrtExecutionProvider"
 PROVIDER = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
 
-def check_device(device: Device) -> None:
-    """Check that `device` is available, without using it.
+def check_device(device: Device, precision: Precision = "fp32") -> None:
+    """Check that `device` is available for models of this precision, without using it.
 
     Raises:
-        UserError: no such device, or a GPU asked for where there is no provider or no GPU.
+        UserError: no such device, a GPU asked for where there is no provider or no GPU, or int8,
+            for which CUDA has no kernels.
     """
     if device not in get_args(Device):
         raise UserError(f"unknown device '{device}'", ", ".join(get_args(Device)))
     if device in ("auto", "cpu"):
         return
     name = {"cuda": "CUDA", "tensorrt": "TensorRT"}[device]
+    if precision == "int8":
+        raise UserError(
+            f"{name} was asked for but the model is int8, which is for CPUs",
+            "an fp32 or fp16 model",
+            "use `device` cpu, or export it with `precision` fp16",
+        )
     if PROVIDER[device] not in ort.get_available_providers():
         raise UserError(
             f"{name} was asked for but this onnxruntime has no {name} provider",
             "onnxruntime-gpu alone",
             "`pip uninstall onnxruntime onnxruntime-gpu`, then `pip install dverge-serve[gpu]`",
         )
-    if not has_gpu():
+    if not gpus():
         raise UserError(
             f"{name} was asked for but no NVIDIA GPU is here", "a GPU", "use `device` cpu"
         )
 
 
-def providers(device: Device, device_id: int = 0) -> list[Any]:
-    """Return ONNX Runtime's providers for `device`, the preferred one first.
-
-    Args:
-        device: `auto` takes CUDA where there is a GPU and a provider, else the CPU.
-        device_id: which GPU.
+def pick_device(device: Device, precision: Precision = "fp32") -> Device:
+    """Return `device`; for `auto` CUDA, where a GPU, a provider and kernels are there, or the CPU.
 
     Raises:
         UserError: what `check_device` raises.
     """
-    check_device(device)
-    warn_of_two_runtimes()
-    if device == "auto":
-        device = "cuda" if CUDA in ort.get_available_providers() and has_gpu() else "cpu"
-    if device == "cpu":
-        return [CPU]
-    ort.preload_dlls()
+    check_device(device, precision)
+    if device != "auto":
+        return device
+    able = precision != "int8" and CUDA in ort.get_available_providers() and gpus() > 0
+    return "cuda" if able else "cpu"
+
+
+def providers(device: Device, card: Card, device_id: int = 0) -> list[Any]:
+    """Return ONNX Runtime's providers for `cuda` or `tensorrt`, the preferred one first.
+
+    Args:
+        device: one that `pick_device` returned.
+        card: of the model.
+        device_id: which GPU.
+    """
     # HEURISTIC: the default tries every algorithm for every new batch size, for seconds. No TF32,
     # the default too: its logits are not those that parity and the report were measured on.
     options = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0}
     cuda = (CUDA, options)
     if device == "cuda":
         return [cuda, CPU]
-    return [(TENSORRT, {"device_id": device_id}), cuda, CPU]
+    # One engine for every batch size; else each new size would build another, for minutes. Engines
+    # are not cached: ONNX Runtime's names of them do not tell a file's weights from another's.
+    shapes = {
+        f"trt_profile_{which}_shapes": f"{INPUT}:{'x'.join(map(str, (batch, *card.input_shape)))}"
+        for which, batch in (("min", 1), ("opt", LARGEST), ("max", LARGEST))
+    }
+    return [(TENSORRT, {"device_id": device_id} | shapes), cuda, CPU]
 
 
-def check_provider(device: Device, found: str) -> None:
-    """Refuse ONNX Runtime's silent fallback.
+def gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use.
 
-    Args:
-        device: what was asked for.
-        found: the provider that a session ended up with.
-
-    Raises:
-        UserError: it is another one.
+    The driver counts them: it knows what `CUDA_VISIBLE_DEVICES` means, what a container may see,
+    and GPUs without files in `/dev`, as in WSL2.
     """
-    if device != "auto" and found != PROVIDER[device]:
-        raise UserError(
-            f"{device} was asked for but ONNX Runtime fell back to {found}",
-            "a GPU with matching CUDA and cuDNN libraries",
-            "install `dverge-serve[gpu]` or use `device` cpu",
-        )
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA driver is installed; on Windows only a session shows it."""
-    return Path("/dev/nvidiactl").exists() or os.name == "nt"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        # A GPU without its driver's library: a session will say what is missing.
+        return int(Path("/dev/nvidiactl").exists())
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def warn_of_two_runtimes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -15,16 +16,15 @@ from dverge_serve.cores import cores
 from dverge_serve.engine.buckets import Buckets
 from dverge_serve.engine.card import INPUT, LOGITS, MEMBER_LOGITS, Card
 from dverge_serve.engine.cpu_parallel import Lanes
+from dverge_serve.engine.model_file import cpu_session, gpu_session, read_model
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.predictions import Prediction, Predictions
 from dverge_serve.engine.providers import (
     CPU,
-    CUDA,
-    TENSORRT,
     Device,
     check_device,
-    check_provider,
-    providers,
+    pick_device,
+    warn_of_two_runtimes,
 )
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Device", "Engine", "check_device"]
 
-MAX_BYTES = 2 * 1024**3
 BATCH = 256  # images a call at most, where the caller does not choose
 PREDICT_BATCH = 64  # images decoded at a time
 
@@ -60,7 +59,8 @@ class Engine:
 
     Args:
         path: the model file.
-        device: `auto` takes CUDA where it is; `cuda` and `tensorrt` insist; `cpu`.
+        device: `auto` takes CUDA where it is, for files that are not int8, and warns where it does
+            not work; `cuda` and `tensorrt` insist; `cpu`.
         threads: threads for one call; 0 means every core. With W workers, give each its share.
         expected_sha256: refuse any other file.
         spinning: let idle threads spin between calls; faster alone, wasteful beside other workers.
@@ -68,7 +68,7 @@ class Engine:
 
     Raises:
         UserError: no such file, not ours, damaged, of a newer schema, with weights in other files,
-            not the pinned hash, or a GPU asked for and not there.
+            not the pinned hash, or a GPU asked for that cannot run it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Engine:
         device_id: int = 0,
     ) -> None:
         self.path = Path(path)
-        data = _read(self.path)
+        data = read_model(self.path)
         self.sha256 = sha256(data)
         if expected_sha256 and self.sha256 != expected_sha256.lower():
             raise UserError(
@@ -90,26 +90,34 @@ class Engine:
                 f"{expected_sha256} as pinned",
                 "put the pinned file in place or change `expected_sha256`",
             )
-        on = providers(device, device_id)
+        warn_of_two_runtimes()
 
         def load(count: int) -> ort.InferenceSession:
-            return _load(data, self.path, on, threads=count, spinning=spinning)
+            return cpu_session(data, self.path, threads=count, spinning=spinning)
 
-        self._session: ort.InferenceSession | None = load(threads)
-        self.provider: str = self._session.get_providers()[0]
-        check_provider(device, self.provider)
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        # On the CPU first, whatever `device` is: the card says what else can run it.
+        session = load(threads)
+        metadata = session.get_modelmeta().custom_metadata_map
         self.card = Card.from_metadata(metadata, str(path))
         self.metadata: ModelMetadata = {
             "id": f"{self.card.name}-{self.sha256[:12]}",
             "index2label": dict(enumerate(self.card.labels)),
         }
-        self._check_signature(self._session)
+        self._check_signature(session)
         self._shape = list(self.card.input_shape)
         self._buckets: Buckets | None = None
-        if self.provider in (CUDA, TENSORRT):
-            self._buckets = Buckets(self._session, self.card, "cuda", device_id)
         self._lanes: Lanes | None = None
+        chosen = pick_device(device, self.card.precision)
+        if chosen != "cpu":
+            try:
+                session = gpu_session(data, self.path, chosen, self.card, device_id)
+                self._buckets = Buckets(session, self.card, "cuda", device_id)
+            except UserError as error:
+                if device != "auto":
+                    raise
+                warnings.warn(f"{error.found}: the CPU is used", RuntimeWarning, stacklevel=2)
+        self._session: ort.InferenceSession | None = session
+        self.provider: str = session.get_providers()[0]
         if self.provider == CPU and (threads or cores()) > 1:
             self._lanes = Lanes(load, self.card, threads)
 
@@ -249,47 +257,3 @@ class Engine:
                 f"float32 {expected} as its metadata says",
                 "export it again",
             )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} is larger than 2 GB", "one ONNX file of at most 2 GB")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no model at {path}",
-            "a file written by `dverge export`",
-            "run `dverge export model.onnx`, or `dverge demo` for an example",
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})", "a readable file") from error
-
-
-def _load(
-    data: bytes, path: Path, on: list[Any], *, threads: int, spinning: bool
-) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Bytes have no folder for weights in other files. This one does not exist, so that no weights
-    # are read from the folder that the process runs in.
-    folder = str(path.parent / "no-external-data")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    if not spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(data, options, providers=on)
-    # ONNX Runtime raises a different class for every way a file can be wrong.
-    except Exception as error:
-        text = " ".join(str(error).split()) or "no reason given"
-        if "external" in text.lower():
-            raise UserError(
-                f"{path} keeps its weights in other files",
-                "one whole ONNX file",
-                "export it again with `dverge export`",
-            ) from error
-        raise UserError(
-            f"{path} cannot be loaded as an ONNX model ({text[:200]})",
-            "a whole file written by `dverge export`",
-        ) from error

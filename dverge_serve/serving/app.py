@@ -52,12 +52,16 @@ class App:
         self.metrics = worker.metrics
         self.decoder = Decoder(settings.max_pixels, max(1, cores() // settings.workers))
         self._log = RequestLog(settings.log)
-        self._token = settings.token.encode()
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
         budget = BodyBudget(BUDGET_BODIES * settings.max_body_bytes)
         classifier = Classifier(settings, expose, self.decoder, budget, worker.model)
         self.routes = RouteTable(worker, classifier)
+        locks = {path: route.lock(settings) for path, route in self.routes.items()}
+        # Unknown paths, too: without the token nobody learns which there are.
+        self._tokens: dict[str | None, bytes] = {None: settings.token.encode()} | {
+            path: getattr(settings, lock).encode() for path, lock in locks.items() if lock
+        }
 
     async def start(self) -> None:
         """Begin to load the model; until it is there, `/readyz` answers 503."""
@@ -77,7 +81,7 @@ class App:
             return
         begun = time.perf_counter()
         request = Request(scope, receive, self._request_id(scope))
-        route = self.routes.get(request.path)
+        route = self.routes.find(request.path)
         name = route.path if route else "other"
         served = self.worker.served  # the one that answers, should a reload come in between
         try:
@@ -94,9 +98,10 @@ class App:
 
     async def _respond(self, request: Request, route: Route | None) -> Response:
         try:
+            request.check()
             # The token comes first: without it paths and methods are not revealed.
-            if self._token and not (route and route.public):
-                self._authorize(request)
+            if token := self._tokens.get(route.path if route else None):
+                _authorize(request, token)
             if route is None:
                 raise ServiceError("not_found", "no such path; /openapi.json lists them all")
             if request.method not in route.methods:
@@ -145,12 +150,13 @@ class App:
                 return str(value, "ascii")
         return f"{self._id_prefix}-{next(self._ids):x}"
 
-    def _authorize(self, request: Request) -> None:
-        scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
-        # Takes equally long for any content, so that the time reveals nothing of the token.
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            told, header = "a valid bearer token is needed", (b"www-authenticate", b"Bearer")
-            raise ServiceError("unauthorized", told, (header,))
+
+def _authorize(request: Request, token: bytes) -> None:
+    scheme, _, shown = request.headers.get(b"authorization", b"").partition(b" ")
+    # Takes equally long for any content, so that the time reveals nothing of the token.
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
+        told, header = "a valid bearer token is needed", (b"www-authenticate", b"Bearer")
+        raise ServiceError("unauthorized", told, (header,))
 
 
 def _is_v2(path: str) -> bool:

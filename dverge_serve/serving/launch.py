@@ -31,17 +31,19 @@ def serve(host: str, port: int, **flags: Any) -> int:
         UserError: the model, the address or a setting cannot be used.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    if given.get("token") == "":
+        raise UserError("`token` is empty", "a token", "leave it out to ask for none")
     settings = dataclasses.replace(Settings.from_environment(), **given)
     asked = settings.model
     settings = dataclasses.replace(settings, model=asked.resolve())
-    host = _address(host)
-    require_free(host, port)
     if not settings.model.is_file():
         raise UserError(
             f"no model at {asked}",
             "a file written by `dverge export`",
             "run `dverge export model.onnx`, or `dverge demo` for an example",
         )
+    host = _address(host)
+    require_free(host, port)
     grace = str(math.ceil(settings.timeout_s) * 2 + 5)  # a body and its answer may take this long
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
     command += ["--host", host, "--port", str(port), "--timeout-graceful-shutdown", grace]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import time
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +15,13 @@ from PIL import Image
 from dverge_serve.cores import cores
 from dverge_serve.engine.card import Card
 from dverge_serve.engine.predictions import Predictions
-from dverge_serve.engine.providers import CPU
-from dverge_serve.engine.report import headline, read_report
+from dverge_serve.engine.providers import CPU, gpus
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import FORMATS, load, to_float
 from dverge_serve.serving.batching import Batcher, Images, Part
 from dverge_serve.serving.metrics import Metrics
+from dverge_serve.serving.model_report import read_model_report
 from dverge_serve.serving.settings import Settings, as_variables
 
 # Images. On a CPU larger batches take as much longer as they hold; a GPU still gains.
@@ -39,7 +36,7 @@ class ServedModel:
         worker: this worker's number from 1, which spreads workers over GPUs.
 
     Raises:
-        UserError: the file cannot be served.
+        UserError: the file, or the report beside it, cannot be used.
     """
 
     def __init__(self, settings: Settings, worker: int = 1) -> None:
@@ -56,7 +53,8 @@ class ServedModel:
             )
         except UserError as error:
             raise UserError(as_variables(error)) from error
-        self.report = read_report(settings.model, self.engine.sha256)
+        self.report = read_model_report(settings.model, self.engine.sha256)
+        self.threshold = self.report.threshold
         self._batcher: Batcher[Predictions] | None = None
         self._metrics: Metrics | None = None
         self._users, self._retired = 0, False
@@ -73,19 +71,6 @@ class ServedModel:
     def sha256(self) -> str:
         """The file's SHA-256, 64 hex digits."""
         return self.engine.sha256
-
-    @cached_property
-    def threshold(self) -> float | None:
-        """The disagreement above which an image is suspicious; None without a report."""
-        try:
-            return float((self.report or {})["disagreement"]["threshold"])
-        except (KeyError, TypeError, ValueError):
-            return None
-
-    @property
-    def headline(self) -> dict[str, Any] | None:
-        """The report's verdict and accuracies; None without a report."""
-        return None if self.report is None else headline(self.report)
 
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""
@@ -144,14 +129,6 @@ class ServedModel:
     def is_suspicious(self, disagreement: float) -> bool:
         """Whether members that disagree this much should raise an alarm."""
         return self.threshold is not None and disagreement > self.threshold
-
-
-def gpus() -> int:
-    """Return how many NVIDIA GPUs this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _warm_up_codecs(card: Card) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import sys
 import time
+import warnings
 from typing import Any, TextIO
 
 from dverge_serve.serving.settings import Log
@@ -16,6 +18,10 @@ LOGGER = logging.getLogger("dverge")
 # the rest of the answer.
 GATHER_S = 0.2
 MOST_LINES = 1000
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# After a failure, seconds in which the same one is not logged again.
+QUIET_S = 10.0
+_quiet_until: dict[str, float] = {}
 
 
 class JsonFormatter(logging.Formatter):
@@ -45,18 +51,36 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(form: Log) -> None:
-    """Send our lines to standard output in `form`; in JSON, those of the libraries too."""
+    """Send our lines and warnings to standard output in `form`; in JSON, the libraries' too."""
     formatter = JsonFormatter() if form == "json" else TextFormatter()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+    warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)
     if form == "json":
         loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
         for logger in (logging.root, *loggers):
             for other in logger.handlers:
                 other.setFormatter(formatter)
+
+
+def note_failure(what: str, error: BaseException | None) -> None:
+    """Log what failed in no request, once in a while as long as it goes on failing.
+
+    Args:
+        what: in the same words each time.
+        error: of a shortage its text is enough; of anything else the traceback is logged.
+    """
+    now = time.monotonic()
+    if now < _quiet_until.get(what, 0.0):
+        return
+    _quiet_until[what] = now + QUIET_S
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        LOGGER.error("%s: %s", what, error.strerror)
+    else:
+        LOGGER.error("%s", what, exc_info=error)
 
 
 class RequestLog:

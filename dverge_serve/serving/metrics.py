@@ -78,6 +78,10 @@ class Metrics:
             "Workers that serve the model file with this SHA-256.",
             ["name", "sha256"],
         )
+        self._alarm = gauge(
+            "dverge_alarm_workers",
+            "Workers whose model has a report that says when an image is suspicious.",
+        )
         self._children: dict[tuple[str, str, str], Counter] = {}
 
     def request(self, route: str, method: str, status: str, seconds: float) -> None:
@@ -114,9 +118,10 @@ class Metrics:
         if suspicious:
             self._suspicious.inc(suspicious)
 
-    def model(self, name: str, sha256: str, serving: bool) -> None:
-        """Say that this worker serves a model file, or no longer does."""
+    def model(self, name: str, sha256: str, serving: bool, alarm: bool = False) -> None:
+        """Say that this worker serves a model file, with an alarm or without, or no longer does."""
         self._model.labels(name, sha256).set(int(serving))
+        self._alarm.set(int(alarm))
 
     def render(self) -> bytes:
         """Return the exposition text, over all workers where there are several."""

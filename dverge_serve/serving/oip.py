@@ -13,6 +13,7 @@ from dverge_serve.engine.card import INPUT
 from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
 from dverge_serve.serving.classify import Classifier
+from dverge_serve.serving.content_coding import CODINGS, RATIO, unpack
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.oip_tensors import Array, Inference, read_inference, write_tensors
 from dverge_serve.serving.requests import Request
@@ -21,6 +22,8 @@ from dverge_serve.serving.settings import Exposure
 
 MODEL = "dverge"
 BASE = f"/v2/models/{MODEL}"
+# The same routes, for one version alone.
+VERSIONED = f"{BASE}/versions/{{version}}"
 HEADER_LENGTH = b"inference-header-content-length"
 BINARY = b"application/octet-stream"
 TYPES = frozenset({"application/json", "application/octet-stream", ""})
@@ -59,14 +62,16 @@ class InferenceProtocol:
         """Answer `GET /v2/health/live`."""
         return json_response({"live": True})
 
-    async def ready(self, _: Request) -> Response:
+    async def ready(self, request: Request) -> Response:
         """Answer `GET /v2/health/ready` and the model's own `ready`."""
         self._check_ready()
+        _check_version(request, self._classifier.model())
         return json_response({"ready": True})
 
-    async def metadata(self, _: Request) -> Response:
+    async def metadata(self, request: Request) -> Response:
         """Answer `GET /v2/models/dverge`."""
         served = self._classifier.model()
+        _check_version(request, served)
         shape = [-1, *served.card.input_shape]
         return json_response(
             {
@@ -89,7 +94,16 @@ class InferenceProtocol:
                 "expected content-type application/json or application/octet-stream",
             )
 
+        coding = request.content_coding
+        if coding not in (b"identity", *CODINGS):
+            raise ServiceError(
+                "unsupported_content_type", "the body is content-encoded; expected gzip or deflate"
+            )
+
         async def read(body: bytes, served: ServedModel) -> tuple[Images, Inference]:
+            _check_version(request, served)
+            if coding in CODINGS:
+                body = await self._unpacked(request, body, coding)
             inference = await self._read(request, body, served)
             return inference.images, inference
 
@@ -100,6 +114,15 @@ class InferenceProtocol:
         if rows * values <= INLINE_VALUES:
             return write()
         return await self._classifier.decoder.off_loop(write)
+
+    async def _unpacked(self, request: Request, body: bytes, coding: bytes) -> bytes:
+        classifier = self._classifier
+        limit = classifier.settings.max_body_bytes
+        room = min(limit, RATIO * len(body))
+        classifier.budget.take(room, request)
+        content = await classifier.decoder.off_loop(partial(unpack, body, coding, limit))
+        classifier.budget.take(len(content) - room, request)
+        return content
 
     async def _read(self, request: Request, body: bytes, served: ServedModel) -> Inference:
         text = request.headers.get(HEADER_LENGTH)
@@ -117,6 +140,21 @@ class InferenceProtocol:
         )
         inline = (len(body) if length is None else length) <= INLINE_BYTES
         return read() if inline else await self._classifier.decoder.off_loop(read)
+
+
+def _check_version(request: Request, served: ServedModel) -> None:
+    """Check that a path's version, if it names one, is in service.
+
+    Raises:
+        ServiceError: it is not.
+    """
+    prefix = f"{BASE}/versions/"
+    if request.path.startswith(prefix):
+        asked = request.path.removeprefix(prefix).partition("/")[0]
+        if asked != version(served):
+            raise ServiceError(
+                "not_found", f"no such version; the one in service is {version(served)}"
+            )
 
 
 def version(served: ServedModel) -> str:

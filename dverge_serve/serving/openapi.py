@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from dverge_serve import __version__
 from dverge_serve.engine.card import model_schema
 from dverge_serve.serving.responses import CODES
-from dverge_serve.serving.routes import Route
+from dverge_serve.serving.routes import Lock, Route
 from dverge_serve.serving.settings import Exposure, Settings
 
 Schema = dict[str, Any]
@@ -30,9 +30,9 @@ HTML: Schema = {"text/html": {"schema": _STRING}}
 BINARY: Schema = {"application/octet-stream": {"schema": _IMAGE}}
 
 
-def document(routes: Iterable[Route], settings: Settings, expose: Exposure) -> Schema:
+def document(routes: Sequence[Route], settings: Settings, expose: Exposure) -> Schema:
     """Return the OpenAPI 3.1 document of a service with these routes and settings."""
-    locked = bool(settings.token)
+    locks = {route.path: route.lock(settings) for route in routes}
     found: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -42,13 +42,15 @@ def document(routes: Iterable[Route], settings: Settings, expose: Exposure) -> S
             "Every answer carries X-Request-Id and X-Model-Sha256.",
         },
         "paths": {
-            route.path: {route.method.lower(): _operation(route, locked and not route.public)}
+            route.path: {route.method.lower(): _operation(route, locks[route.path])}
             for route in routes
         },
         "components": {"schemas": _schemas(expose)},
     }
-    if locked:
-        found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    schemes = sorted({lock for lock in locks.values() if lock})
+    if schemes:
+        bearer = {"type": "http", "scheme": "bearer"}
+        found["components"]["securitySchemes"] = dict.fromkeys(schemes, bearer)
     return found
 
 
@@ -95,20 +97,24 @@ def tensors() -> Schema:
     return {"application/json": {"schema": request}, **BINARY}
 
 
-def _operation(route: Route, locked: bool) -> Schema:
+def _operation(route: Route, lock: Lock | None) -> Schema:
     v2 = route.path.startswith("/v2")
     success = {"description": "OK", "headers": _headers("X-Request-Id"), "content": route.content}
-    errors = [*route.errors, 401] if locked else route.errors
+    errors = [*route.errors, 401] if lock else route.errors
     operation: Schema = {
         "summary": route.summary,
         "responses": {"200": success, **{str(status): _error(status, v2) for status in errors}},
     }
+    if "{version}" in route.path:
+        operation["parameters"] = [
+            {"name": "version", "in": "path", "required": True, "schema": _STRING}
+        ]
     if route.description:
         operation["description"] = route.description
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": route.body}
-    if locked:
-        operation["security"] = [{"token": []}]
+    if lock:
+        operation["security"] = [{lock: []}]
     return operation
 
 
@@ -182,6 +188,11 @@ def _card() -> Schema:
             "type": ["object", "null"],
             "properties": {"verdict": _STRING, "clean_accuracy": figure},
             "description": "its headline; null: there is none; not there under DVERGE_EXPOSE=label",
+        },
+        "report_state": {
+            "enum": ["present", "missing", "foreign"],
+            "description": "foreign: the report beside the model is of another file; not there "
+            "under DVERGE_EXPOSE=label",
         },
     }
     required = [*(key for key in card["required"] if key != "training"), "sha256"]

@@ -88,7 +88,7 @@ def _facts(served: ServedModel, expose: Exposure) -> list[tuple[str, str]]:
         ("Members", f"{card.members}, answering by the mean of their logits"),
         ("Trained on", card.dataset),
         ("Model file", f"sha256 {served.sha256}"),
-        *([] if expose == "label" else _report(served.headline)),
+        *([] if expose == "label" else _report(served.report.headline)),
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dverge_serve.engine.predictions import ClassProbability, Prediction
 from dverge_serve.serving.batching import Images
 from dverge_serve.serving.classify import Classifier
+from dverge_serve.serving.decoding import INLINE_BYTES
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.multipart import image_files
 from dverge_serve.serving.requests import Request
@@ -37,7 +39,9 @@ class Predict:
             files = [body]
             if request.content_type == MULTIPART:
                 header = request.headers[b"content-type"].decode("latin-1")
-                files = image_files(body, header, self._classifier.settings.max_images)
+                split = partial(image_files, body, header, self._classifier.settings.max_images)
+                inline = len(body) <= INLINE_BYTES
+                files = split() if inline else await self._classifier.decoder.off_loop(split)
             return await self._classifier.decoder.decode(files, served.card.preprocess), None
 
         served, _, part = await self._classifier.classify(request, read)
@@ -80,7 +84,8 @@ def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:
     card["sha256"] = served.sha256
     card["provider"] = served.engine.provider
     if expose != "label":
-        card["report"] = served.headline
+        card["report"] = served.report.headline
+        card["report_state"] = served.report.state
     return card
 
 
@@ -93,8 +98,7 @@ def _check_type(request: Request) -> None:
             f"content-type is '{shown}'; expected {', '.join(IMAGE_TYPES)}, "
             f"application/octet-stream or {MULTIPART}",
         )
-    coding = request.headers.get(b"content-encoding", b"identity").strip().lower()
-    if coding != b"identity":
+    if request.content_coding != b"identity":
         raise ServiceError(
             "unsupported_content_type", "the body is content-encoded; expected plain"
         )

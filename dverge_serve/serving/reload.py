@@ -32,7 +32,7 @@ from dverge_serve.engine.report import report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import write_atomic
 from dverge_serve.serving.loaded_model import ServedModel
-from dverge_serve.serving.logs import LOGGER
+from dverge_serve.serving.logs import note_failure
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
@@ -208,8 +208,8 @@ class Reloader:
         while True:
             try:
                 await self._follow()
-            except Exception:  # the watch must survive any failure of the folder
-                LOGGER.exception("following a reload failed")
+            except Exception as error:  # the watch must survive any failure of the folder
+                note_failure("following a reload failed", error)
             await asyncio.sleep(POLL_S)
 
     async def reload(self) -> dict[str, Any]:
@@ -277,9 +277,9 @@ class Reloader:
             served = await asyncio.to_thread(self._load, version)
         except Exception as error:  # whatever it is, it must reach the caller of the reload
             self._given_up = version
-            reason = str(error).replace(
-                str(self._versions.path(version)), str(self._settings.model)
-            )
+            copy, model = self._versions.path(version), self._settings.model
+            reason = str(error).replace(str(copy), str(model))
+            reason = reason.replace(str(report_path(copy)), str(report_path(model)))
             self._versions.note(version, FAILED, reason or type(error).__name__)
             return
         self._prepared = (version, served)

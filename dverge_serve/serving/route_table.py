@@ -8,13 +8,13 @@ from functools import partial
 from dverge_serve.serving import openapi
 from dverge_serve.serving.classify import Classifier
 from dverge_serve.serving.metrics import CONTENT_TYPE
-from dverge_serve.serving.oip import BASE, InferenceProtocol
+from dverge_serve.serving.oip import BASE, VERSIONED, InferenceProtocol
 from dverge_serve.serving.pages import demo_page, start_page
 from dverge_serve.serving.predict import Predict, model_card
 from dverge_serve.serving.requests import Request
 from dverge_serve.serving.responses import TEXT, Response, ServiceError, json_response
 from dverge_serve.serving.routes import Route
-from dverge_serve.serving.settings import Exposure
+from dverge_serve.serving.settings import Exposure, Settings
 from dverge_serve.serving.worker import Worker
 
 CLASSIFY_ERRORS = (400, 408, 413, 415, 500, 503, 504)
@@ -52,7 +52,7 @@ class RouteTable(dict[str, Route]):
             ),
             get("/model", own.model, "The model's card", openapi.ref("Card"), (503,)),
             get("/report", own.report, report, openapi.OBJECT, (404, 503)),
-            get("/metrics", own.metrics, metrics, openapi.TEXT, quiet=True),
+            get("/metrics", own.metrics, metrics, openapi.TEXT, admin=True, quiet=True),
             probe("/livez", own.livez, runs, openapi.TEXT),
             probe("/readyz", own.readyz, loaded, openapi.TEXT, (503,)),
             get("/openapi.json", own.describe, "This document", openapi.OBJECT, public=True),
@@ -60,28 +60,59 @@ class RouteTable(dict[str, Route]):
             get("/v2", v2.server, server, openapi.OBJECT),
             probe("/v2/health/live", v2.live, runs, openapi.OBJECT),
             probe("/v2/health/ready", v2.ready, loaded, openapi.OBJECT, (503,)),
-            get(BASE, v2.metadata, "The model's inputs and outputs", openapi.OBJECT, (503,)),
-            get(f"{BASE}/ready", v2.ready, loaded, openapi.OBJECT, (503,), quiet=True),
-            post(
-                f"{BASE}/infer",
-                v2.infer,
-                "Classify tensors",
-                openapi.ref("Inference") | openapi.BINARY,
-                CLASSIFY_ERRORS,
-                openapi.tensors(),
-                "One input 'images', FP32 of exactly the model's shape, numbers in [0, 1], at most "
-                f"{settings.max_images} images. With the header Inference-Header-Content-Length "
-                "the JSON takes that many bytes and binary tensors follow it.",
-            ),
+            *_model_routes(BASE, v2, settings),
+            *_model_routes(VERSIONED, v2, settings),
             get("/", own.start, "The start page", openapi.HTML, public=True),
             get("/demo", own.demo, "A page to try images on", openapi.HTML, public=True),
         ]
-        if settings.token:
+        if settings.token or settings.admin_token:
             reload = "Put the model file now in place in service"
-            routes.append(post("/admin/reload", own.reload, reload, openapi.OBJECT, (409, 503)))
+            routes.append(
+                post("/admin/reload", own.reload, reload, openapi.OBJECT, (409, 503), admin=True)
+            )
         super().__init__({route.path: route for route in routes})
         self.document = openapi.document(routes, settings, expose)
         own.document = json_response(self.document)
+
+    def find(self, path: str) -> Route | None:
+        """Return the route of a path; any version in it will do: the handler checks it."""
+        if path.startswith(f"{BASE}/versions/"):
+            _, slash, rest = path.removeprefix(f"{BASE}/versions/").partition("/")
+            path = VERSIONED + slash + rest
+        return self.get(path)
+
+
+def _model_routes(base: str, v2: InferenceProtocol, settings: Settings) -> list[Route]:
+    """Return what V2 has for a model, or for one version of it."""
+    versioned = (404,) if base == VERSIONED else ()
+    document = openapi.OBJECT
+    return [
+        Route(
+            "GET", base, v2.metadata, "The model's inputs and outputs", document, (*versioned, 503)
+        ),
+        Route(
+            "GET",
+            f"{base}/ready",
+            v2.ready,
+            "Whether it is loaded",
+            document,
+            (*versioned, 503),
+            quiet=True,
+        ),
+        Route(
+            "POST",
+            f"{base}/infer",
+            v2.infer,
+            "Classify tensors",
+            openapi.ref("Inference") | openapi.BINARY,
+            (*versioned, *CLASSIFY_ERRORS),
+            openapi.tensors(),
+            "One input 'images', FP32 of exactly the model's shape, numbers in [0, 1], at most "
+            f"{settings.max_images} images. With the header Inference-Header-Content-Length "
+            "the JSON takes that many bytes and binary tensors follow it. The body may be "
+            f"compressed (gzip, deflate) if it unpacks to at most {settings.max_body_bytes} bytes.",
+        ),
+    ]
 
 
 class _Handlers:
@@ -113,11 +144,12 @@ class _Handlers:
         served = self._worker.model()
         if self._expose == "label":
             raise ServiceError("not_exposed", "this service shows labels alone")
-        if served.report is None:
-            raise ServiceError("no_report", "no robustness report lies beside this model")
+        report = served.report
+        if report.value is None:
+            raise ServiceError("no_report", f"beside this model lies {report.told}")
         if self._expose == "full":
-            return json_response(served.report)
-        return json_response({"model": {"sha256": served.sha256}, **(served.headline or {})})
+            return json_response(report.value)
+        return json_response({"model": {"sha256": served.sha256}, **(report.headline or {})})
 
     async def reload(self, _: Request) -> Response:
         return json_response(await self._worker.reload())

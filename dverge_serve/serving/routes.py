@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dverge_serve.serving.requests import Request
 from dverge_serve.serving.responses import Response
+from dverge_serve.serving.settings import Settings
 
 Handler = Callable[[Request], Awaitable[Response]]
+Lock = Literal["token", "admin_token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Route:
         body: media types and schemas of the request's body.
         description: what the summary leaves out.
         public: no token is asked for.
+        admin: for the operator alone, where there is a token for that.
         quiet: machines poll it: no log line and no trace for a call.
     """
 
@@ -38,9 +41,16 @@ class Route:
     body: dict[str, Any] | None = None
     description: str = ""
     public: bool = False
+    admin: bool = False
     quiet: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that it takes."""
         return ("GET", "HEAD") if self.method == "GET" else (self.method,)
+
+    def lock(self, settings: Settings) -> Lock | None:
+        """Return the setting that holds the token for this route; None where it takes none."""
+        if self.admin and settings.admin_token:
+            return "admin_token"
+        return "token" if settings.token and not self.public else None

@@ -31,6 +31,8 @@ class Settings:
     """Serve no other file than the one with this SHA-256 (64 hex digits)."""
     token: str = ""
     """Bearer token that callers must show; none by default."""
+    admin_token: str = ""
+    """Bearer token for reload and metrics, in place of `token`; none by default."""
     expose: Exposure | None = None
     """How much callers see; unset means `full` on loopback and `scores` beyond it."""
     max_body_bytes: int = 8_388_608
@@ -55,9 +57,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.model_sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", self.model_sha256):
             raise UserError(f"{PREFIX}MODEL_SHA256 is '{self.model_sha256}'", "64 hex digits")
-        if self.token and not re.fullmatch(r"[!-~]+", self.token):
+        for name in _TOKENS:
             # The value is a secret: say what is wrong with it, not what it is.
-            raise UserError(f"{PREFIX}TOKEN holds spaces or non-ASCII", "printable ASCII")
+            if not re.fullmatch(r"[!-~]*", getattr(self, name)):
+                raise UserError(f"{variable(name)} holds spaces or non-ASCII", "printable ASCII")
+        if self.token and self.token == self.admin_token:
+            raise UserError(f"{PREFIX}ADMIN_TOKEN is the same as {PREFIX}TOKEN", "another one")
         for name, lowest in _LOWEST.items():
             if not getattr(self, name) >= lowest:  # also false for NaN
                 raise _bad(name, getattr(self, name), f"at least {lowest}")
@@ -74,6 +79,9 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from `DVERGE_*` variables; an empty one counts as unset.
 
+        Not so an empty token: it most likely came from a variable that is not set, and the service
+        would be open to anyone.
+
         Unknown names are left alone: Kubernetes, for one, makes up `DVERGE_PORT` for a Service
         called dverge.
 
@@ -83,7 +91,10 @@ class Settings:
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            text = environ.get(variable(field.name), "").strip()
+            name = variable(field.name)
+            text = environ.get(name, "").strip()
+            if field.name in _TOKENS and name in environ and not text:
+                raise UserError(f"{name} is empty", "a token", "unset it to ask for none")
             if text:
                 values[field.name] = _parse(field.name, text, field.default)
         return cls(**values)
@@ -115,6 +126,7 @@ def as_variables(error: UserError) -> str:
     return rename_parameters(str(error), names)
 
 
+_TOKENS = ("token", "admin_token")
 _LOWEST: dict[str, float] = {
     "max_body_bytes": 1,
     "max_pixels": 1,

@@ -55,7 +55,8 @@ def traced(app: App) -> Any:
     name = os.environ.get("OTEL_SERVICE_NAME", "dverge")
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    quiet = ",".join(f"{route.path}$" for route in app.routes.values() if route.quiet)
+    paths = [route.path for route in app.routes.values() if route.quiet]
+    quiet = ",".join(path.replace("{version}", "[^/]+") + "$" for path in paths)
     return OpenTelemetryMiddleware(
         app, tracer_provider=provider, excluded_urls=quiet, exclude_spans=["receive", "send"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -107,7 +108,9 @@ class Worker:
         before = self.model().sha256
         assert self._reloader
         found = await self._reloader.reload()
-        return {"sha256": self.model().sha256, "previous_sha256": before, **found}
+        served = self.model()
+        report = {"report": served.report.state, "alarm": served.threshold is not None}
+        return {"sha256": served.sha256, "previous_sha256": before, **report, **found}
 
     async def _load(self) -> None:
         reloader = self._reloader
@@ -139,12 +142,15 @@ class Worker:
         old, self.served = self.served, served
         if old:
             self._retire(old)
-        self.metrics.model(served.card.name, served.sha256, serving=True)
-        LOGGER.info(
-            "worker %d serves %s (%s, sha256 %s) on %s",
+        alarm = served.threshold is not None
+        self.metrics.model(served.card.name, served.sha256, serving=True, alarm=alarm)
+        LOGGER.log(
+            logging.INFO if alarm else logging.WARNING,
+            "worker %d serves %s (%s, sha256 %s) on %s with %s",
             self.number,
             served.card.name,
             self.settings.model,
             served.sha256,
             served.engine.provider,
+            served.report.told,
         )

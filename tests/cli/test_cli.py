@@ -27,8 +27,21 @@ from tests.serving import tiny
         (["train", "--set", "dverge.epochs"], "key=value, e.g. --set dverge.epochs=10"),
         (["train", "--set", "width.x.y=1"], "--set width.x.y: 'width' is not a table"),
         (["train", "--set", "dverge.epochs=0"], "epochs = 0"),
-        (["train", "--set", "dverge.epochs=many"], "type int"),
-        (["train", "--members", "1"], "2 or more"),
+        (["train", "--set", "dverge.epochs=many"], "a whole number"),
+        (["train", "--set", "data.resize=112"], "a pair such as [32, 32]"),
+        (["train", "--set", "data.mean=1"], "a list such as [0.5, 0.5, ...]"),
+        (["train", "--set", "data.flip=1"], "true or false"),
+        (["train", "--members", "1"], "2 to 1000"),
+        (["train", "--members", "100000000"], "2 to 1000"),
+        (["train", "--set", "width=100000"], "width = 100000"),
+        (["train", "--set", f"batch_size={10**20}"], "a whole number below"),
+        (["train", "--set", f"standard.epochs={10**23}"], "a whole number below"),
+        (["train", "--set", "name=../../x"], "a name for a folder"),
+        (["train", "--recipe", "../../x"], "unknown recipe"),
+        (["train", "--data", "x" * 5000], "File name too long"),
+        (["predict", "model.onnx", "x.png", "--csv", "no/where.csv"], "no folder no for --csv"),
+        (["cache", "prune", "--days", "-1"], "0 or more"),
+        (["cache", "prune", "nothing"], "no part 'nothing'"),
         (["train", "--seed", "4294967296"], "kept for surrogates"),
         (["train", "--set", "architecture=resnet9"], "6n+2"),
         (["train", "--data", "nowhere"], "no folder"),
@@ -94,7 +107,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (PermissionError(errno.EACCES, "Permission denied", "/locked"), "cannot use /locked"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "full; lower batch_size, or use --device"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line_and_exit_2(
@@ -111,6 +124,17 @@ def test_what_the_machine_refuses_is_one_line_and_exit_2(
     told = capsys.readouterr().err
     assert words in told
     assert len(told.splitlines()) == 1
+
+
+def test_memory_of_the_device_is_full_and_there_is_no_batch_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("verification.verify", fail)
+    assert run(["verify-robustness", "model.onnx"]) == 2
+    assert capsys.readouterr().err == "dverge: the device's memory is full; use --device cpu\n"
 
 
 def test_the_four_commands_and_the_gate(
@@ -189,6 +213,42 @@ def test_a_bug_of_ours_is_told_as_one(
     monkeypatch.setattr("training.recipe.load_recipe", explode)
     assert run(["train", "--dry-run"]) == 70
     assert "a bug of ours" in capsys.readouterr().err
+
+
+def test_a_line_is_short_and_obeys_no_escape_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["predict", "model.onnx", "\x1b[31m" + "x" * 10_000]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "cannot use ?[31mxxx" in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_full_memory_is_told_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.recipe.load_recipe", full)
+    complains(capsys, ["train", "--recipe", "digits"], "lower batch_size, width or members")
+
+
+def test_any_name_can_be_printed_on_any_terminal(
+    tiny_model: Path, digit: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "é😀.png"
+    odd.write_bytes(digit.read_bytes())
+    arguments = [sys.executable, "-m", "dverge_serve", "predict", str(tiny_model), str(odd)]
+    ascii_only = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    found = subprocess.run(arguments, capture_output=True, check=False, env=ascii_only)
+    assert found.returncode == 0, found.stderr
 
 
 def test_an_interrupt_is_told_as_one(

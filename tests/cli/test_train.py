@@ -64,3 +64,40 @@ def test_an_architecture_that_does_not_take_the_images_is_a_mistake(
     few = ["--set", "data.train_limit=64", "--set", "architecture=torchvision:alexnet"]
     assert run(["train", "--out", str(tmp_path / "run"), *few]) == 2
     assert "does not take images of 8x8" in capsys.readouterr().err
+
+
+def test_training_says_where_it_begins_goes_on_and_has_ended(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    settings = {"standard.epochs": 1, "dverge.epochs": 1, "data.train_limit": 60, "width": 8}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = ["train", "--out", str(out), "--members", "2", *words]
+    with monkeypatch.context() as patch:  # Ctrl-C in the second stage
+        patch.setattr("training.trainer.diversity", lambda *_: _interrupt())
+        patch.setattr("training.trainer._measures_diversity", lambda *_: _second_stage(out))
+        assert run(command) == 130
+    told = capsys.readouterr().err
+    assert f"training 'digits' on cpu into {out}" in told
+    assert told.endswith(f"dverge: interrupted; go on with `dverge train --resume --out {out}`\n")
+    assert run(["train", "--resume", "--out", str(out)]) == 0
+    assert "going on after epoch 0 of dverge training" in capsys.readouterr().err
+    assert run(["train", "--resume", "--out", str(out)]) == 0
+    assert f"{out} is finished: nothing is left to train" in capsys.readouterr().err
+
+
+def _second_stage(out: Path) -> bool:
+    return (out / "standard.safetensors").exists()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_wrong_folder_is_told_before_anything_is_said_to_begin(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["train", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("dverge: no folder")
+    assert not (tmp_path / "run").exists()

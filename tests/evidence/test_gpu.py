@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import smoke, steps
+from benchmarks.gpu import recording, smoke, steps
 from benchmarks.gpu.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,26 @@ def test_the_checks_without_long_trainings_pass_on_the_cpu() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[0] for line in done.stdout.splitlines() if " " in line[:5]]
-    assert len(CHECKS) == 18
-    assert (words.count("PASS"), words.count("SKIP")) == (6, 9)
-    assert done.stdout.count("needs a GPU") == 9
+    assert len(CHECKS) == 20
+    assert (words.count("PASS"), words.count("SKIP")) == (7, 10)
+    assert done.stdout.count("needs a GPU") == 10
+
+
+def test_only_what_waits_for_the_gpu_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode that finds it warns of itself, at its first use in a process."""
+
+    def prototype(mode: str) -> None:
+        if mode == "warn":
+            warnings.warn(
+                "Synchronization debug mode is a prototype feature and does not yet detect all "
+                "synchronizing operations",
+                stacklevel=2,
+            )
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", prototype)
+    monkeypatch.setattr(recording, "METHODS", ("dverge",))
+    count: smoke.Check = recording.steps_do_not_wait.__wrapped__  # type: ignore[attr-defined]
+    assert count(CPU) == "{'dverge': 0}"
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
+from dverge_serve.engine import providers as devices
 from dverge_serve.engine.card import FusionMode
 from dverge_serve.engine.outputs import Scores
-from dverge_serve.engine.providers import CPU, CUDA
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
@@ -111,14 +112,12 @@ def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
 ) -> None:
     """A driver and a CUDA build are here, but not the libraries: ONNX Runtime falls back."""
     members, card = ensemble("resnet8", 2, 1, 8)
-    cuda: list[Any] = [(CUDA, {}), CPU]
-    monkeypatch.setattr(
-        "export.fusion_choice.providers", lambda target: [CPU] if target == "cpu" else cuda
-    )
+    monkeypatch.setattr(devices, "gpus", lambda: 1)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [devices.CUDA, devices.CPU])
 
     def measured(_: bytes, __: bytes, device: str) -> dict[int, float]:
         if device == "cuda":
-            raise UserError("cuda was asked for but ONNX Runtime fell back")
+            raise UserError("cuda was asked for but ONNX Runtime fell back", "", "use `device` cpu")
         return {1: 2.0}
 
     monkeypatch.setattr("export.fusion_choice.speedups", measured)
@@ -127,8 +126,9 @@ def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
     assert (plan.form, plan.target) == ("grouped", "cpu")
     assert data == build_graph(members, replace(card, form="grouped", target="cpu"))
     assert "fell back: the file is made for the CPU" in capsys.readouterr().err
-    with pytest.raises(UserError, match="fell back"):
+    with pytest.raises(UserError, match="fell back; measure there, or name a form") as refused:
         build_best(members, card, "auto", "cuda")
+    assert "`device`" not in str(refused.value)  # which export does not have
 
 
 def test_grouped_leaves_the_members_as_they_were() -> None:

@@ -139,6 +139,6 @@ def test_refusals(
     with pytest.raises(UserError, match=r"calibrated on training images: no folder .*nowhere"):
         export(tiny_run, "m.onnx", precision="int8", data=Path("nowhere"))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("dverge_serve.engine.providers.has_gpu", lambda: False)
+    monkeypatch.setattr("dverge_serve.engine.providers.gpus", lambda: 0)
     with pytest.raises(UserError, match="name a form"):  # it cannot be measured here
         export(Run.open_finished(tiny_run), tmp_path / "m.onnx", target="cuda")

@@ -166,6 +166,16 @@ def without(name: str) -> Callable[[Table], object]:
         ),
         (lambda made: made["model0"].update({"model.fc.bias": torch.zeros(3)}), "'fc.bias' in"),
         (lambda made: made["model0"]["model.bn1.weight"].fill_(torch.nan), "not finite"),
+        (lambda made: made["model0"]["model.bn1.running_var"].fill_(-1), "has negative values"),
+        (lambda made: made.update({"model_0": made["model0"]}), "holds model0 and model_0"),
+        (
+            lambda made: made["model0"].update({"model.fc.bias": torch.zeros(10).to_sparse()}),
+            "'fc.bias' in",
+        ),
+        (
+            lambda made: made["model0"].update({"model.fc.bias": torch.zeros(10) * 1j}),
+            "complex64; expected an ordinary tensor",
+        ),
         (lambda made: made["model0"]["normalizer.std"].fill_(torch.nan), "std above 0"),
         (lambda made: made["model0"]["normalizer.std"].fill_(0), "std above 0"),
         (lambda made: made["model0"]["normalizer.mean"].fill_(torch.inf), "expected finite"),
@@ -186,7 +196,7 @@ def test_a_partial_checkpoint_is_refused_in_one_line(
 
 def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
     torch.save(table(nets(1)), tmp_path / "c.pth")
-    (tmp_path / "names").write_text("\n".join("abcdefghij"))
+    (tmp_path / "names").write_text("\ufeff" + "\n".join("abcdefghij"))  # as Windows writes it
     source = from_checkpoint(tmp_path / "c.pth", tmp_path / "names")
     assert source.card.labels == tuple("abcdefghij")
 
@@ -204,15 +214,17 @@ def test_foreign_files_and_code_in_pickles(
     Path("empty.pth").write_bytes(b"")
     Path("evil.pth").write_bytes(pickle.dumps({"model0": Evil()}))
     torch.save([1, 2], "list.pth")
+    torch.save({"model0": nn.Linear(2, 2)}, "module.pth")
     torch.save(table(nets(1)), "good.pth")
     Path("half.pth").write_bytes(Path("good.pth").read_bytes()[:2000])
     Path("names").write_text("a\nb\n")
     for arguments, words in (
         (["--checkpoint", "none.pth", "--labels", "cifar10"], "cannot read none.pth"),
-        (["--checkpoint", "text.pth", "--labels", "cifar10"], "cannot be read as tensors"),
-        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "cannot be read as tensors"),
-        (["--checkpoint", "evil.pth", "--labels", "cifar10"], "cannot be read as tensors"),
-        (["--checkpoint", "half.pth", "--labels", "cifar10"], "cannot be read as tensors"),
+        (["--checkpoint", "text.pth", "--labels", "cifar10"], "is no file of torch.save"),
+        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "is no file of torch.save"),
+        (["--checkpoint", "evil.pth", "--labels", "cifar10"], "is damaged, or not of"),
+        (["--checkpoint", "half.pth", "--labels", "cifar10"], "is damaged"),
+        (["--checkpoint", "module.pth", "--labels", "cifar10"], "torch.nn.modules.linear.Linear"),
         (["--checkpoint", "list.pth", "--labels", "cifar10"], "holds a list"),
         (["--checkpoint", "good.pth", "--labels", "names"], "2 different classes"),
         (["--checkpoint", "good.pth", "--labels", "nowhere"], "cannot read labels"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from dverge_serve.images import Preprocess, load
+from dverge_serve.images import ImageError, Preprocess, load, to_pixels
 from tests.leaves.pictures import SIZE, Pixels, encode, exactly, noise, smooth
 
 LOSSLESS: list[tuple[str, dict[str, Any]]] = [("PNG", {}), ("WEBP", {"lossless": True})]
@@ -133,6 +137,38 @@ def test_sixteen_bit_gray_is_scaled_not_cut(mode: Literal["L", "RGB"]) -> None:
     assert found[0, 0, :4].tolist() == [0, 255, 1, 0]
 
 
+def png(bits: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+    """Return a PNG of equal rows with a value named as transparent; Pillow writes 8 bits alone."""
+    height, width = SIZE
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    rows = zlib.compress((b"\0" + row) * height)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_gray_turns_white_at_every_depth(bits: int) -> None:
+    values = [1, 0] * (SIZE[1] // 2) + [1]
+    row = "".join(f"{value:0{bits}b}" for value in values)
+    row = row.ljust(-(-len(row) // 8) * 8, "0")
+    packed = int(row, 2).to_bytes(len(row) // 8, "big")
+    for mode in ("L", "RGB"):
+        found = load(png(bits, 0, packed, struct.pack(">H", 1)), exactly(mode))
+        assert found[0, 0].tolist() == [255 if value else 0 for value in values]
+
+
+def test_a_transparent_colour_turns_white_at_sixteen_bits() -> None:
+    colours = [(1000, 2000, 3000), (1000, 2000, 60_000)] * (SIZE[1] // 2) + [(0, 0, 0)]
+    row = b"".join(struct.pack(">HHH", *colour) for colour in colours)
+    found = load(png(16, 2, row, struct.pack(">HHH", *colours[0])), exactly("RGB"))
+    assert found[:, 0, 0].tolist() == [255, 255, 255]
+    assert found[:, 0, 1].tolist() == [3, 7, 234]
+    assert found[:, 0, -1].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_cmyk_jpeg_becomes_rgb(mode: Literal["L", "RGB"]) -> None:
     picture = Image.new("CMYK", (16, 16), (255, 0, 0, 0))  # cyan
@@ -173,3 +209,32 @@ def test_rotation_comes_before_size() -> None:
     pixels = noise(9, 6, 3)  # stored lying; upright it is 6 high and 9 wide
     found = load(encode(pixels, exif=exif.tobytes()), exactly("RGB", (6, 9)))
     assert np.array_equal(found.transpose(1, 2, 0), np.rot90(pixels, -1))
+
+
+def test_a_large_photograph_is_decoded_at_a_part_of_its_size(tmp_path: Path) -> None:
+    """5000 by 4000 pixels: a quarter of a byte for each in place of three."""
+    ramp = np.linspace(0, 255, 5000, dtype=np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (4000, 5000, 3)))
+    preprocess = Preprocess(mode="RGB", resize=(96, 96), crop=(96, 96))
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    sizes: list[tuple[int, int]] = []
+    whole = Image.Image.resize
+
+    def resize(self: Image.Image, *given: Any, **named: Any) -> Image.Image:
+        sizes.append(self.size)
+        return whole(self, *given, **named)
+
+    with mock.patch.object(Image.Image, "resize", resize):
+        small, large = (to_pixels(tmp_path / name, preprocess) for name in ("a.jpg", "a.png"))
+    assert sizes == [(2500, 2000), (5000, 4000)]
+    assert int(np.abs(small.astype(int) - large).max()) <= 2
+    with pytest.raises(ImageError, match="5000x4000 pixels"):
+        load((tmp_path / "a.jpg").read_bytes(), preprocess)
+
+
+def test_a_file_beyond_every_camera_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (12_000, 12_000)).save(tmp_path / "a.png")
+    preprocess = Preprocess(mode="L", resize=(8, 8), crop=(8, 8))
+    with pytest.raises(ImageError, match="12000x12000 pixels"):
+        to_pixels(tmp_path / "a.png", preprocess)

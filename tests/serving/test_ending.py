@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import onnx
 import psutil
 import pytest
 
+from dverge_serve.engine.report import report_path
 from dverge_serve.errors import UserError
 from dverge_serve.serving.settings import Settings
 from dverge_serve.serving.worker import Worker
@@ -59,6 +61,30 @@ def test_ctrl_c_ends_it_quickly_and_quietly(tmp_path: Path) -> None:
     assert "Traceback" not in server.log
 
 
+def test_a_closed_terminal_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    with serving(tmp_path) as server:
+        for process in [psutil.Process(server.process.pid), *server.workers()]:
+            process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=20) == 0
+    assert "Traceback" not in server.log
+    assert server.log.count(" is ready after ") == 1
+
+
+def test_under_nohup_it_stays(tmp_path: Path) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving(tmp_path) as server:
+            workers = server.workers()
+            for process in [psutil.Process(server.process.pid), *workers]:
+                process.send_signal(signal.SIGHUP)
+            assert httpx.get(f"{server.url}/livez").status_code == 200
+            assert server.workers() == workers
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -90,6 +116,8 @@ def _foreign(model: Path) -> None:
         (lambda model: model.write_bytes(b""), {}, "cannot be loaded"),
         (_newer, {}, "schema version 99"),
         (_foreign, {}, "no 'dverge' metadata"),
+        (lambda model: report_path(model).write_bytes(b"{"), {}, "cannot use the report"),
+        (lambda _: None, {"DVERGE_TOKEN": ""}, "DVERGE_TOKEN is empty"),
         (
             lambda _: None,
             {"DVERGE_MODEL_SHA256": "0" * 64},

@@ -57,3 +57,25 @@ async def test_the_token_guards_all_but_probes_and_static_pages(start: Start) ->
         answer = await client.get("/model", headers={"authorization": f"{scheme} s3cret"})
         assert answer.status_code == 200
     assert "tiny" not in (await client.get("/")).text
+
+
+async def test_the_admin_token_alone_opens_reload_and_metrics(start: Start) -> None:
+    client = await start(token="caller", admin_token="admin")
+    caller, admin = ({"authorization": f"Bearer {each}"} for each in ("caller", "admin"))
+    for method, path in (("GET", "/metrics"), ("POST", "/admin/reload")):
+        refusal(await client.request(method, path, headers=caller), "unauthorized")
+        assert (await client.request(method, path, headers=admin)).status_code == 200
+    assert (await client.get("/model", headers=caller)).status_code == 200
+    for path in ("/model", "/nothing"):
+        refusal(await client.get(path, headers=admin), "unauthorized")
+    document = (await client.get("/openapi.json")).json()
+    assert document["paths"]["/metrics"]["get"]["security"] == [{"admin_token": []}]
+    assert document["paths"]["/predict"]["post"]["security"] == [{"token": []}]
+
+
+async def test_without_a_token_for_callers_the_admin_token_guards_its_routes(start: Start) -> None:
+    client = await start(admin_token="admin")
+    assert (await client.get("/model")).status_code == 200
+    refusal(await client.get("/metrics"), "unauthorized")
+    refusal(await client.post("/admin/reload"), "unauthorized")
+    refusal(await client.get("/nothing"), "not_found")

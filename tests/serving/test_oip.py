@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,11 @@ WRONG: dict[str, Any] = {
     "ragged data": request(data=[[0.5] * 8] * 7 + [[0.5] * 7]),
     "strings": request(data=["0.5"] * 64),
     "booleans": request(data=[True] * 64),
+    "one boolean": request(data=[0.5] * 63 + [True]),
+    "one string": request(data=[0.5] * 63 + ["0.5"]),
+    "a list for a number": request(data=[0.5] * 63 + [[0.5]]),
+    "an object for a number": request(data=[0.5] * 63 + [{"a": 0.5}]),
+    "a list without its number": request(data=[0.5] * 63 + [[]]),
     "nulls": request(data=[None] * 64),
     "a huge whole number": request(data=[10**30] * 64),
     "above one": request(data=[0.5] * 63 + [1.0001]),
@@ -272,6 +279,53 @@ async def test_long_json_takes_the_other_way_to_the_same_answer(start: Start) ->
     expected = np.stack([tiny.gray_logits(float(value)) for value in values])
     found = np.array(outputs["member_logits"]["data"]).reshape(64, 3, 2)
     assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.anyio
+async def test_compressed_requests_are_unpacked_within_the_limit(start: Start) -> None:
+    client = await start(max_body_bytes=5000)
+    body = json.dumps(request()).encode()
+    values = batch(0.0).tobytes()
+    header = binary(values)
+
+    async def post(content: bytes, coding: str, **headers: str) -> httpx.Response:
+        headers = {"content-encoding": coding, **headers}
+        return await client.post(INFER, content=content, headers=headers)
+
+    for coding, packed in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        assert (await post(packed(body), coding)).json()["outputs"][0]["data"] == ["bright"]
+        both = packed(header + values)
+        answer = await post(both, coding, **{LENGTH: str(len(header))})
+        assert answer.json()["outputs"][0]["data"] == ["dark"]
+        fits, long = (packed(body + b" " * (size - len(body))) for size in (5000, 5001))
+        assert (await post(fits, coding)).status_code == 200
+        refused(await post(long, coding), "body_too_large")
+        refused(await post(packed(bytes(100_000_000))[:4900], coding), "body_too_large")
+        for wrong in (b"", body, packed(body)[:-1], packed(body) + b"x", packed(body) * 2):
+            refused(await post(wrong, coding), "bad_request")
+    refused(await post(body, "br"), "unsupported_content_type")
+
+
+@pytest.mark.anyio
+async def test_the_version_in_service_has_routes_and_no_other(start: Start) -> None:
+    client = await start()
+    model = (await client.get("/v2/models/dverge")).json()
+    base = f"/v2/models/dverge/versions/{model['versions'][0]}"
+    assert (await client.get(base)).json() == model
+    assert (await client.get(f"{base}/ready")).status_code == 200
+    answer = await client.post(f"{base}/infer", json=request())
+    assert answer.json() == (await client.post(INFER, json=request())).json()
+    for other in ("1", "", "x" * 1000, "%2F"):
+        wrong = f"/v2/models/dverge/versions/{other}"
+        for answer in (
+            await client.get(f"{wrong}/ready"),
+            await client.post(f"{wrong}/infer", json=request()),
+        ):
+            refused(answer, "not_found")
+    refused(await client.get(f"{base}/other"), "not_found")
+    text = (await client.get("/metrics")).text
+    assert 'route="/v2/models/dverge/versions/{version}/infer"' in text
+    assert f"versions/{model['versions'][0]}" not in text
 
 
 @pytest.mark.anyio

@@ -26,6 +26,7 @@ def test_every_field_is_read_from_its_variable() -> None:
         "DVERGE_MODEL": "other.onnx",
         "DVERGE_MODEL_SHA256": "ab" * 32,
         "DVERGE_TOKEN": "secret",
+        "DVERGE_ADMIN_TOKEN": "another",
         "DVERGE_EXPOSE": "label",
         "DVERGE_MAX_BODY_BYTES": "1000",
         "DVERGE_MAX_PIXELS": "100",
@@ -76,9 +77,20 @@ def test_what_serve_is_given_wins_over_the_environment(
 ) -> None:
     """Also where what is given is a default."""
     with pytest.raises(SystemExit):
-        serve("127.0.0.1", free_port(), model=gray_model, workers=1, token="", device="auto")
+        serve("127.0.0.1", free_port(), model=gray_model, workers=1, token="mine", device="auto")
     (settings,) = launched
-    assert (settings.workers, settings.token, settings.device) == (1, "", "auto")
+    assert (settings.workers, settings.token, settings.device) == (1, "mine", "auto")
+
+
+def test_an_empty_token_is_refused_not_ignored(launched: list[Settings]) -> None:
+    """It comes from a variable that is not set; the service would be open to anyone."""
+    with pytest.raises(UserError, match="`token` is empty"):
+        serve("127.0.0.1", free_port(), token="")
+    for name in ("DVERGE_TOKEN", "DVERGE_ADMIN_TOKEN"):
+        for value in ("", "  "):
+            with pytest.raises(UserError, match=f"{name} is empty"):
+                Settings.from_environment({name: value})
+    assert launched == []
 
 
 def test_empty_and_unknown_variables_are_left_alone() -> None:
@@ -107,6 +119,7 @@ def test_empty_and_unknown_variables_are_left_alone() -> None:
         ("LOG", "xml"),
         ("MODEL_SHA256", "abc"),
         ("TOKEN", "two words"),
+        ("ADMIN_TOKEN", "two words"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_variable(name: str, value: str) -> None:
@@ -121,3 +134,8 @@ def test_a_bad_token_is_not_repeated() -> None:
     with pytest.raises(UserError) as error:
         Settings(token="pass word")
     assert "pass word" not in str(error.value)
+
+
+def test_one_token_cannot_be_both() -> None:
+    with pytest.raises(UserError, match="DVERGE_ADMIN_TOKEN is the same"):
+        Settings(token="same", admin_token="same")

@@ -302,9 +302,10 @@ def test_differences_name_dotted_keys() -> None:
 
 def test_what_changes_no_result_is_no_difference() -> None:
     one = load_recipe("images")
-    free = {"data.memory_gb": 0.5, "data.workers": 3, "tensorboard": True}
+    free = {"data.memory_gb": 0.5, "data.workers": 3, "graphs": "off", "tensorboard": True}
     other = load_recipe("images", free)
     assert (other.data.memory_gb, other.data.workers, other.tensorboard) == (0.5, 3, True)
+    assert other.graphs == "off"
     assert differences(one, other) == []
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.optim import SGD
 
 from tests.training.networks import tiny_config
+from tests.training.tape import Tape
 from training import estimate as estimating
 from training.config import Config
 from training.estimate import estimate, gradient_evaluations
 from training.methods import TrainingStage, stages
 from training.methods.dverge import draw_layer
 from training.models.member import Member
+from training.parallel import cuda_graphs
 from training.parallel.topology import Batch
 from training.trainer import train
 
@@ -93,6 +95,23 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("training.estimate.time.monotonic", lambda: now[0])
     # 90 images make 6 batches of 16.
     assert estimate(config, CPU)["seconds"] == {"standard": 7 * 6, "dverge": 11 * 6}
+
+
+def test_where_steps_are_recorded_replays_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every layer the warm-ups and the recording come before the clock is read."""
+    tape, looks = Tape(), list[int]()
+
+    def look() -> float:
+        looks.append(len(tape.asked))
+        return float(len(looks))
+
+    monkeypatch.setattr(cuda_graphs, "wanted", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
+    monkeypatch.setattr("training.estimate.time.monotonic", look)
+    estimate(tiny_config(dverge__steps=1), CPU)
+    timed = [tape.asked[begun:end] for begun, end in zip(looks[::2], looks[1::2], strict=True)]
+    assert len(timed) == 2 * estimating.TIMED_STEPS
+    assert all(set(asked) == {"replay"} for asked in timed)
 
 
 def test_everything_is_counted_of_the_runs_own_images_and_members() -> None:

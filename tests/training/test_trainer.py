@@ -15,6 +15,7 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from training import loss_meter
+from training.accuracy import accuracy
 from training.config import MAX_SEED, Data
 from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
@@ -24,7 +25,7 @@ from training.methods.dverge import draw_layer
 from training.parallel.topology import Batch, ProcessTopology
 from training.runs.directory import Run
 from training.schedules import Dverge
-from training.trainer import accuracy, train
+from training.trainer import train
 
 CPU = torch.device("cpu")
 PAIRS = TrainingStage(METHODS["dverge"], Dverge(), lambda *_: torch.zeros(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ import torch
 from dverge_serve import images
 from dverge_serve.errors import UserError
 from dverge_serve.files import cache_folder
-from dverge_serve.progress import Progress
+from dverge_serve.progress import Progress, say
 from training.config import DOWNLOADED, Data
+from training.data.image_folder import read_folder
 from training.seeds import generator
 
 MOST_REST = 5000  # images
@@ -105,35 +105,6 @@ def _torchvision(
     return tuple(names), pixels.astype(np.uint8), np.asarray(targets).astype(np.int64)
 
 
-def class_folders(root: Path, part: str) -> dict[str, list[Path]]:
-    """Return the image files of each class under `root/part/<class>/`, classes sorted by name.
-
-    Raises:
-        UserError: no such folder, fewer than two classes, or a class without an image.
-    """
-    folder = root / part
-    layout = f"{root}/train/<class>/ and {root}/test/<class>/ with PNG, JPEG or WebP images"
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}", layout)
-    classes = {
-        item.name: images.image_paths(item)
-        for item in sorted(folder.iterdir())
-        if item.is_dir() and not item.name.startswith(".")
-    }
-    for name in classes:
-        if name != os.fsencode(name).decode(errors="replace"):
-            raise UserError(f"class folder {folder}/{name!a} is not UTF-8", "a name in UTF-8")
-    if len(classes) < 2:
-        raise UserError(f"{len(classes)} class folders in {folder}", f"two or more: {layout}")
-    empty = [name for name, files in classes.items() if not files]
-    if empty:
-        raise UserError(
-            f"no image in {folder / empty[0]} ({len(empty)} such classes)",
-            "PNG, JPEG or WebP files in every class folder",
-        )
-    return classes
-
-
 def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     """Return class names and files of a folder of images, as `read`; nothing is decoded yet.
 
@@ -142,24 +113,15 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     """
     if not data.path:
         raise UserError("no data folder", "`data` FOLDER with train/<class>/ and test/<class>/")
-    root = Path(data.path)
-    train, test = class_folders(root, "train"), class_folders(root, "test")
-    if train.keys() != test.keys():
-        odd = sorted(train.keys() ^ test.keys())
-        where = "train" if odd[0] in train else "test"
-        raise UserError(
-            f"class '{odd[0]}' only under {root / where} ({len(odd)} classes differ)",
-            "the same class folders under train and test",
-        )
-    classes = train if part == "train" else test
-    paths = [file for found in classes.values() for file in found]
-    targets = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
-    files = ImageFiles(
-        root / ("train" if part == "train" else "test"),
-        paths,
-        targets.astype(np.int64),
-        data.preprocess,
-    )
+    found = read_folder(Path(data.path))
+    if part == "train":
+        for line in found.notes:
+            say(line)
+    classes = found.train if part == "train" else found.test
+    paths = [file for files in classes.values() for file in files]
+    targets = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
+    where = "train" if part == "train" else "test"
+    files = ImageFiles(found.root / where, paths, targets.astype(np.int64), data.preprocess)
     return tuple(classes), files.take(_chosen(len(paths), data, part))
 
 
@@ -213,7 +175,7 @@ def decode(
     broken = []
     for at, path in enumerate(paths):
         try:
-            pixels[at] = images.load(path.read_bytes(), preprocess)
+            pixels[at] = images.to_pixels(path, preprocess)
         except (images.ImageError, OSError) as error:
             broken.append(f"{path} ({error})")
     return pixels, broken

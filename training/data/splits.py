@@ -15,6 +15,7 @@ from dverge_serve.errors import UserError
 from training.config import Data
 from training.data import sources
 from training.data.streaming import Streamed, streamed, streams
+from training.device import send
 from training.seeds import generator
 
 
@@ -57,8 +58,9 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def fetch(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is rows, `[n]`."""
-        for rows in parts:
+        """Yield images `[n, C, H, W]` and labels `[n]` of each part; a part is CPU rows, `[n]`."""
+        for part in parts:
+            rows = send(part, self.device)
             yield self.images[rows], self.labels[rows]
 
     @property
@@ -119,7 +121,10 @@ def load_training(data: Data) -> TrainingData:
 def _parts(
     targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows for training and the rows held out."""
+    """Return the rows for training and the rows held out.
+
+    They are drawn at random, and by class where that would leave a class out of either.
+    """
     order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
     held = max(1, round(data.holdout * len(order)))
     if len(order) - held < 2:
@@ -127,6 +132,8 @@ def _parts(
             f"{len(order)} training images in '{data.path or data.name}'",
             "enough for training and a held-out part",
         )
+    if any(len(np.unique(targets[part])) < len(labels) for part in (order[held:], order[:held])):
+        order = order[np.argsort(_places(targets[order]), kind="stable")]
     kept, out = np.sort(order[held:]), np.sort(order[:held])
     missing = [labels[index] for index in set(range(len(labels))) - set(targets[kept].tolist())]
     if missing:
@@ -136,6 +143,18 @@ def _parts(
             "raise data.train_limit or lower data.holdout",
         )
     return kept, out
+
+
+def _places(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return where each image stands within its class, from 0 to 1, in the order given.
+
+    By it, the first images of an order are as good as the same share of every class.
+    """
+    places = np.empty(len(targets))
+    for label in np.unique(targets):
+        rows = np.flatnonzero(targets == label)
+        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return places
 
 
 def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
@@ -175,6 +194,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one shuffled, augmented epoch: float32 images `[B,C,H,W]` in `[0,1]` and labels `[B]`.
 
+    All is drawn on the CPU: what a GPU draws depends on its model.
+
     Args:
         split: the images, on or bound for the device where the batches are made.
         batch_size: images a batch; the last may be smaller, but never a single image, which
@@ -182,21 +203,27 @@ def batches(
         data: the augmentation.
         seed_path: what this epoch is, for the random generator (see `training.seeds`).
     """
-    draw = generator(*seed_path, device=split.device)
-    order = torch.randperm(len(split), generator=draw, device=split.device)
+    draw = generator(*seed_path)
+    order = torch.randperm(len(split), generator=draw)
     parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
     for images, labels in split.fetch(parts):
         yield to_float(augment(images, data, draw)), labels
 
 
 def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:
-    """Return the batch `[B,C,H,W]` after random crop (zero padding) and horizontal flip."""
+    """Return the batch `[B,C,H,W]` after random crop (zero padding) and horizontal flip.
+
+    Args:
+        batch: images, anywhere.
+        data: the augmentation.
+        draw: on the CPU.
+    """
     count, _, height, width = batch.shape
     rows = torch.arange(height, device=batch.device).expand(count, -1)
     columns = torch.arange(width, device=batch.device).expand(count, -1)
 
     def random(high: int) -> Tensor:
-        return torch.randint(high, (count, 1), generator=draw, device=batch.device)
+        return send(torch.randint(high, (count, 1), generator=draw), batch.device)
 
     if data.flip:
         columns = torch.where(random(2) == 1, columns.flip(1), columns)

@@ -26,6 +26,7 @@ from dverge_serve.images import Preprocess
 from dverge_serve.progress import Progress
 from training.config import Data
 from training.data.sources import ImageFiles, decode, refuse_broken
+from training.device import send
 
 SCAN = 64  # images a batch when all are looked through
 MOST_WORKERS = 8
@@ -66,18 +67,19 @@ class Streamed:
         """Yield images uint8 `[n, C, H, W]` and labels `[n]` of each part, read ahead.
 
         Args:
-            parts: the rows of each, `[n]`.
+            parts: the rows of each, `[n]`, on the CPU.
 
         Raises:
             UserError: a file that cannot be read any more, or a worker that was ended.
         """
-        rows = [part.cpu() for part in parts]
+        rows = list(parts)
         reader = self._readers.pop() if self._readers else _Reader(self.files, self.workers)
         labels = self.labels
         try:
             for part, (pixels, broken) in zip(rows, reader.read(rows), strict=True):
                 refuse_broken(broken, len(part), self.files.folder)
-                yield torch.from_numpy(pixels).to(self.device), labels[part].to(self.device)
+                images = torch.from_numpy(pixels)
+                yield send(images, self.device), send(labels[part], self.device)
         finally:
             self._readers.append(reader)
 

@@ -59,10 +59,12 @@ def adp_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = logits.softmax(2)
     mean = probabilities.mean(1)
     entropy = -(mean * (mean + 1e-20).log()).sum(1).mean()
-    wrong = torch.ones_like(mean, dtype=torch.bool).scatter(1, labels[:, None], False)
     members, classes = logits.shape[1:]
-    others = probabilities[wrong[:, None].expand_as(probabilities)]
-    unit = F.normalize(others.view(-1, members, classes - 1), dim=2)
+    # Not a mask: how many values one chooses is known only after waiting for the device.
+    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
+    others = others + (others >= labels[:, None])
+    wrong = probabilities.gather(2, others[:, None].expand(-1, members, -1))
+    unit = F.normalize(wrong, dim=2)
     # Near-equal predictions make the determinant vanish; the ridge keeps its log finite.
     ridge = 1e-6 * torch.eye(members, device=logits.device, dtype=logits.dtype)
     return entropy, torch.logdet(unit @ unit.transpose(1, 2) + ridge).mean()

@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from training.config import Config
 from training.methods import Step, adversarial
 from training.methods.standard import descend
+from training.models.bn_statistics import features_and_statistics
 from training.models.member import Member
 from training.parallel import cuda_graphs
+from training.parallel.cuda_graphs import Work
 from training.parallel.threads import side_by_side
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 from training.pgd import momentum_rule, pgd_loop
@@ -34,15 +36,19 @@ def make_step(
     optimizers: Sequence[SGD],
     topology: ProcessTopology,
 ) -> Step:
-    """Return the step of a run, on a GPU recorded as a CUDA graph for each layer; see `step`."""
-
-    def work(layer: int, batch: Batch) -> Tensor:
-        return step(
-            members, optimizers, *batch, layer=layer, settings=config.dverge, topology=topology
-        )
-
-    recorded = cuda_graphs.recorded(work, config, optimizers, members[0].mean.device)
-    return lambda epoch, number, batch: recorded(layer_of(config, members, epoch, number), batch)
+    """Return the step of a run, see `step`; on a GPU its halves are recorded as CUDA graphs."""
+    own = [optimizers[index] for index in topology.local_members(len(members))]
+    parts = halves(members, optimizers, settings=config.dverge, topology=topology)
+    recorded = cuda_graphs.recorded(parts, config, own, members[0].mean.device)
+    return lambda epoch, number, batch: step(
+        members,
+        optimizers,
+        *batch,
+        layer=layer_of(config, members, epoch, number),
+        settings=config.dverge,
+        topology=topology,
+        parts=recorded,
+    )
 
 
 def make_adversarial_step(
@@ -156,7 +162,7 @@ def _distill(
     """Distil with a member that is in the mode its statistics ask for."""
     with torch.no_grad():
         if settings.batchnorm == "batch":
-            features, pass_target_again = _features_and_statistics(member, target, layer)
+            features, pass_target_again = features_and_statistics(member, target, layer)
         else:
             features, pass_target_again = member(target, layer), lambda: None
 
@@ -204,6 +210,7 @@ def step(
     settings: Dverge,
     adversary: Adversary | None = None,
     topology: ProcessTopology = SINGLE_PROCESS,
+    parts: Sequence[Work] | None = None,
 ) -> Tensor:
     """Make one DVERGE step: all distil, then each member learns from the others' images.
 
@@ -217,72 +224,58 @@ def step(
         adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
             too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
         topology: of the processes that train the members; each trains its own.
+        parts: its `halves`, where they are recorded.
 
     Returns:
         the loss of each of this process's members, detached, `[members]`.
     """
-    mine = topology.local_members(len(members))
-    made = distill_all(
-        [members[index] for index in mine],
-        source,
-        target,
-        layer=layer,
-        settings=settings,
-        deepest=max(member.depth for member in members),
+    distil, update = parts or halves(
+        members, optimizers, settings=settings, adversary=adversary, topology=topology
     )
-    distilled = topology.exchange(made, len(members))
-
-    def update(index: int) -> Tensor:
-        member = members[index].train()
-        # Made before the member learns anything: learning moves its BatchNorm statistics.
-        own = None if adversary is None else adversary(index, member)
-        loss = member_loss(member, index, distilled, labels)
-        if own is not None:
-            loss = settings.weight * loss + F.cross_entropy(member(own), labels)
-        return descend([optimizers[index]], loss, topology)
-
-    return torch.stack(side_by_side(update, mine, source.device))
+    made = distil(layer, (source, target))
+    (losses,) = update(0, (labels, *topology.exchange(made, len(members))))
+    return losses
 
 
-def _features_and_statistics(
-    member: Member, images: Tensor, layer: int
-) -> tuple[Tensor, Callable[[], None]]:
-    """Return features in training mode, and what repeats that pass's effect on BatchNorm.
+def halves(
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    *,
+    settings: Dverge,
+    adversary: Adversary | None = None,
+    topology: ProcessTopology = SINGLE_PROCESS,
+) -> tuple[Work, Work]:
+    """Return the halves of a step, see `step`; between them processes exchange images.
 
-    The statistics of the same images are the same each time, so a repeated pass is the closed
-    form `running <- (1 - momentum) * running + momentum * batch`.
+    Returns:
+        what distils, given a layer, source and target: what each of this process's members makes;
+        what updates, given any layer, labels and every member's images: the losses.
     """
-    norms = [module for module in member.modules_upto(layer) if isinstance(module, nn.BatchNorm2d)]
-    before = [[tensor.clone() for tensor in _statistics(norm)] for norm in norms]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # running statistics become the batch's, exactly
-    try:
-        features = member(images, layer)
-    finally:  # a recording that fails is followed by the same step unrecorded
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    of_batch = [[tensor.clone() for tensor in _statistics(norm)[:2]] for norm in norms]
-    for norm, stored in zip(norms, before, strict=True):
-        for tensor, value in zip(_statistics(norm), stored, strict=True):
-            tensor.copy_(value)
+    mine = topology.local_members(len(members))
 
-    @torch.no_grad()
-    def again() -> None:
-        for norm, (mean, variance) in zip(norms, of_batch, strict=True):
-            running_mean, running_var, count = _statistics(norm)
-            assert norm.momentum is not None
-            running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
-            running_var.mul_(1 - norm.momentum).add_(variance, alpha=norm.momentum)
-            count.add_(1)
+    def distil(layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        source, target = inputs
+        return distill_all(
+            [members[index] for index in mine],
+            source,
+            target,
+            layer=layer,
+            settings=settings,
+            deepest=max(member.depth for member in members),
+        )
 
-    return features, again
+    def update(_: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        labels, *distilled = inputs
 
+        def learn(index: int) -> Tensor:
+            member = members[index].train()
+            # Made before the member learns anything: learning moves its BatchNorm statistics.
+            own = None if adversary is None else adversary(index, member)
+            loss = member_loss(member, index, distilled, labels)
+            if own is not None:
+                loss = settings.weight * loss + F.cross_entropy(member(own), labels)
+            return descend([optimizers[index]], loss, topology)
 
-def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
-    """Return BatchNorm's running mean, running variance and count of batches."""
-    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None
-    assert variance is not None
-    assert count is not None
-    return mean, variance, count
+        return [torch.stack(side_by_side(learn, mine, labels.device))]
+
+    return distil, update

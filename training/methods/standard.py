@@ -18,7 +18,7 @@ from training.methods import Step
 from training.models.member import Member
 from training.parallel import cuda_graphs
 from training.parallel.threads import side_by_side
-from training.parallel.topology import Batch, ProcessTopology
+from training.parallel.topology import ProcessTopology
 
 
 def descend(optimizers: Sequence[Optimizer], loss: Tensor, topology: ProcessTopology) -> Tensor:
@@ -44,14 +44,15 @@ def make_step(
     """
     mine = topology.local_members(len(members))
 
-    def work(layer: int, batch: Batch) -> Tensor:
-        source, labels, _ = batch
+    def work(layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        source, labels = inputs
 
         def update(index: int) -> Tensor:
             loss = F.cross_entropy(members[index].train()(source), labels)
             return descend([optimizers[index]], loss, topology)
 
-        return torch.stack(side_by_side(update, mine, source.device))
+        return [torch.stack(side_by_side(update, mine, source.device))]
 
-    recorded = cuda_graphs.recorded(work, config, optimizers, members[0].mean.device)
-    return lambda epoch, number, batch: recorded(0, batch)
+    own, device = [optimizers[index] for index in mine], members[0].mean.device
+    (recorded,) = cuda_graphs.recorded([work], config, own, device)
+    return lambda epoch, number, batch: recorded(0, batch[:2])[0]

@@ -50,18 +50,21 @@ class Member(nn.Module):
     def frozen(self, layer: int) -> Member:
         """Return a copy in evaluation mode, with BatchNorm folded, that threads may share.
 
-        There is one copy, which every call brings up to date.
+        There is one copy, which every call brings up to date. Its convolutions and linear layers
+        are in the dtype they are computed in, so that no pass has to cast their weights again.
         """
         kept = self._folded
-        if kept is None or (kept.copy.mean.device, kept.copy.mean.dtype) != (
-            self.mean.device,
-            self.mean.dtype,
-        ):
+        if kept is None or kept.copy._kind() != self._kind():
             self._folded = None  # not to be copied along
             self._folded = kept = Folded(self)
-        copy = kept.refresh()
-        copy.compute = self.compute
-        return copy
+            for module in kept.copy.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(dtype=self.compute)
+        return kept.refresh()
+
+    def _kind(self) -> tuple[object, ...]:
+        """Return what a frozen copy is made for."""
+        return self.mean.device, self.mean.dtype, self.compute
 
     def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Return the features at `layer`, computing nothing past it; by default the logits.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ def fit(
                 f"'{stored}' in {file} has shape {list(tensor.shape)}, in {who} {list(into.shape)}",
                 expected,
             )
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+            told = f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise UserError(f"'{stored}' in {file} is {told}", "an ordinary tensor of real numbers")
+        if stored.endswith("running_var") and bool((tensor < 0).any()):
+            raise UserError(f"'{stored}' in {file} has negative values", "a variance")
         if not bool(tensor.isfinite().all()):
             raise UserError(f"'{stored}' in {file} has values that are not finite", "numbers")
     for _, tensor, into in pairs:

@@ -1,4 +1,4 @@
-"""CUDA graphs: a whole step recorded once and replayed as one launch.
+"""CUDA graphs: a step, or each half of one, recorded once and replayed as one launch.
 
 Small networks finish their operations faster than a host can launch them, so a GPU mostly waits.
 A recorded step costs one launch, and its members run beside one another, each on a stream of its
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -19,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from dverge_serve.errors import UserError
 from training.config import Config
 from training.optimizers import RateOnDevice
-from training.parallel.topology import Batch
 
 WARM_UPS = 3  # steps of each kind before it is recorded, on the stream it is recorded from
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Work = Callable[[int, Batch], Tensor]  # layer, batch -> losses [members]; no draw, no wait inside
+# Layer, inputs whose first axis is the batch -> results; no draw and no wait inside.
+Work = Callable[[int, Sequence[Tensor]], list[Tensor]]
 
 
 def wanted(config: Config, device: torch.device) -> bool:
@@ -49,7 +49,7 @@ class CudaRecorder:
         self._lanes = [torch.cuda.Stream(device) for _ in streams]  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm(self, work: Callable[[], Tensor]) -> Tensor:
+    def warm(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Do the work on the recording's streams, where libraries prepare what they need."""
         here = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(here)
@@ -58,32 +58,41 @@ class CudaRecorder:
         here.wait_stream(self._stream)
         return found
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return the replay of the work, whose result is a tensor of its own; nothing is done yet.
+    def record(self, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        """Return the replay of the work, whose results are new tensors; nothing is done yet.
 
         Raises:
             RuntimeError: the work cannot be recorded.
         """
         gc.collect()  # gradients' graphs left over from other streams would spoil the recording
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), _open(self._lanes):
-            found = work()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        recording = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # NCCL's own thread asks for its events meanwhile
+        )
+        try:
+            with recording, _open(self._lanes):
+                found = work()
+        except BaseException:
+            torch.cuda.set_stream(here)  # a recording that cannot be ended stays on its own
+            raise
 
-        def replay() -> Tensor:
+        def replay() -> list[Tensor]:
             graph.replay()
-            return found.clone()
+            return [each.clone() for each in found]
 
         return replay
 
 
 class Recorded:
-    """A step that is done a few times as it is, then recorded, then replayed; by layer.
+    """Work of a step that is done a few times as it is, then recorded, then replayed; by layer.
 
-    A batch of another size than the recipe's is done as it is; so is everything, after a word of
-    warning, once a recording failed.
+    A batch of another size than the recipe's is done as it is.
 
     Args:
-        work: the step.
+        work: the step, or a part of one.
         optimizers: that it uses.
         batch_size: of the batches that are recorded.
         recorder: of the device that they are on.
@@ -97,48 +106,67 @@ class Recorded:
         recorder: CudaRecorder,
     ) -> None:
         self._work, self._optimizers, self._batch_size = work, optimizers, batch_size
-        self._recorder: CudaRecorder | None = recorder
-        self._inputs: Batch | None = None
+        self._recorder = recorder
+        self._inputs: list[Tensor] | None = None
         self._seen: Counter[int] = Counter()
-        self._replays: dict[int, Callable[[], Tensor]] = {}
+        self._replays: dict[int, Callable[[], list[Tensor]]] = {}
 
-    def __call__(self, layer: int, batch: Batch) -> Tensor:
-        """Make the step; return each member's loss, `[members]`."""
+    def __call__(self, layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Do the work and return its results.
+
+        Raises:
+            UserError: it cannot be recorded, or the GPU's memory is too small for it.
+        """
         for optimizer in self._optimizers:
             optimizer.send_rate()
-        if self._recorder is None or len(batch[1]) != self._batch_size:
-            return self._work(layer, batch)
-        inputs = self._filled(batch)
+        if len(inputs[0]) != self._batch_size:
+            return self._work(layer, inputs)
+        inputs = self._filled(inputs)
         if layer not in self._replays:
             self._seen[layer] += 1
-            if self._seen[layer] <= WARM_UPS:
-                return self._recorder.warm(lambda: self._work(layer, inputs))
+            warming = self._seen[layer] <= WARM_UPS
             try:
+                if warming:
+                    return self._recorder.warm(lambda: self._work(layer, inputs))
                 self._replays[layer] = self._recorder.record(lambda: self._work(layer, inputs))
             except RuntimeError as error:
+                # Half a step is made, and after a failed recording the GPU's memory and streams
+                # are in no known state: going on would be a guess.
+                if warming and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                warnings.warn(f"steps are not recorded as CUDA graphs: {reason}", stacklevel=2)
-                self._recorder = None
-                self._replays.clear()
-                return self._work(layer, batch)
+                raise UserError(
+                    f"a step cannot be recorded as a CUDA graph: {reason}",
+                    next_step="what was saved stands; go on with `resume` and `overrides` "
+                    "graphs=off, which also takes less memory",
+                ) from error
         return self._replays[layer]()
 
-    def _filled(self, batch: Batch) -> Batch:
-        """Return the tensors that recordings read, with this batch in them."""
+    def _filled(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors that recordings read, with these inputs in them."""
         if self._inputs is None:
-            source, labels, target = (torch.empty_like(each) for each in batch)
-            self._inputs = source, labels, target
-        for into, value in zip(self._inputs, batch, strict=True):
+            self._inputs = [torch.empty_like(each) for each in inputs]
+        for into, value in zip(self._inputs, inputs, strict=True):
             into.copy_(value)
         return self._inputs
 
 
-def recorded(work: Work, config: Config, optimizers: Sequence[SGD], device: torch.device) -> Work:
-    """Return the work as it is, or where recordings are wanted and can be, recorded."""
+def recorded(
+    works: Sequence[Work], config: Config, optimizers: Sequence[SGD], device: torch.device
+) -> list[Work]:
+    """Return the parts of a step as they are, or where recordings are wanted and can be, recorded.
+
+    Args:
+        works: what is exchanged between processes is exchanged between them.
+        config: of the run.
+        optimizers: of this process's members.
+        device: where the members are.
+    """
     paced = [each for each in optimizers if isinstance(each, RateOnDevice)]
     if not wanted(config, device) or len(paced) < len(optimizers):
-        return work
-    return Recorded(work, paced, config.batch_size, CudaRecorder(device, len(optimizers)))
+        return list(works)
+    recorder = CudaRecorder(device, len(optimizers))
+    return [Recorded(work, paced, config.batch_size, recorder) for work in works]
 
 
 _lanes: list[torch.cuda.Stream] = []  # open while a step is warmed up or recorded

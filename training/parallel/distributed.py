@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -11,14 +13,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dverge_serve.errors import UserError
+from dverge_serve.errors import Exit, UserError
 from dverge_serve.progress import Progress
 from training.config import Config
 from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 
-# A process that ends is noticed at once, by torchrun and by its closed connections. Waiting alone
-# is no sign of trouble: the first process may be downloading a data set.
-PATIENCE = timedelta(days=1)
+# Over Gloo a process that ends is noticed at once, by its closed connections. Waiting alone is no
+# sign of trouble: the first process may be downloading a data set. NCCL notices nothing, but what
+# goes over it is a step's: images, gradients, weights. No process is ever minutes behind there.
+PATIENCE = {"gloo": timedelta(days=1), "nccl": timedelta(minutes=10)}
 
 
 @contextlib.contextmanager
@@ -47,25 +50,55 @@ def join(config: Config, device: torch.device) -> Iterator[tuple[ProcessTopology
     place = ProcessTopology(rank, blocks, world // blocks)
     _refuse_misfits(place, world, config)
     Progress.shown = Progress.shown and place.first
-    backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        # NCCL wants a GPU for each process; gloo lets several share one.
-        if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():
-            backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=PATIENCE["gloo"])
+    backend = _backend(device)
     try:
-        yield _grid(place), device
-    except RuntimeError as error:
-        if not _lost(error):
+        yield _grid(place, backend), device
+    except BaseException as error:
+        told = error
+        if _lost(error):
+            told = UserError(
+                "another process of this training ended",
+                next_step="what was saved stands; train again with `resume` to go on",
+            )
+        if backend == "nccl":
+            atexit.register(_end_without_goodbye, _exit_code(told))
+        else:
+            dist.destroy_process_group()
+        if told is error:
             raise
-        raise UserError(
-            "another process of this training ended",
-            next_step="what was saved stands; train again with `resume` to go on",
-        ) from error
-    finally:
-        dist.destroy_process_group()
+        raise told from error
+    dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    """Return what moves tensors: NCCL if every process has a GPU of its own, else Gloo."""
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    every = [""] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return "nccl" if own and len(set(every)) == len(every) else "gloo"
+
+
+def _end_without_goodbye(code: int) -> None:
+    """End this process, which failed, whatever NCCL still waits for.
+
+    Leaving a group waits for the others, which may wait for this process in a collective; torchrun
+    would never see that it failed, nor end them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    return Exit.USER if isinstance(error, torch.OutOfMemoryError) else Exit.BUG
 
 
 def _refuse_misfits(place: ProcessTopology, world: int, config: Config) -> None:
@@ -86,14 +119,14 @@ def _refuse_misfits(place: ProcessTopology, world: int, config: Config) -> None:
         )
 
 
-def _grid(place: ProcessTopology) -> ProcessTopology:
+def _grid(place: ProcessTopology, backend: str) -> ProcessTopology:
     """Return the place with its groups; every process makes all of them, in the same order."""
     columns = [
-        _group([block * place.shares + share for block in range(place.blocks)])
+        _group([block * place.shares + share for block in range(place.blocks)], backend)
         for share in range(place.shares)
     ]
     rows = [
-        _group([block * place.shares + share for share in range(place.shares)])
+        _group([block * place.shares + share for share in range(place.shares)], backend)
         for block in range(place.blocks)
     ]
     return replace(
@@ -103,12 +136,14 @@ def _grid(place: ProcessTopology) -> ProcessTopology:
     )
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup | None:
+def _group(ranks: list[int], backend: str) -> dist.ProcessGroup | None:
     """Return the group of these ranks; None where this process is not among them."""
-    group = dist.new_group(ranks, timeout=PATIENCE)
+    group = dist.new_group(ranks, PATIENCE[backend], backend)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def _lost(error: RuntimeError) -> bool:
+def _lost(error: BaseException) -> bool:
     """Whether a collective failed, which it does when another process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )

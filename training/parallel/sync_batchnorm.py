@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,7 +23,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     """
 
     # A plain function: members are copied, and a process group cannot be.
-    mean_of_shares: Callable[[Tensor], Tensor]
+    of_every_share: Callable[[Tensor], Tensor]
     shares: int
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
@@ -34,30 +35,34 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         values = input.float() if input.dtype is torch.bfloat16 else input
-        mean = self.mean_of_shares(values.mean((0, 2, 3)))
-        centred = values - mean[:, None, None]
-        variance = self.mean_of_shares(centred.pow(2).mean((0, 2, 3)))
+        own = torch.var_mean(values, (0, 2, 3), correction=0)
+        variances, means = self.of_every_share(torch.stack(own)).unbind(1)  # [shares, C] each
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
         count = self.shares * input.numel() // input.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
+        centred = values - mean[:, None, None]
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 def share_statistics(network: nn.Module, group: dist.ProcessGroup) -> None:
     """Turn every BatchNorm2d of `network` into one over the batch that `group` shares."""
-    shares = dist.get_world_size(group)
+    shares, share = dist.get_world_size(group), dist.get_rank(group)
 
-    def mean_of_shares(tensor: Tensor) -> Tensor:
-        total: Tensor = _Sum.apply(tensor, group)
-        return total / shares
+    def of_every_share(own: Tensor) -> Tensor:
+        """Return every process's tensor, `[shares, ...]`, in one exchange."""
+        alone = F.pad(own[None], (0, 0) * own.dim() + (share, shares - 1 - share))
+        total: Tensor = _Sum.apply(alone, group)
+        return total
 
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
-            module.mean_of_shares, module.shares = mean_of_shares, shares  # type: ignore[assignment]
+            module.of_every_share, module.shares = of_every_share, shares  # type: ignore[assignment]
 
 
 class _Sum(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.pgd import Estimate, Loss, Norm, gradient, random_change
+from training.seeds import generator
 
 
 def variance_tuned(
@@ -47,8 +48,11 @@ def diverse_inputs(
     size the network takes. One draw for all images of a step.
     """
 
+    # Numbers that the host needs: drawn on a GPU, each would make the host wait for it.
+    numbers = draw if draw.device.type == "cpu" else generator(draw.initial_seed())
+
     def uniform() -> float:
-        return float(torch.rand((), generator=draw, device=draw.device))
+        return float(torch.rand((), generator=numbers))
 
     def diverse(x: Tensor) -> Tensor:
         if uniform() >= probability:

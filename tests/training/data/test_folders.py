@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from PIL import Image
 
 from dverge_serve import images
+from dverge_serve.image_folder import SUFFIXES, find_images
 from tests.training.networks import rows, stored
 from tests.training.refusal import refusal
 from training.config import Data
-from training.data.sources import class_folders
+from training.data.image_folder import read_folder
 from training.data.splits import load_test, load_training
 
 
@@ -84,7 +86,7 @@ def test_training_sees_what_the_service_will_see(folder: Path) -> None:
     training = load_training(data)
     found = set(rows(training.train) + rows(training.holdout))
     for file in (folder / "train").rglob("*"):
-        if file.suffix.lower() in images.SUFFIXES:
+        if file.suffix.lower() in SUFFIXES:
             assert images.load(file.read_bytes(), data.preprocess).tobytes() in found
 
 
@@ -104,12 +106,13 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 
 def test_a_missing_test_folder_is_found_before_training(folder: Path) -> None:
-    (folder / "test").rename(folder / "validation")
+    (folder / "test").rename(folder / "held out")
     assert f"no folder {folder / 'test'}" in refusal(from_folder(folder))
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
     assert f"0 class folders in {tmp_path / 'train'}" in refusal(from_folder(tmp_path))
 
 
@@ -157,7 +160,7 @@ def test_classes_are_sorted_by_name(folder: Path) -> None:
     for part in ("train", "test"):
         (folder / part / "Aardvark").mkdir()
         (folder / part / "Aardvark" / "a.webp").write_bytes(picture(1, kind="WEBP"))
-    assert list(class_folders(folder, "train")) == ["Aardvark", "ant", "bee"]
+    assert list(read_folder(folder).train) == ["Aardvark", "ant", "bee"]
 
 
 def test_a_limit_decodes_no_more_images_than_it_asks_for(
@@ -180,3 +183,145 @@ def test_a_limit_decodes_no_more_images_than_it_asks_for(
     assert len(training.train) + len(training.holdout) == len(decoded) == 12
     assert len(load_test(data)[1]) == 5
     assert len(decoded) == 17
+
+
+def test_each_file_that_is_not_used_is_counted_by_its_reason(folder: Path) -> None:
+    ant = folder / "train" / "ant"
+    (ant / "phone.heic").write_bytes(b"x")
+    (ant / "old.jfif").write_bytes(picture(5, kind="JPEG"))
+    (ant / "older.JPE").write_bytes(picture(6, kind="JPEG"))
+    (ant / "bare").write_bytes(picture(7))
+    (ant / "bare-webp").write_bytes(picture(8, kind="WEBP"))
+    (ant / "sound").write_bytes(b"RIFF\0\0\0\0WAVE")
+    (ant / "gone.png").symlink_to(folder / "nowhere.png")
+    (ant / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "__MACOSX").mkdir()
+    found = read_folder(folder)
+    assert {path.name for path in found.train["ant"]} == {
+        *("0.png", "1.png", "2.png", "3.png", "tall.JPG"),
+        *("old.jfif", "older.JPE", "bare", "bare-webp"),
+    }
+    reasons = {each.path.name: each.reason for each in found.left_out}
+    assert reasons == {
+        "phone.heic": ".heic (save them as JPEG or PNG)",
+        "notes.txt": ".txt (not PNG, JPEG or WebP)",
+        "sound": "without a suffix (not PNG, JPEG or WebP)",
+        "gone.png": "that links to nothing",
+        ".ipynb_checkpoints": "hidden, or of the system",
+        ".thumbnails": "hidden, or of the system",
+        "__MACOSX": "hidden, or of the system",
+        "readme.md": "outside a class folder",
+    }
+    (note,) = found.notes
+    assert "3 hidden, or of the system" in note
+    assert "1 .heic (save them as JPEG or PNG)" in note
+
+
+def test_links_to_folders_are_followed_once_and_not_in_circles(tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere"
+    (real / "deep").mkdir(parents=True)
+    (real / "deep" / "0.png").write_bytes(picture(1))
+    (real / "deep" / "circle").symlink_to(real)
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "link").symlink_to(real)
+    (folder / "second").symlink_to(real / "deep")
+    found = find_images(folder)
+    assert found.paths == [folder / "link" / "deep" / "0.png"]
+    assert {each.reason for each in found.left_out} == {"a link to a folder that is used already"}
+    assert len(found.left_out) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    (left,) = find_images(tmp_path).left_out
+    assert left.path == locked
+
+
+def test_class_folders_alone_are_split_and_stay_split(folder: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            for file in list((folder / part / name).glob("*.png")):
+                (folder / name).mkdir(exist_ok=True)
+                file.rename(folder / name / f"{part}-{file.name}")
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part)
+    found = read_folder(folder)
+    assert found.split
+    assert "no train/ and test/: 2 images, 20% of each class" in found.notes[0]
+    both = [*found.train["ant"], *found.test["ant"]]
+    assert sorted(both) == sorted((folder / "ant").iterdir())
+    assert len(found.test["ant"]) == len(found.test["bee"]) == 1
+    for number in range(6):
+        (folder / "ant" / f"more-{number}.png").write_bytes(picture(number))
+    later = read_folder(folder)
+    moved = set(found.test["ant"]) & set(later.train["ant"])
+    assert len(later.test["ant"]) == 2
+    assert len(moved) <= 1
+
+
+def test_val_is_the_test_set_where_there_is_no_other(folder: Path) -> None:
+    (folder / "test").rename(folder / "val")
+    assert len(load_test(from_folder(folder))[1]) == 4
+    (folder / "val").rename(folder / "test")
+    (folder / "val" / "ant").mkdir(parents=True)
+    (left,) = [each for each in read_folder(folder).left_out if each.path.name == "val"]
+    assert left.reason == "beside test/, the test set"
+
+
+def test_the_parent_of_train_is_named(folder: Path) -> None:
+    assert f"give `data` {folder}" in refusal(from_folder(folder / "train"))
+
+
+@pytest.mark.parametrize("names", [("Ant", "ant"), ("caf\u00e9", "cafe\u0301")])
+def test_classes_that_look_alike_are_refused(names: tuple[str, str], folder: Path) -> None:
+    for part in ("train", "test"):
+        for at, name in enumerate(names):
+            (folder / part / name).mkdir(exist_ok=True)
+            (folder / part / name / "0.png").write_bytes(picture(at))
+    assert "differ in case or in their Unicode form alone" in refusal(from_folder(folder))
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_csv_file_names_images_and_labels(parts: bool, folder: Path) -> None:
+    files = sorted(folder.rglob("*.png"))
+    rows = [f"{f.relative_to(folder)},{f.parent.name},{f.parents[1].name}" for f in files]
+    if not parts:
+        rows = [row.rpartition(",")[0] for row in rows]
+    header = "path,label,part" if parts else "path,label"
+    (folder / "labels.csv").write_text("\n".join([header, *rows]), encoding="utf-8-sig")
+    data = from_folder(folder / "labels.csv")
+    names, test = load_test(data)
+    assert names == ("ant", "bee")
+    assert len(test) == (4 if parts else 2)
+    trained = load_training(data)
+    assert len(trained.train) + len(trained.holdout) == (8 if parts else 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\na,b\n", "has the columns file, label"),
+        ("path,label\nnone.png,ant\n", "line 2 of"),
+        ("path,label,part\ntrain/ant/0.png,ant,third\n", "part 'third'"),
+        ("path,label,part\ntrain/ant/0.png,ant,train\n", "has the parts 'train'"),
+        ("path,label\ntrain/ant/0.png,\n", "label ''"),
+        ("path,label\ntrain/ant/0.png,ant\ntrain/bee/0.png,bee\n", "1 image of class 'ant'"),
+    ],
+)
+def test_a_csv_file_that_says_too_little_is_refused(text: str, words: str, folder: Path) -> None:
+    (folder / "labels.csv").write_text(text)
+    assert words in refusal(from_folder(folder / "labels.csv"))
+
+
+def test_many_classes_of_two_images_are_held_out_by_class(tmp_path: Path) -> None:
+    for part, at, number in itertools.product(("train", "test"), range(50), range(2)):
+        where = tmp_path / part / f"{at:02}"
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"{number}.png").write_bytes(picture(at))
+    data = load_training(from_folder(tmp_path))
+    assert set(data.train.labels.tolist()) == set(range(50))
+    assert len(data.holdout) == 12
+    assert len(set(data.holdout.labels.tolist())) == 12

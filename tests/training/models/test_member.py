@@ -165,3 +165,17 @@ def test_folding_batchnorm_away_changes_no_feature(layer: int) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in copy.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in member.modules())
     assert all(parameter.requires_grad for parameter in member.parameters())
+
+
+def test_a_frozen_copy_holds_its_weights_in_the_dtype_it_computes_in() -> None:
+    """The cast is the one that autocast makes at every pass: the same bits."""
+    (member,) = tiny_members(1)
+    member.float().eval()
+    images, plain = tiny_images(3).float(), folded(member)
+    for compute in (torch.bfloat16, None):
+        member.compute = plain.compute = compute
+        copy = member.frozen(DEPTH)
+        weights = {each.weight.dtype for each in copy.modules() if isinstance(each, nn.Conv2d)}
+        assert weights == {compute or torch.float32}
+        assert copy.mean.dtype == torch.float32
+        assert torch.equal(copy(images), plain(images))

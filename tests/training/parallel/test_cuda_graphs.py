@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
+from tests.training.tape import Tape
 from training import optimizers as optimizing
 from training.data.splits import load_training
 from training.methods import dverge, epoch_batches, stages
 from training.models.member import Member
-from training.optimizers import RateOnDevice
+from training.optimizers import RateOnDevice, build_optimizers
 from training.parallel import cuda_graphs
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
-from training.parallel.topology import Batch
+from training.parallel.topology import Batch, ProcessTopology
 from training.schedules import Dverge
 from training.trainer import prepare
 
+CPU = torch.device("cpu")
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
-
-
-class Tape(CudaRecorder):
-    """Records by remembering the work, and says what it was asked for."""
-
-    def __init__(self, *, fails: bool = False) -> None:
-        self.asked: list[str] = []
-        self._fails = fails
-
-    def warm(self, work: Callable[[], Tensor]) -> Tensor:
-        self.asked.append("warm")
-        return work()
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self.asked.append("record")
-        if self._fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-        def replay() -> Tensor:
-            self.asked.append("replay")
-            return work()
-
-        return replay
 
 
 def ours(members: Sequence[Member]) -> list[RateOnDevice]:
@@ -59,12 +40,13 @@ def batch(count: int, seed: int) -> Batch:
 
 
 def dverge_work(members: Sequence[Member], optimizers: Sequence[SGD]) -> cuda_graphs.Work:
-    def work(layer: int, batch: Batch) -> Tensor:
+    def work(layer: int, batch: Sequence[Tensor]) -> list[Tensor]:
         source, labels, target = batch
         settings = Dverge(steps=2)
-        return dverge.step(
+        losses = dverge.step(
             members, optimizers, source, labels, target, layer=layer, settings=settings
         )
+        return [losses]
 
     return work
 
@@ -124,7 +106,7 @@ def test_a_smaller_batch_is_done_as_it_is() -> None:
     tape, members = Tape(), tiny_members(2)
     optimizers = ours(members)
     step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
-    assert step(1, batch(3, 0)).shape == (2,)
+    assert step(1, batch(3, 0))[0].shape == (2,)
     assert tape.asked == []
 
 
@@ -145,29 +127,65 @@ def test_recorded_steps_see_every_batch_and_every_rate() -> None:
 
 def test_a_replay_finds_the_present_rate() -> None:
     (optimizer,) = optimizers = ours(tiny_members(1))
-    step = Recorded(lambda layer, batch: torch.zeros(1), optimizers, 4, Tape())
+    step = Recorded(lambda layer, batch: [torch.zeros(1)], optimizers, 4, Tape())
     for number in range(WARM_UPS + 3):
         optimizer.param_groups[0]["lr"] = 1 / (2 + number)
         step(1, batch(4, 0))
         assert [rate.item() for rate in optimizer._rates] == pytest.approx([1 / (2 + number)])
 
 
-def test_a_step_that_cannot_be_recorded_is_made_as_it_is() -> None:
-    tape, members = Tape(fails=True), tiny_members(2)
-    reference = copy.deepcopy(members)
-    optimizers, others = ours(members), ours(reference)
-    step = Recorded(dverge_work(members, optimizers), optimizers, 4, tape)
-    eager = dverge_work(reference, others)
-    for number in range(WARM_UPS):
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        ("record", RuntimeError("operation not permitted when stream is capturing\nand more")),
+        ("record", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+        ("warm", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_ends_the_training(fails: str, error: Exception) -> None:
+    tape = Tape(fails=fails, error=error)
+    step = Recorded(lambda layer, batch: [torch.zeros(1)], ours(tiny_members(1)), 4, tape)
+    for number in range(WARM_UPS if fails == "record" else 0):
         step(1, batch(4, number))
-        eager(1, batch(4, number))
-    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: operation not permitted"):
+    with pytest.raises(UserError, match="graphs=off") as caught:
         step(1, batch(4, 9))
-    eager(1, batch(4, 9))
-    step(1, batch(4, 10))
-    eager(1, batch(4, 10))
-    assert tape.asked == ["warm"] * WARM_UPS + ["record"]
-    same(members, reference, 0)
+    assert str(error).partition("\n")[0] in str(caught.value)
+    assert "and more" not in str(caught.value)
+    assert tape.asked[-1] == fails
+
+
+def test_any_other_error_of_a_warm_up_is_its_own() -> None:
+    optimizers = ours(tiny_members(1))
+    tape = Tape(fails="warm", error=RuntimeError("shapes differ"))
+    step = Recorded(lambda layer, batch: [torch.zeros(1)], optimizers, 4, tape)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        step(1, batch(4, 0))
+
+
+def test_a_recording_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's: where it cannot be ended, its stream stays the current one."""
+    current, given = ["default"], {}
+
+    @contextlib.contextmanager
+    def graph(graph: object, **settings: object) -> Iterator[None]:
+        given.update(settings)
+        current[0] = "recording"
+        yield
+        current[0] = "default"
+
+    def work() -> list[Tensor]:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: current[0])
+    monkeypatch.setattr("torch.cuda.set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr("torch.cuda.graph", graph)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaRecorder(torch.device("cuda"), 1).record(work)
+    assert current == ["default"]
+    assert given["capture_error_mode"] == "thread_local"
 
 
 def test_a_recording_that_fails_half_way_leaves_batchnorm_its_momentum(
@@ -194,9 +212,61 @@ def test_nothing_is_recorded_without_a_gpu_nor_where_the_setting_says_no() -> No
     members, optimizers = prepare(tiny_config(), load_training(tiny_config().data), cpu)
     assert [type(each) for each in optimizers] == [SGD] * 2
     work = dverge_work(members, optimizers)
-    assert cuda_graphs.recorded(work, tiny_config(), optimizers, cpu) is work
-    # Several processes train with SGD as it is, on GPUs too.
-    assert cuda_graphs.recorded(work, tiny_config(), optimizers, cuda) is work
+    assert cuda_graphs.recorded([work], tiny_config(), optimizers, cpu) == [work]
+    # Processes that share batches train with SGD as it is, on GPUs too.
+    assert cuda_graphs.recorded([work], tiny_config(), optimizers, cuda) == [work]
+
+
+@pytest.mark.parametrize(("blocks", "shares", "kind"), [(2, 1, RateOnDevice), (2, 2, SGD)])
+def test_processes_that_share_no_batch_can_record(
+    blocks: int, shares: int, kind: type[SGD], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "wanted", lambda *_: True)
+    config, topology = tiny_config(), ProcessTopology(0, blocks, shares)
+    _, optimizers = prepare(config, load_training(config.data), CPU, topology=topology)
+    assert {type(each) for each in optimizers} == {kind}
+
+
+class Watched(ProcessTopology):
+    """A place of a process that has all members, and says when images are exchanged."""
+
+    def exchange(self, own: Sequence[Tensor], members: int) -> list[Tensor]:
+        tape.asked.append("exchange")
+        return super().exchange(own, members)
+
+
+tape = Tape()
+
+
+@pytest.mark.parametrize("batchnorm", ["running", "batch"])
+def test_images_are_exchanged_between_the_two_recordings_of_a_step(
+    batchnorm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What updates is recorded once, not for each layer; the members are those of eager steps."""
+    monkeypatch.setattr(cuda_graphs, "wanted", lambda config, device: config.graphs == "auto")
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
+    layers, trained = [1] * (WARM_UPS + 2) + [3], []
+    monkeypatch.setattr(dverge, "layer_of", lambda *given: layers[given[-1]])
+    for graphs in ("auto", "off"):
+        tape.asked.clear()
+        config = tiny_config(
+            graphs=graphs, dverge__steps=2, dverge__batchnorm=batchnorm, batch_size=4
+        )
+        members = tiny_members(2)
+        optimizers = build_optimizers(members, config.dverge, on_device=True)
+        make = dverge.make_step(config, members, optimizers, Watched())
+        losses = [make(0, number, batch(4, number)) for number in range(len(layers))]
+        trained.append((members, torch.stack(losses)))
+        if graphs == "auto":
+            assert tape.asked == [
+                *["warm", "exchange", "warm"] * WARM_UPS,
+                *["record", "replay", "exchange", "record", "replay"],
+                *["replay", "exchange", "replay"],
+                *["warm", "exchange", "replay"],
+            ]
+    (taped, first), (plain, second) = trained
+    assert torch.equal(first, second)
+    same(taped, plain, 0)
 
 
 def test_without_open_lanes_items_are_done_in_turn() -> None:
@@ -222,24 +292,18 @@ def test_a_graph_makes_the_step_that_was_recorded(batchnorm: str, layer: int) ->
     for members, record in ((plain, False), (recorded, True)):
         optimizers = ours(members)
 
-        def work(
-            layer: int,
-            batch: Batch,
-            members: Sequence[Member] = members,
-            optimizers: Sequence[RateOnDevice] = optimizers,
-        ) -> Tensor:
-            source, labels, target = batch
-            return dverge.step(
-                members, optimizers, source, labels, target, layer=layer, settings=settings
-            )
-
         recorder = CudaRecorder(torch.device("cuda"), 3) if record else Tape()
-        step, losses = Recorded(work, optimizers, 4, recorder), []
+        distil, update = (
+            Recorded(half, optimizers, 4, recorder)
+            for half in dverge.halves(members, optimizers, settings=settings)
+        )
+        losses = []
         for number in range(WARM_UPS + 3):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
             source, labels, target = (each.cuda() for each in batch(4, number))
-            losses.append(step(layer, (source, labels, target)))
+            (found,) = update(0, (labels, *distil(layer, (source, target))))
+            losses.append(found)
         results.append(torch.stack(losses))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
     same(plain, recorded, 1e-8)

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from dverge_serve.errors import PeerError, UserError
 from dverge_serve.progress import Progress
 from tests.training.networks import tiny_config
 from tests.training.parallel.ranks import VARIANTS, train_variant
+from training.parallel import distributed
 from training.parallel.distributed import join
 from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
@@ -191,6 +193,46 @@ def test_a_killed_process_ends_the_others_and_one_alone_goes_on(tmp_path: Path) 
     assert resumed.checkpoint["provenance"]["processes"] == 1
     assert furthest(resumed.path, at_once.path, "members") < 1e-4
     assert [line["epoch"] for line in figures(out)] == [1, *range(1, 9)]
+
+
+def test_over_nccl_a_process_that_fails_alone_ends_all(tmp_path: Path) -> None:
+    """It says why and ends, though NCCL would wait; so the others end, and say that one did."""
+    module = "tests.training.parallel.failing_rank"
+    words = ["train", "--device", "cuda", "--members", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        torchrun(2, module, *words),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("dverge: ")]
+    assert sorted(line.partition(";")[0] for line in said) == [
+        "dverge: another process of this training ended",
+        "dverge: image 3 is broken",
+    ]
+    assert "exitcode  : 2 " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "backend"), [("a", "b", "nccl"), ("a", "a", "gloo"), ("", "", "gloo")]
+)
+def test_tensors_go_over_nccl_where_every_process_has_a_gpu_of_its_own(
+    mine: str, other: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever GPUs each process is let see: a number says nothing of which they are."""
+
+    def gather(every: list[str], own: str) -> None:
+        assert own == mine
+        every[:] = [mine, other]
+
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid=mine))
+    device = torch.device("cuda" if mine else "cpu")
+    assert distributed._backend(device) == backend
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:

@@ -12,10 +12,11 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from tests.training.networks import tiny_config
 from tests.training.refusal import one_line
+from training.accuracy import accuracy
 from training.config import Config
 from training.data.splits import load_training, to_float
 from training.runs.directory import Run
-from training.trainer import accuracy, train
+from training.trainer import train
 
 CPU = torch.device("cpu")
 

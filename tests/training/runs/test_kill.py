@@ -351,7 +351,8 @@ def test_ctrl_c_ends_the_command_in_one_line_and_resume_goes_on(tmp_path: Path) 
     _, errors = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in errors
-    assert errors.splitlines()[-1] == b"dverge: interrupted"
+    told = f"dverge: interrupted; go on with `dverge train --resume --out {out}`"
+    assert errors.splitlines()[-1].decode() == told
     assert (tmp_path / "runs" / "latest").resolve() == out.resolve()
     assert not Run(out).finished
 

@@ -1,0 +1,46 @@
+"""The process that keeps the workers running: BentoML's, quicker to notice and quicker to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from bentoml._internal.utils import circus
+from circus.exc import ConflictError
+
+# Circus does one thing at a time; a worker that ends while others are being started waits.
+RETRY_S = 0.2
+
+
+class Supervisor(circus.Arbiter):  # type: ignore[misc]
+    """Starts a new worker as soon as one has died, where Circus looks every ten seconds."""
+
+    def start(self, cb: Callable[[Any], Any] | None = None) -> None:
+        """Run until told to end."""
+        signal.signal(signal.SIGCHLD, self._on_child)
+        super().start(cb)
+
+    def _on_child(self, *_: object) -> None:
+        self.loop.add_callback_from_signal(self._manage)
+
+    async def _manage(self) -> None:
+        for _ in range(round(10 / RETRY_S)):  # after that Circus looks by itself
+            try:
+                await self.manage_watchers()
+                return
+            except ConflictError:
+                await asyncio.sleep(RETRY_S)
+
+
+def take_over() -> None:
+    """Let BentoML use this supervisor, and let it end where the terminal is closed.
+
+    Circus would start new workers then, and stay. `nohup` still keeps the server running.
+    """
+    from circus.sighandler import SysHandler
+
+    circus.Arbiter = Supervisor
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    SysHandler.handle_hup = SysHandler.handle_winch if ignored else SysHandler.handle_term

@@ -1,0 +1,181 @@
+"""A labelled folder of images, or a CSV file: its classes, its parts, and what is left out."""
+
+from __future__ import annotations
+
+import csv
+import os
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
+from dverge_serve.image_folder import HIDDEN, LeftOut, find_images, is_hidden, told
+
+TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test set
+TEST_SHARE = 0.2  # of each class, where the folder has no parts
+Classes = dict[str, list[Path]]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files of a data set.
+
+    Args:
+        root: the folder, or the CSV file.
+        train, test: each class's files, classes sorted by name.
+        left_out: files and folders that are not used.
+        split: whether train and test were made here, of one part.
+    """
+
+    root: Path
+    train: Classes
+    test: Classes
+    left_out: list[LeftOut] = field(default_factory=list)
+    split: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must know of it, a line each."""
+        lines = []
+        if self.split:
+            count = sum(map(len, self.test.values()))
+            lines.append(
+                f"{self.root} has no train/ and test/: {count} images, {TEST_SHARE:.0%} of each "
+                "class, are its test set"
+            )
+        if self.left_out:
+            lines.append(f"{self.root}: {told(self.left_out)} (`dverge train --list-skipped`)")
+        return lines
+
+
+def read_folder(root: Path) -> ImageFolder:
+    """Return the image files of a folder or of a CSV file.
+
+    A folder has `train/<class>/` and `test/<class>/` (or `val/<class>/`); one with class folders
+    alone is split by file names, so that the same image stays in the same part whatever is added.
+    A CSV file has the columns `path` (from its own folder), `label` and, where it names the parts,
+    `part` (train or test).
+
+    Raises:
+        UserError: no such folder, fewer than two classes, a class without an image, classes that
+            differ between the parts, or that differ in case or Unicode form alone.
+    """
+    found = _csv(root) if root.suffix.lower() == ".csv" else _folder(root)
+    _refuse_names_alike(found.train)
+    if found.train.keys() != found.test.keys():
+        odd = sorted(found.train.keys() ^ found.test.keys())
+        where = "train" if odd[0] in found.train else "test"
+        raise UserError(
+            f"class '{odd[0]}' only under {root / where} ({len(odd)} classes differ)",
+            "the same class folders under train and test",
+        )
+    return found
+
+
+def _folder(root: Path) -> ImageFolder:
+    layout = f"{root}/train/<class>/ and {root}/test/<class>/ with PNG, JPEG or WebP images"
+    tests = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+    above = root.absolute().parent
+    is_part = root.name in ("train", *TEST_FOLDERS) and (above / "train").is_dir()
+    left_out: list[LeftOut] = []
+    whole = not is_part and not tests and not (root / "train").is_dir()
+    if whole and len(_folders(root)) > 1:
+        return ImageFolder(root, *_parts(_classes(root, layout, left_out), root), left_out, True)
+    for part in ("train", tests[0] if tests else "test"):
+        if not (root / part).is_dir():
+            next_step = f"give `data` {above}" if is_part else ""
+            raise UserError(f"no folder {root / part}", layout, next_step)
+    train, test = (_classes(root / name, layout, left_out) for name in ("train", tests[0]))
+    left_out += [LeftOut(root / name, f"beside {tests[0]}/, the test set") for name in tests[1:]]
+    return ImageFolder(root, train, test, left_out)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Return the class folders in a folder."""
+    each = sorted(root.iterdir()) if root.is_dir() else []
+    return [item for item in each if item.is_dir() and not is_hidden(item.name)]
+
+
+def _classes(folder: Path, layout: str, left_out: list[LeftOut]) -> Classes:
+    """Return each class's files, and add what is not used to `left_out`."""
+    classes: Classes = {}
+    chosen = _folders(folder)
+    for other in sorted(set(folder.iterdir()) - set(chosen)):
+        reason = HIDDEN if is_hidden(other.name) else "outside a class folder"
+        left_out.append(LeftOut(other, reason))
+    for each in chosen:
+        if each.name != os.fsencode(each.name).decode(errors="replace"):
+            raise UserError(f"class folder {folder}/{each.name!a} is not UTF-8", "a name in UTF-8")
+        found = find_images(each)
+        classes[each.name] = found.paths
+        left_out += found.left_out
+    if len(classes) < 2:
+        raise UserError(f"{len(classes)} class folders in {folder}", f"two or more: {layout}")
+    if empty := [name for name, files in classes.items() if not files]:
+        why = [each for each in left_out if each.path.is_relative_to(folder / empty[0])]
+        raise UserError(
+            f"no image in {folder / empty[0]} ({len(empty)} such classes)",
+            "PNG, JPEG or WebP files in every class folder",
+            told(why) if why else "",
+        )
+    return classes
+
+
+def _parts(classes: Classes, root: Path) -> tuple[Classes, Classes]:
+    """Return a training and a test part of each class, drawn by the hash of the files' names."""
+    train: Classes = {}
+    test: Classes = {}
+    for name, files in classes.items():
+        if len(files) < 2:
+            raise UserError(
+                f"{len(files)} image of class '{name}' in {root}", "two or more, to split them"
+            )
+        drawn = sorted(files, key=lambda file: sha256(os.fsencode(file.relative_to(root))))
+        count = max(1, round(TEST_SHARE * len(files)))
+        test[name], train[name] = sorted(drawn[:count]), sorted(drawn[count:])
+    return train, test
+
+
+def _csv(path: Path) -> ImageFolder:
+    columns = "columns path, label and, if it names the parts, part (train or test)"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path} ({error})", f"a CSV file with {columns}") from error
+    if not {"path", "label"} <= set(reader.fieldnames or ()):
+        raise UserError(f"{path} has the columns {', '.join(reader.fieldnames or ())}", columns)
+    parts: dict[str, Classes] = {}
+    for number, row in enumerate(rows, 2):
+        file, label, part = path.parent / (row["path"] or ""), row["label"], row.get("part", "")
+        if not file.is_file():
+            raise UserError(f"line {number} of {path}: no file {file}", "paths from its own folder")
+        if not label or part not in ("", "train", "test"):
+            raise UserError(f"line {number} of {path}: label '{label}', part '{part}'", columns)
+        parts.setdefault(part, {}).setdefault(label, []).append(file)
+    sorted_parts = {
+        part: {label: sorted(classes[label]) for label in sorted(classes)}
+        for part, classes in parts.items()
+    }
+    if sorted_parts.keys() == {""} and len(sorted_parts[""]) > 1:
+        return ImageFolder(path, *_parts(sorted_parts[""], path.parent), split=True)
+    if sorted_parts.keys() != {"train", "test"} or len(sorted_parts["train"]) < 2:
+        named = ", ".join(f"'{part}'" for part in parts)
+        raise UserError(
+            f"{path} has the parts {named}", "two classes or more, and both or no parts"
+        )
+    return ImageFolder(path, sorted_parts["train"], sorted_parts["test"])
+
+
+def _refuse_names_alike(names: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            raise UserError(
+                f"classes '{other}' and '{name}' differ in case or in their Unicode form alone",
+                "one of the two",
+            )
