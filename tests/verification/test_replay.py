@@ -30,13 +30,21 @@ def test_a_replay_finds_every_figure_again(evaluated: tuple[Path, Report], tmp_p
     assert found.differences == []
     assert found.images > 1000
     assert found.figures > 200
+    scored = {entry["attack"] for entry in report["evidence"]["adversarial"]}
+    assert {"rays", "square, 1000 queries", "mpgd-cw from substitute"} <= scored
     shutil.copy(model, tmp_path)
     shutil.copytree(model.parent / "model.report", tmp_path / "model.report")
     changed = written.to_json()
     changed["robust_accuracy"][0]["transfer"]["value"] += 1 / 64
+    changed["by_queries"][-1]["points"][-1]["value"] += 1 / 60
+    changed["substitute"]["robust_accuracy"][0]["value"] -= 1 / 60
     (tmp_path / "model.report.json").write_text(json.dumps(changed))
-    (difference,) = replay(tmp_path / "model.report.json").differences
-    assert difference[0] == "robust_accuracy[0].transfer.value"
+    differences = replay(tmp_path / "model.report.json").differences
+    assert [place for place, *_ in differences] == [
+        "robust_accuracy[0].transfer.value",
+        "by_queries[3].points[4].value",
+        "substitute.robust_accuracy[0].value",
+    ]
     (tmp_path / "model.report.json").write_text(json.dumps(report))
     kept = next((tmp_path / "model.report" / "adversarial").iterdir())
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
