@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class Context:
     eps_given: tuple[str, ...]  # how their user wrote them, in the same order; or none
     surrogates: Sequence[Surrogate]
     suite: Sequence[Attack]
+    networks: Mapping[str, int]  # of each source: a surrogate's name, `target`, `control`
     price: Price
     left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
     against: Engine | None
@@ -125,7 +126,9 @@ def find_context(config: VerificationConfig) -> Context:
     made: list[Surrogate] = []
     sets: list[SurrogateSet] = []
     if config.surrogates is not None:
-        made = given_surrogates(config.surrogates, engine.card, device)
+        made = given_surrogates(
+            config.surrogates, engine.card.labels, engine.card.input_shape, device
+        )
     else:
         sets = surrogate_sets(training, PRESETS[config.preset].surrogates)
     sizes = {each.name: (len(each.indices), each.run.config.members) for each in made}
@@ -141,10 +144,11 @@ def find_context(config: VerificationConfig) -> Context:
     suite = [*presets.suite(variant, names), *more]
     check_suite(suite, names)
     members = gradients.members if gradients else ()
+    networks = {name: size for name, (size, _) in sizes.items()}
+    networks |= dict.fromkeys(("target", "control"), len(members))
     cost = price(
         suite,
-        {name: size for name, (size, _) in sizes.items()}
-        | dict.fromkeys(("target", "control"), len(members)),
+        networks,
         [each.config for each in sets] or list(dict.fromkeys(each.run.config for each in made)),
         training,
         train_images=len(data.train),
@@ -176,6 +180,7 @@ def find_context(config: VerificationConfig) -> Context:
         eps_given=tuple(written[each] for each in eps) if written else (),
         surrogates=made,
         suite=suite,
+        networks=networks,
         price=cost,
         left_out=_left_out(
             config, variant, training, no_gradients if gradients is None else None, no_start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
+from verification.price import spent
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.page import page
@@ -92,7 +94,9 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "gradient_evaluations": context.price.to_json(),
+            "gradient_evaluations": replace(
+                context.price, attacks=spent(context.suite, context.networks, outcomes)
+            ).to_json(),
         }
         report = Report.from_json(nulls(table))
         plots = illustrate(report, labels, context.engine, model.members, split, outcome)

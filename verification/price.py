@@ -18,6 +18,8 @@ from training.trainer import prepare
 from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.outcomes import Outcomes
+from verification.attacks.rounds import rounds
 from verification.gradients import ready
 from verification.surrogates import Surrogate, SurrogateSet
 
@@ -31,7 +33,8 @@ class Price:
 
     Args:
         surrogates: to train all of them.
-        attacks: to run all of them on all images; those that skip broken images take fewer.
+        attacks: before they ran, all of them but later cycles of rounds, on all images; afterwards
+            on the images that they ran on.
         training: what the model's own training took.
     """
 
@@ -45,7 +48,7 @@ class Price:
         return (self.surrogates + self.attacks) / self.training
 
     def __str__(self) -> str:
-        return f"at most {self.share:.2g} times the gradients that the model's own training took"
+        return f"about {self.share:.2g} times the gradients that the model's own training took"
 
     def to_json(self) -> dict[str, int]:
         """Return the figures as the report has them."""
@@ -68,9 +71,10 @@ def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, ra
         images: how many are attacked.
         radii: at how many each attack runs.
     """
-    total = 0.0
+    total, whole = 0.0, rounds(suite)
+    later = whole[len({each.loss for each in whole}) :]  # few images are left to them, or none
     for attack in suite:
-        if attack.threat == "queries":
+        if attack.threat == "queries" or attack in later:
             continue
         one = source.get(attack.source, 0.0)
         if attack.source == "target" and attack.control:
@@ -109,6 +113,28 @@ def price(
         attacks=round(passes(suite, sizes, images, radii)),
         training=trained(model),
     )
+
+
+def spent(
+    suite: Sequence[Attack], sizes: Mapping[str, int], outcomes: Mapping[str, Outcomes]
+) -> int:
+    """Count the gradients of attacks on the images that they ran on.
+
+    Args:
+        suite: the attacks.
+        sizes: how many networks each source has, see `passes`.
+        outcomes: by target.
+    """
+    by_name = {attack.name: attack for attack in suite if attack.threat != "queries"}
+    total = 0
+    for name in ("model", "control"):
+        for (run, _), images in outcomes[name].ran.items() if name in outcomes else ():
+            attack = by_name.get(run)
+            if attack is None or (name != "model" and attack.source != "target"):
+                continue  # images from a surrogate are made once for all
+            source = name if name == "control" else attack.source
+            total += attack.work * attack.restarts * int(images.sum()) * sizes.get(source, 0)
+    return total
 
 
 def forecast(
@@ -153,7 +179,7 @@ def forecast(
     attacks = passes(suite, seconds, len(split), radii)
     return (
         f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "
-        f"about {duration(attacks)} at most"
+        f"about {duration(attacks)}"
     )
 
 

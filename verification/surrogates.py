@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dverge_serve.engine.card import Card
 from dverge_serve.errors import UserError
 from dverge_serve.files import cache_folder, canonical_json, sha256
 from training.config import MAX_SEED, Config, Verification
@@ -256,13 +255,14 @@ def surrogates(
     return found
 
 
-def given_surrogates(folder: Path, card: Card, device: torch.device) -> list[Surrogate]:
-    """Return the finished runs in a folder as surrogates for the model of `card`.
+def given_surrogates(
+    folder: Path, labels: Sequence[str], shape: tuple[int, ...], device: torch.device
+) -> list[Surrogate]:
+    """Return the finished runs in a folder as surrogates for a model of these classes and input.
 
     Raises:
         UserError: none there, or one with other classes or another input.
     """
-    labels = card.labels
     runs = sorted(path.parent for path in folder.glob("*/checkpoint.json"))
     if not runs:
         raise UserError(f"no finished run in {folder}", "a folder of run directories")
@@ -274,10 +274,8 @@ def given_surrogates(folder: Path, card: Card, device: torch.device) -> list[Sur
                 f"the surrogate {path} has {len(run.labels)} classes ({', '.join(run.labels[:3])})",
                 f"the model's {len(labels)} ({', '.join(labels[:3])})",
             )
-        if (shape := run.config.data.preprocess.shape) != card.input_shape:
-            raise UserError(
-                f"the surrogate {path} takes {shape}", f"the model's {card.input_shape}"
-            )
+        if (found_shape := run.config.data.preprocess.shape) != shape:
+            raise UserError(f"the surrogate {path} takes {found_shape}", f"the model's {shape}")
         size = run.config.members
         parts = {path.name: tuple(range(size))} | alone(path.name, size)
         found += _opened(parts, run, device)

@@ -80,7 +80,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
         engine.card, model, run=run.path if run else None, checkpoint=checkpoint, device=device
     )
     assert gradients is not None
-    found = given_surrogates(surrogates, engine.card, device)
+    found = given_surrogates(surrogates, engine.card.labels, engine.card.input_shape, device)
     sources = {each.name: (each.members, each.weights) for each in found}
     rules = under_attack(engine, gradients, suite, sources, split, protocol.eps, protocol.seed)
     outcome = Outcomes.from_json(report["outcomes"]["model"])

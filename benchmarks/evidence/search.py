@@ -75,7 +75,10 @@ def measure(
     key = sha256(canonical_json(config.to_json()))[:16]
     run = train(config, evidence_cache() / "search" / key, device=device, resume=True, data=data)
     members = [ready(member, device) for member in run.members()]
-    found = [each for each in given_surrogates(surrogates, data.labels, device) if each.whole]
+    shape = config.data.preprocess.shape
+    found = [
+        each for each in given_surrogates(surrogates, data.labels, shape, device) if each.whole
+    ]
     variant = Variant(preset="quick", classes=len(data.labels))
     attacks = suite(variant, [each.name for each in found])
     attacks = [each for each in attacks if each.source not in ("target", "none")]

@@ -203,13 +203,13 @@ def test_a_folder_of_surrogates_can_be_given(
 ) -> None:
     card, cpu = Engine(tiny_model, device="cpu").card, torch.device("cpu")
     with pytest.raises(UserError, match="no finished run"):
-        given_surrogates(tmp_path, card, cpu)
+        given_surrogates(tmp_path, card.labels, card.input_shape, cpu)
     shutil.copytree(tiny_run, tmp_path / "mine")
-    found, *alone = given_surrogates(tmp_path, card, cpu)
+    found, *alone = given_surrogates(tmp_path, card.labels, card.input_shape, cpu)
     assert (found.name, len(found.members)) == ("mine", 3)
     assert [len(each.members) for each in alone] == [1, 1, 1]
     with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
-        given_surrogates(tmp_path, replace(card, labels=("cat", "dog")), cpu)
+        given_surrogates(tmp_path, ("cat", "dog"), card.input_shape, cpu)
     colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))
     with pytest.raises(UserError, match=r"the model's \(3, 8, 8\)"):
-        given_surrogates(tmp_path, colour, cpu)
+        given_surrogates(tmp_path, card.labels, colour.input_shape, cpu)
