@@ -33,7 +33,8 @@ from verification.metrics.robust_accuracy import clean_scores
 Ask = Callable[[Pixels], npt.NDArray[np.floating]]
 MEMBERS = 2  # one for each of two cores, in the time of one
 LARGEST_STEP = 0.2  # towards the boundary, in one round of queries
-BATCH, ROUND_EPOCHS, LAST_EPOCHS, RATE = 64, 5, 25, 3e-3
+BATCH, RATE = 64, 3e-3
+ROUND, LAST = (3, 20), (12, 200)  # epochs, and the steps that they are at least
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def steal(
         for index, member in enumerate(members)
     ]
     while True:
-        epochs = LAST_EPOCHS if len(asked) >= queries else ROUND_EPOCHS
+        epochs, steps = LAST if len(asked) >= queries else ROUND
+        epochs = max(epochs, steps // -(-len(asked) // BATCH))
         work = partial(_Training.run, images=asked, told=told, epochs=epochs)
         side_by_side(work, trainings, device)
         if len(asked) >= queries:
