@@ -45,7 +45,7 @@ PAPER = ("standard-3", "standard-5", "standard-8")
 PRESETS = {
     "quick": Preset(
         PAPER[:2],
-        sample=60,
+        sample=80,
         budgets=(100, 1000),
         substitute=1000,
         aware_steps=20,
