@@ -49,7 +49,7 @@ PAPER = (*MIXED, "standard-3", "standard-5", "standard-8")
 PRESETS = {
     "quick": Preset(
         MIXED,
-        sample=60,
+        sample=80,
         budgets=(100, 1000),
         substitute=1000,
         aware_steps=20,

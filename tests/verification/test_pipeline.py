@@ -85,7 +85,7 @@ def test_callers_have_figures_of_their_own(evaluated: tuple[Path, Report]) -> No
         assert [point.queries for point in row.points] == [1, 2, 5, 10, 20]
         values = [point.value for point in row.points]
         assert values == sorted(values, reverse=True)
-        assert {point.n for point in row.points} == {60}
+        assert {point.n for point in row.points} == {64}
     assert report.by_queries[-1].at(15).queries == 10
     assert report.by_queries[-1].points[-1].value < report.clean_accuracy.value
     assert report.substitute is not None

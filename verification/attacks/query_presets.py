@@ -34,7 +34,7 @@ def query_attacks(preset: Preset, norm: Norm, scores: bool) -> list[Attack]:
     if preset.hop_skip_jump or norm == "l2":
         chosen.append(HopSkipJump(name="hop-skip-jump", queries=most))
     stolen = GradientAttack(
-        name="mpgd", threat="queries", source=SUBSTITUTE, momentum=1.0, steps=20, restarts=2
+        name="mpgd", threat="queries", source=SUBSTITUTE, momentum=1.0, steps=20
     )
     transferred = [
         replace(stolen, name=f"mpgd-{loss} from {SUBSTITUTE}", loss=loss) for loss in ("ce", "cw")
