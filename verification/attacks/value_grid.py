@@ -93,7 +93,7 @@ def grid_attacks(
         threat="white_box",
         source="target",
         loss="cw",
-        steps=20,
+        steps=10,
         control=False,
         levels=levels,
     )

@@ -24,9 +24,10 @@ def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> 
     """
     chosen: list[Attack] = []
     if preset == "quick":
-        chosen += _on_each([("ce", "mean-logits"), ("cw", "mean-logits")], PGD)
-        # The other way of combining the members, in case a saturated softmax hides the gradient.
-        chosen += _on_each([("ce", "mean-softmax")], replace(PGD, control=False))
+        # Both ways of combining the members, in case a saturated softmax hides the gradient.
+        forms: list[tuple[LossName, OutputName]]
+        forms = [("ce", "mean-logits"), ("cw", "mean-logits"), ("ce", "mean-softmax")]
+        chosen += _on_each(forms, replace(PGD, control=False))
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _protocol(classes)
