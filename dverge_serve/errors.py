@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class Exit(enum.IntEnum):
@@ -54,6 +55,15 @@ class Interrupted(UserError):  # noqa: N818 - Ctrl-C is no error
 
     def __init__(self, next_step: str = "") -> None:
         super().__init__("interrupted", next_step=next_step)
+
+
+@contextlib.contextmanager
+def interruptible(next_step: str) -> Iterator[None]:
+    """Turn Ctrl-C in the block into `Interrupted`, which says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(next_step) from stopped
 
 
 class NotMetError(UserError):

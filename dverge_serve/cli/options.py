@@ -14,3 +14,4 @@ Data = Annotated[
     typer.Option(help="A folder of train/<class>/ and test/<class>/, a CSV file, or a set's name."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+SAME_COMMAND = "the same command goes on from what is done"

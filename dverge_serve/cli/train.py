@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from dverge_serve.cli import app, as_flags
-from dverge_serve.cli.options import Data, Device
-from dverge_serve.errors import Exit, Interrupted, UserError
+from dverge_serve.cli.options import SAME_COMMAND, Data, Device
+from dverge_serve.errors import Exit, Interrupted, UserError, interruptible
 
 if TYPE_CHECKING:
     from export.fusion_choice import Target
@@ -112,7 +112,7 @@ def demo(
 
     The whole way on embedded images, and a comparison with a standard ensemble.
     """
-    from dverge_serve.cli.tables import demo_table
+    from dverge_serve.cli.tables import demo_table, verdict_lines
     from export.exporter import export as export_run
     from training.device import pick_device
     from training.recipe import load_recipe
@@ -121,17 +121,17 @@ def demo(
 
     config, chosen, model = load_recipe("digits"), pick_device(device), out / "model.onnx"
     typer.echo(f"1/3 training {config.members} members on digit images", err=True)
-    try:
+    with interruptible(SAME_COMMAND):
         run = train_run(config, out / "run", device=chosen, resume=True)
         typer.echo("2/3 exporting one ONNX graph", err=True)
         export_run(run, model, target=cast("Target", device))  # pick_device knows the same names
         typer.echo("3/3 attacking the exported file and an undefended control", err=True)
         report = verify(model, run=run, device=chosen)
-    except KeyboardInterrupt as stopped:
-        raise Interrupted("the same command goes on from what is done") from stopped
     assert report.control is not None  # the run's own standard members
     demo_table(report, report.control, DEMO_EPS)
-    typer.echo(f"verdict {report.verdict}. Serve it with: dverge serve {model}")
+    for line in verdict_lines(report):
+        typer.echo(as_flags(line))
+    typer.echo(f"serve it with: dverge serve {model}")
     if report.verdict != "VALID":
         raise typer.Exit(Exit.NOT_VALID)
 

@@ -9,9 +9,9 @@ import typer
 
 from dverge_serve.cli import app
 from dverge_serve.cli import foreign as options
-from dverge_serve.cli.options import Data, Device, Model
+from dverge_serve.cli.options import SAME_COMMAND, Data, Device, Model
 from dverge_serve.engine.radius import parse_radius
-from dverge_serve.errors import Exit, NotMetError, UserError
+from dverge_serve.errors import Exit, NotMetError, UserError, interruptible
 
 if TYPE_CHECKING:
     from dverge_serve.engine.rates import Rate
@@ -109,27 +109,28 @@ def verify_robustness(
     for wanted in (junit, bom):
         if wanted is not None:
             check_writable(wanted)
-    report = verify(
-        model,
-        run=run,
-        preset=preset,
-        checkpoint=checkpoint,
-        labels=labels,
-        contract=contract,
-        search_contract=foreign == "auto",
-        data=data,
-        surrogates=surrogates,
-        against=against,
-        eps=eps.split(",") if eps else (),
-        url=url,
-        requests=requests,
-        requests_a_second=rate,
-        norm=cast("Norm", norm),
-        images=images,
-        seed=seed,
-        device=device,
-        at_eps=at_eps,
-    )
+    with interruptible(SAME_COMMAND):
+        report = verify(
+            model,
+            run=run,
+            preset=preset,
+            checkpoint=checkpoint,
+            labels=labels,
+            contract=contract,
+            search_contract=foreign == "auto",
+            data=data,
+            surrogates=surrogates,
+            against=against,
+            eps=eps.split(",") if eps else (),
+            url=url,
+            requests=requests,
+            requests_a_second=rate,
+            norm=cast("Norm", norm),
+            images=images,
+            seed=seed,
+            device=device,
+            at_eps=at_eps,
+        )
     report_table(report)
     if report.live is not None:
         typer.echo(live_line(report.live))
