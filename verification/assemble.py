@@ -64,6 +64,7 @@ def assemble(
             "norm": NORMS[config.norm],
             "eps": list(context.eps),
             "eps_given": list(context.eps_given),
+            "eps_auto": config.auto_eps,  # found where the control falls, on some of these images
             "transfer": "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model, for scores or for labels alone, or trains a substitute "
             "on its answers; on a random sample of the images",
@@ -107,9 +108,9 @@ def assemble(
             **figures(outcomes["against"], context.suite, context.eps),
             "comparison": rows,
         }
-    report["configuration_sha256"] = sha256(
-        canonical_json([report["attacks"], list(context.eps), config.seed, report["surrogates"]])
-    )
+    shaped = [report["attacks"], list(context.eps), config.seed, report["surrogates"]]
+    contract = report["model"].get("contract")  # of a foreign classifier
+    report["configuration_sha256"] = sha256(canonical_json([*shaped, contract]))
     return report
 
 

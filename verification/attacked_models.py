@@ -30,7 +30,9 @@ def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     gradients, surrogates = context.gradients, context.surrogates
     weights = gradients.weights if gradients else context.engine.card.weights_sha256
     members = gradients.members if gradients else None
-    targets = {"model": Target(context.engine, members, weights, _kin(surrogates, weights))}
+    # Of the run, and where gradients come from the file, of the run it was exported from.
+    kin = _kin(surrogates, weights) | _kin(surrogates, context.engine.card.weights_sha256)
+    targets = {"model": Target(context.engine, members, weights, kin)}
     what = "none"
     if gradients and gradients.run:
         every = range(gradients.run.config.members)

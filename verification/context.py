@@ -144,6 +144,7 @@ def find_context(config: VerificationConfig) -> Context:
     suite = [*presets.suite(variant, names), *more]
     check_suite(suite, names)
     members = gradients.members if gradients else ()
+    radii = 3 if config.auto_eps else len(eps)
     networks = {name: size for name, (size, _) in sizes.items()}
     networks |= dict.fromkeys(("target", "control"), len(members))
     cost = price(
@@ -153,10 +154,10 @@ def find_context(config: VerificationConfig) -> Context:
         training,
         train_images=len(data.train),
         images=len(split),
-        radii=len(eps),
+        radii=radii,
     )
     if Progress.shown:
-        told = forecast(suite, made, sets, members, data, split, len(eps), device)
+        told = forecast(suite, made, sets, members, data, split, radii, device)
         say(f"{told}; {cost}")
     made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))

@@ -58,7 +58,7 @@ def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[flo
     kept = [int(outcome.clean.sum()), *(int(outcome.robust(suite, e).sum()) for e in sorted(eps))]
     rises = max((after - before for before, after in pairwise(kept)), default=0)
     detail = f"images that stand as eps grows: {', '.join(map(str, kept))}"
-    ok = rises <= allowed(len(outcome.clean)) and kept[-1] <= kept[0]
+    ok = rises <= allowed(len(outcome.clean))
     return Gate("grows-with-eps", ok, "INCONCLUSIVE", detail)
 
 
@@ -76,11 +76,9 @@ def iterative_beats_single(
     outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]
 ) -> Gate:
     """Images that one step breaks are broken by many steps too."""
-    white_box = [
-        each for each in suite if isinstance(each, GradientAttack) and each.threat == "white_box"
-    ]
-    single = [each for each in white_box if each.steps == 1]
-    many = [each for each in white_box if each.steps > 1]
+    white_box = [each for each in suite if each.threat == "white_box"]
+    single = [each for each in white_box if isinstance(each, GradientAttack) and each.steps == 1]
+    many = [each for each in white_box if each not in single]
     name, what = "iterative-beats-single", "broken by one step and not by many"
     return _never_beats(name, outcome, (single, many), eps, what, NO_WEIGHTS)
 

@@ -38,7 +38,7 @@ def deterministic(first: Scores, second: Scores) -> Gate:
 def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:
     """The outputs are logits: a softmax in front of the loss would hide its gradient.
 
-    No gradient is taken through a foreign classifier.
+    A foreign classifier without gradients may give what it likes.
     """
     if foreign:
         detail = "a foreign classifier: no gradient is taken through its outputs"

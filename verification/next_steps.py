@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from dverge_serve.engine.report import Gate
 
-STRONGER = "try `preset` standard or full; until it passes, read the figure under all attacks"
+STRONGER = (
+    "try a larger `preset`, or more `images`; until it passes, read the figure under all attacks"
+)
 FAILED = {
     "finite": "find where it overflows: export again with `precision` fp32, or train with a lower "
     "learning rate",

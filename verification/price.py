@@ -48,7 +48,7 @@ class Price:
         return (self.surrogates + self.attacks) / self.training
 
     def __str__(self) -> str:
-        return f"about {self.share:.2g} times the gradients that the model's own training took"
+        return f"about {self.share:.2g} times the gradients of the model's own training"
 
     def to_json(self) -> dict[str, int]:
         """Return the figures as the report has them."""

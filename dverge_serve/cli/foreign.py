@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ class OptionalForeign(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, with the value `given` after a `--foreign` that has none."""
         told: list[str] = []
-        for word, after in zip(args, [*args[1:], ""], strict=True):
+        for word, after in zip_longest(args, args[1:]):
             told += [word, "given"] if word == "--foreign" and after not in FOREIGN else [word]
         return list(super().parse_args(ctx, told))
 

@@ -143,7 +143,7 @@ def test_the_four_commands_and_the_gate(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--set", "width=8", "--set", "data.train_limit=320", "--set", "data.test_limit=64"]
-    epochs = ["--set", "standard.epochs=2", "--set", "dverge.epochs=1"]
+    epochs = ["--set", "standard.epochs=4", "--set", "dverge.epochs=1"]
     assert run(["train", *small, *epochs]) == 0
     assert Path("runs/latest").resolve().parent == (tmp_path / "runs").resolve()
     assert run(["train", "--resume", *small, *epochs]) == 0  # finished: nothing to do

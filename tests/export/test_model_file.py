@@ -14,7 +14,6 @@ import pytest
 from onnx.external_data_helper import convert_model_to_external_data
 from onnx.reference import ReferenceEvaluator
 
-from dverge_serve.engine import session as engine_module
 from dverge_serve.engine.card import METADATA_KEY, Card, model_schema
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
@@ -128,7 +127,7 @@ def test_weights_in_other_files_are_refused(
 def test_a_file_over_two_gigabytes_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr("dverge_serve.engine.model_file.MAX_BYTES", 1000)
     with pytest.raises(UserError, match="larger than 2 GB"):
         Engine(tiny_model, device="cpu")
     monkeypatch.setattr(graph, "MAX_BYTES", 1000)

@@ -66,6 +66,7 @@ JSON_FORM: dict[str, tuple[str, Any]] = {
     "control": ("control", None),
     "only_eps": ("only_eps", None),
     "gate": ("gate", None),
+    "levels": ("levels", ()),
 }
 
 
@@ -198,7 +199,12 @@ class Attack(ABC):
         def answers(images: Tensor) -> Tensor:
             return torch.from_numpy(target.engine.run_all(images.detach().cpu().numpy()).logits)
 
-        return self.seen(answers), str(getattr(target.engine, "sha256", ""))
+        # Of the file, and of what a foreign classifier has beside it: its contract, other files.
+        digest = getattr(target.engine, "sha256", "")
+        card = getattr(target.engine, "card", None)
+        return self.seen(
+            answers
+        ), f"{digest} {card.weights_sha256 if card else ''}" if digest else ""
 
     @property
     def cacheable(self) -> bool:

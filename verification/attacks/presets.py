@@ -12,10 +12,11 @@ from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, Noise
 from verification.attacks.hop_skip_jump import HopSkipJump
+from verification.attacks.query_attack import ReportedQueryAttack
 from verification.attacks.query_presets import query_attacks
 from verification.attacks.rays import RayS
 from verification.attacks.square import Square
-from verification.attacks.transfer_presets import transfer_attacks
+from verification.attacks.transfer_presets import NEAREST, transfer_attacks
 from verification.attacks.value_grid import GridAttack
 from verification.attacks.white_box_presets import PGD, white_box_attacks
 from verification.config import PRESETS
@@ -95,7 +96,13 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         ),
     ]
     chosen += transfer_attacks(
-        preset, surrogates, parts=variant.parts, brief=variant.brief, skips=variant.skips
+        preset,
+        surrogates,
+        parts=variant.parts,
+        brief=variant.brief,
+        skips=variant.skips,
+        # Labels alone do not say which images are near.
+        nearest=NEAREST if variant.scores else 1.0,
     )
     chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
     chosen += query_attacks(PRESETS[preset], norm, variant.scores)
@@ -130,8 +137,10 @@ def from_json(tables: Sequence[dict[str, Any]]) -> list[Attack]:
 
 def _read(table: dict[str, Any]) -> Attack:
     kind = next((each for each in ATTACK_KINDS if each.kind == table["kind"]), ReportedAttack)
-    if kind is GradientAttack and table["loss"] not in get_args(LossName):  # a loss of one's own
-        kind = ReportedAttack
+    own_loss = issubclass(kind, GradientAttack) and table["loss"] not in get_args(LossName)
+    if kind is ReportedAttack or own_loss:
+        kind = ReportedQueryAttack if table["queries"] else ReportedAttack
     known = {field.name for field in fields(kind)}
     settings = {JSON_FORM[key][0]: value for key, value in table.items() if key in JSON_FORM}
+    settings["levels"] = tuple(settings.get("levels", ()))
     return kind(**{name: value for name, value in settings.items() if name in known})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from verification.attacks.attack import Attack, Model, Threat
+from verification.attacks.attack import Attack, Model, ReportedAttack, Threat
 
 Answers = Literal["scores", "labels"]
 
@@ -37,3 +37,8 @@ class QueryAttack(Attack):
     def work(self) -> int:
         """Queries an image, for progress."""
         return max(self.queries, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedQueryAttack(QueryAttack, ReportedAttack):
+    """An attack by queries of its user's own, as far as a report knows it: it cannot be run."""

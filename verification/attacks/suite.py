@@ -22,6 +22,7 @@ from verification.attacks.attack import NOTHING, Attack, Model
 from verification.attacks.cache import cached
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
+from verification.attacks.query_attack import QueryAttack
 from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
 from verification.attacks.rounds import is_over
 from verification.attacks.target import Target
@@ -153,7 +154,9 @@ def _pairs(
             for name, target in targets.items()
             if weights != target.weights and weights not in target.kin
         ]
-        names = names if attack.control else names[:1]
+        if attack.source == SUBSTITUTE:  # of the first target alone
+            names = [name for name in names if name == next(iter(targets))]
+        names = [name for name in names if attack.control or name != "control"]
         return [(names, Ensemble(members).eval(), weights)] if names else []
     chosen = [name for name in targets if attack.control or name != "control"]
     return [
@@ -213,7 +216,8 @@ def _crafted(
     def make() -> dict[str, npt.NDArray[Any]]:
         part = split.take(torch.from_numpy(np.flatnonzero(ran)).to(split.images.device))
         deltas = np.zeros((len(radii), *split.images.shape), dtype=np.float16)
-        queries = np.zeros((len(radii), len(split)), dtype=np.int64)
+        # -1 where an attack does not count them.
+        queries = np.full((len(radii), len(split)), 0 if isinstance(attack, QueryAttack) else -1)
         if len(part):
             names = (seed[0], attack.name, ",".join(map(str, radii)), seed[1])
             images = to_float(part.images)
@@ -224,7 +228,9 @@ def _crafted(
                     job.model.eval()  # whatever an attack of a user's own left it in
             for at, (eps, made) in enumerate(zip(radii, crafted, strict=True)):
                 deltas[at, ran] = encode_fp16(made.images, part.images, eps, attack.norm)
-                queries[at, ran] = -1 if made.queries is None else made.queries
+                if made.queries is not None:
+                    queries[at] = 0
+                    queries[at, ran] = made.queries
         return {"halves": deltas, "queries": queries}
 
     identified = bool(job.weights) or attack.source == "none"

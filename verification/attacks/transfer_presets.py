@@ -18,6 +18,7 @@ def transfer_attacks(
     parts: Collection[str] = (),
     brief: Collection[str] = (),
     skips: bool = True,
+    nearest: float = NEAREST,
 ) -> list[GradientAttack]:
     """Return a preset's transfer attacks.
 
@@ -28,12 +29,13 @@ def transfer_attacks(
         brief: surrogates without the paper's protocol: single networks, and those that the paper
             does not have.
         skips: whether the surrogates have residual branches (SGM).
+        nearest: share of the standing images that get the dearer attacks.
     """
     ensembles = [name for name in surrogates if name not in brief]
     chosen = _fast(surrogates)
     if preset != "quick":
         chosen += _protocol(ensembles, skips)
-    chosen += _nearest([name for name in surrogates if name not in parts])
+    chosen += _nearest([name for name in surrogates if name not in parts], nearest)
     if preset == "full":
         vmi = replace(
             MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
@@ -51,12 +53,12 @@ def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
     return _from_each(surrogates, replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4))
 
 
-def _nearest(ensembles: Sequence[str]) -> list[GradientAttack]:
+def _nearest(ensembles: Sequence[str], share: float) -> list[GradientAttack]:
     """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
 
     Hardly any other image is broken by them.
     """
-    one = replace(MPGD, steps=10, skip_broken=True, nearest=NEAREST)
+    one = replace(MPGD, steps=10, skip_broken=True, nearest=share)
     bsr = replace(one, name="bsr-nearest", shuffles=4)
     mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dverge_serve.errors import UserError
 from training import pgd
 from training.pgd import Norm
 from verification.attacks.gradient_attack import GradientAttack
@@ -32,7 +33,18 @@ class GridAttack(GradientAttack, kind="grid"):
         levels: the values, 8-bit, rising; those of the images that are attacked.
     """
 
-    levels: tuple[int, ...] = ()
+    levels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = GradientAttack(name="", threat=self.threat, source=self.source)
+        for setting in ("diversity", "skip_gamma", "variance_samples", "flat_samples"):
+            self.check(setting, [getattr(plain, setting)])
+        for setting in ("shuffles", "penalty_samples"):
+            self.check(setting, [getattr(plain, setting)])
+        self.check("norm", ["linf"])
+        if len(self.levels) < 2:
+            raise UserError(f"the attack '{self.name}' has levels {self.levels}", "two or more")
 
     def _batch(
         self,
