@@ -141,7 +141,7 @@ def test_hop_skip_jumps_probes_find_the_normal_of_larger_images(norm: Norm) -> N
             probes = [each for each in asked[at - 4 : at] if len(each) > 1]
             direction = asked[at][0].double() - torch.cat(probes).double().mean(0)
             along.append(float((direction.numpy() * model.normal).mean() / direction.std()))
-    # 100 probes and more in 3,072 dimensions: 0.14 (L2) and 0.11 (Linf) are expected, 0.02 is noise.
+    # 100 probes in 3,072 dimensions: 0.14 (L2) and 0.11 (Linf) are expected, 0.02 is chance.
     assert len(along) == 3
     assert min(along) > 0.07
 
