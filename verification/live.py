@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dverge_serve.engine.outputs import softmax
+from dverge_serve.errors import UserError
 from dverge_serve.progress import Progress
 from training.config import Config
 from training.data.splits import Split, to_float
@@ -182,10 +183,18 @@ def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> di
         one = right.take(slice(int(index), int(index) + 1))
         names = (caller.seed, "live", attack.name, int(index))
         reach = uint8_steps(eps) / 255
-        attack.run(attack.seen(live.model), to_float(one.images), one.labels, reach, *names)
+        clean = to_float(one.images)
+        try:
+            made = attack.run(attack.seen(live.model), clean, one.labels, reach, *names).images
+        except UserError:
+            if live.service.left:
+                raise
+            break  # it was busy, and asking again took the requests that this image needed
         tried += 1
-        # An image leaves the attack when it is broken: the last answer says whether it is.
-        broken += int(live.last[-1].argmax() != one.labels[0].item())
+        # An image leaves the attack when it is broken: the last answer says whether it is. A search
+        # by labels may end on a wrong answer outside the ball, and returns the clean image then.
+        wrong = live.last[-1].argmax() != one.labels[0].item()
+        broken += int(wrong and not torch.equal(made, clean))
     return {
         "attack": attack.name,
         "answers": attack.answers,

@@ -18,10 +18,11 @@ from dverge_serve.cli.tables import live_line
 from dverge_serve.engine.live_report import Live
 from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
+from dverge_serve.progress import Progress
 from tests.verification.models import Linear, TorchEngine, linear_split
 from training.recipe import load_recipe
 from verification.attacks.outcomes import Outcomes
-from verification.live import Caller, attack_service
+from verification.live import Caller, _Attacked, _by_queries, attack_service
 from verification.service_client import Service
 
 EPS = 0.05
@@ -29,10 +30,12 @@ EPS = 0.05
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms
     engine = TorchEngine([Linear()])
     full = True
     count = 0
     busy = 0  # requests to answer 503 first
+    busy_at = 0  # the number of one more
     hangs_up = False  # after every answer, without saying so
 
     def do_POST(self) -> None:
@@ -51,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         text = json.dumps({"predictions": [answer]}).encode()
         busy = type(self).busy > 0
         type(self).busy -= busy
+        busy |= type(self).count == self.busy_at
         self.send_response(503 if busy else 200 if allowed else 401)
         self.send_header("X-Model-Sha256", "abc")
         self.send_header("content-length", str(len(text)))
@@ -65,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Handler.count, Handler.full, Handler.busy, Handler.hangs_up = 0, True, 0, False
+    Handler.count, Handler.full, Handler.hangs_up = 0, True, False
+    Handler.busy, Handler.busy_at = 0, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -118,6 +123,41 @@ def test_it_counts_its_requests_and_reports_what_was_exposed(
     assert line.endswith("it exposes scores: index, label, top" if full else "label: index, label")
     assert "ANOTHER" not in line
     assert "ANOTHER" in live_line(Live.from_json(live | {"same_model": False}))
+
+
+def by_queries(url: str, requests: int, values: list[int], eps: float) -> dict[str, Any]:
+    """Attack by queries alone, after one request that tells what the service exposes."""
+    split = linear_split(values)
+    with (
+        Service(url, 2, requests=requests, rate=1e6, token="secret") as service,
+        Progress("attacking", requests) as progress,
+    ):
+        live = _Attacked(service, progress)
+        live.labels(split.images.numpy()[:1])
+        return _by_queries(live, split, eps, CALLER)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_wrong_answer_outside_the_ball_is_no_break(url: str, full: bool) -> None:
+    Handler.full = full
+    for requests in range(11, 21):  # a search by labels may end on either answer
+        found = by_queries(url, requests, [90, 100, 160, 170], 1 / 255)
+        assert (found["images"], found["broken"]) == (1, 0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_busy_service_costs_no_more_than_the_image_that_has_no_requests_left(
+    url: str, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verification.service_client.time.sleep", lambda seconds: None)
+    Handler.full = full
+    each = 100 if full else 200
+    requests = 1 + 2 * each
+    assert by_queries(url, requests, [20, 250], 1 / 255)["images"] == 2
+    Handler.count, Handler.busy_at = 0, requests - 3
+    found = by_queries(url, requests, [20, 250], 1 / 255)
+    assert (found["images"], found["broken"], found["queries"]) == (1, 0, 2 * each)
+    assert Handler.count == requests
 
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from verification.attacks.label_search import Floats, LabelAttack, Search
+from verification.attacks.label_search import Floats, LabelAttack, Search, as_asked
 
 TOGETHER = 50  # candidates asked at once, which bounds the memory
 STARTS = 100  # random images tried as a first wrong one
 FIRST_PROBES, MOST_PROBES = 100, 10_000
+TOLERANCE = 2**-10  # of the binary search, relative: changes are float16, which tells no more
 
 Answer = Generator[Floats, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 
@@ -25,24 +26,24 @@ class HopSkipJump(LabelAttack, kind="hop-skip-jump"):
     def search(self, clean: Floats, draw: np.random.Generator) -> Search:
         """Estimate the boundary's direction, step, and return to the boundary (algorithm 2).
 
-        The settings are the paper's: 100 sqrt(t) probes in iteration t, a tolerance of the binary
-        search of d^-3/2 (L2) or d^-2 (Linf) for images of d pixels.
+        The settings are the paper's: 100 sqrt(t) probes in iteration t, as long as the tolerance of
+        the binary search asks for (section IV-C). The tolerance itself is not: the paper's, d^-3/2
+        (L2) or d^-2 (Linf) for images of d pixels, is finer than float16 changes are, which would
+        drown the probes.
         """
-        linf, size = self.norm == "linf", clean.size
-        tolerance = 1 / size**2 if linf else 1 / size**1.5
+        probe = TOLERANCE * (clean.size if self.norm == "linf" else clean.size**0.5)
         for _ in range(STARTS):
             found = draw.random(clean.shape, dtype=np.float32)
             if (yield found[None])[0]:
                 break
         else:
             return
-        found = yield from self._boundary(clean, found, tolerance)
+        found = yield from self._boundary(clean, found)
         iteration = 1
         while True:
             distance = self._distance(clean, found)
-            reach = 0.1 if iteration == 1 else tolerance * distance * (size if linf else size**0.5)
             probes = min(int(FIRST_PROBES * math.sqrt(iteration)), MOST_PROBES)
-            direction = yield from self._direction(found, reach, probes, draw)
+            direction = yield from self._direction(clean, found, probe * distance, probes, draw)
             step = distance / math.sqrt(iteration)
             while True:
                 moved = np.clip(found + np.float32(step) * direction, 0, 1)
@@ -52,7 +53,7 @@ class HopSkipJump(LabelAttack, kind="hop-skip-jump"):
                 if step < 1e-6:  # nothing along this direction is wrong
                     moved = found
                     break
-            found = yield from self._boundary(clean, moved, tolerance)
+            found = yield from self._boundary(clean, moved)
             iteration += 1
 
     def _distance(self, clean: Floats, found: Floats) -> float:
@@ -60,18 +61,18 @@ class HopSkipJump(LabelAttack, kind="hop-skip-jump"):
         return float(change.max() if self.norm == "linf" else np.sqrt((change**2).sum()))
 
     def _boundary(
-        self, clean: Floats, wrong: Floats, tolerance: float
+        self, clean: Floats, wrong: Floats
     ) -> Generator[Floats, npt.NDArray[np.bool_], Floats]:
         """Return the wrong image where the way from `clean` to `wrong` meets the boundary.
 
         The way is the straight one (L2), or the projections on smaller Linf balls (algorithm 1).
         """
-        distance = self._distance(clean, wrong)
-        high = distance if self.norm == "linf" else 1.0
-        low, tolerance = 0.0, tolerance * min(high, 1.0)
+        low, high = 0.0, self._distance(clean, wrong) if self.norm == "linf" else 1.0
         best = wrong
-        while high - low > tolerance:
+        while high - low > TOLERANCE * high:
             middle = np.float32((low + high) / 2)
+            if not low < middle < high:  # float32 holds nothing between them
+                break
             if self.norm == "linf":
                 tried = np.clip(wrong, clean - middle, clean + middle)
             else:
@@ -83,11 +84,11 @@ class HopSkipJump(LabelAttack, kind="hop-skip-jump"):
         return best
 
     def _direction(
-        self, found: Floats, reach: float, probes: int, draw: np.random.Generator
+        self, clean: Floats, found: Floats, reach: float, probes: int, draw: np.random.Generator
     ) -> Generator[Floats, npt.NDArray[np.bool_], Floats]:
         """Return the direction of the boundary's normal, estimated from probes around `found`.
 
-        That is equation 16: the answers less their mean weigh the probes.
+        That is equation 16: the answers less their mean weigh the probes, as they were asked.
         """
         shape = (probes, *found.shape)
         if self.norm == "linf":
@@ -95,7 +96,8 @@ class HopSkipJump(LabelAttack, kind="hop-skip-jump"):
         else:
             noise = draw.standard_normal(shape, dtype=np.float32)
         noise /= np.sqrt((noise**2).sum((1, 2, 3), keepdims=True))
-        tried = np.clip(found + np.float32(reach) * noise, 0, 1)
+        found = as_asked(clean, found)
+        tried = as_asked(clean, np.clip(found + np.float32(reach) * noise, 0, 1))
         noise = (tried - found) / np.float32(reach)
         answers = []
         for start in range(0, probes, TOGETHER):

@@ -90,12 +90,18 @@ class LabelAttack(QueryAttack):
         ]
 
 
-class _State:
-    """One image's search: what it asks next, and what it found at each radius.
+def as_asked(clean: Floats, candidates: Floats) -> Floats:
+    """Return candidates `[k, C, H, W]` as the model is asked for them.
 
-    Candidates are rounded to the float16 changes that are stored, so that the image that is scored
-    and saved is the very one that was asked.
+    They are rounded to the float16 changes that are stored, so that the image that is scored and
+    saved is the very one that was asked.
     """
+    changes = (candidates - clean).astype(np.float16)
+    return np.clip(clean + changes.astype(np.float32), 0, 1)
+
+
+class _State:
+    """One image's search: what it asks next, and what it found at each radius."""
 
     def __init__(
         self,
@@ -110,7 +116,7 @@ class _State:
         self.queries = [0] * len(radii)
         self._open = set(range(len(radii)))  # radii at which the image still stands
         self._search = attack.search(clean, draw)
-        self.candidates = self._asked(next(self._search)) if self.left else clean[:0]
+        self.candidates = self._next(next(self._search)) if self.left else clean[:0]
 
     def hear(self, wrong: npt.NDArray[np.bool_]) -> None:
         """Take the answers to the candidates, and find the next ones; none at the end."""
@@ -128,10 +134,9 @@ class _State:
         self.candidates = asked[:0]
         if self._open and self.left:
             try:
-                self.candidates = self._asked(self._search.send(wrong))
+                self.candidates = self._next(self._search.send(wrong))
             except StopIteration:
                 return
 
-    def _asked(self, candidates: Floats) -> Floats:
-        changes = (candidates[: self.left] - self.clean).astype(np.float16)
-        return np.clip(self.clean + changes.astype(np.float32), 0, 1)
+    def _next(self, candidates: Floats) -> Floats:
+        return as_asked(self.clean, candidates[: self.left])

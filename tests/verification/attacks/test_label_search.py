@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.verification.models import Linear, linear_split
 from training.data.splits import Split, to_float
+from training.pgd import Norm
 from verification.attacks.hop_skip_jump import HopSkipJump
 from verification.attacks.label_search import LabelAttack
 from verification.attacks.rays import RayS
@@ -104,3 +106,51 @@ def test_hop_skip_jump_draws_by_its_seed() -> None:
     split, radii = linear_split(VALUES), [12 / 255]
     one, other = (found(HOPS[0], split, radii, seed)[0] for seed in (1, 2))
     assert not torch.equal(one, other)
+
+
+class Plane:
+    """Label 1 on one side of a plane through grey, and a record of what it was asked, in order."""
+
+    def __init__(self, size: int) -> None:
+        draw = np.random.default_rng(3)
+        self.normal = draw.choice([-1.0, 1.0], (3, size, size))
+        near = draw.uniform(0.3, 0.7, self.normal.shape)
+        off = (self.normal * (near - 0.5)).mean() + 0.005
+        self.image = torch.from_numpy((near - off * self.normal)[None]).float()
+        self.asked: list[Tensor] = []
+        self.told: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.asked.append(images)
+        side = ((images.double() - 0.5) * torch.from_numpy(self.normal)).sum((1, 2, 3))
+        self.told.append((side > 0).long())
+        return self.told[-1]
+
+    def record(self, norm: Norm, queries: int) -> None:
+        attack = HopSkipJump(name="hops", queries=queries, norm=norm)
+        attack.run_radii(self, self.image, torch.tensor([0]), [1e-6], 0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_hop_skip_jumps_probes_find_the_normal_of_larger_images(norm: Norm) -> None:
+    model = Plane(32)
+    model.record(norm, 600)
+    asked, along = model.asked, []
+    for at in range(1, len(asked)):
+        if len(asked[at]) == 1 < len(asked[at - 1]):  # a step along the direction just estimated
+            probes = [each for each in asked[at - 4 : at] if len(each) > 1]
+            direction = asked[at][0].double() - torch.cat(probes).double().mean(0)
+            along.append(float((direction.numpy() * model.normal).mean() / direction.std()))
+    # 100 probes in 3,072 dimensions: 0.14 (L2) and 0.11 (Linf) are expected, 0.02 is chance.
+    assert len(along) == 3
+    assert min(along) > 0.07
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_hop_skip_jumps_search_for_the_boundary_ends_on_large_images(norm: Norm) -> None:
+    model = Plane(224)
+    model.record(norm, 80)
+    sizes = [len(each) for each in model.asked]
+    assert max(sizes) > 1  # it came to the probes
+    first = [int(each[0]) for each in model.told].index(1)
+    assert sizes.index(max(sizes)) - first - 1 <= 25
