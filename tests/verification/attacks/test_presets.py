@@ -140,6 +140,7 @@ def test_a_suite_comes_back_from_its_json() -> None:
         "control": True,
         "only_eps": None,
         "gate": "",
+        "levels": (),
     }
     (last,) = [table for table in tables if table["name"] == f"apgd-targeted, cycle {CYCLES}"]
     assert (last["kind"], last["loss"], last["targets"]) == ("apgd", "targeted", 9)
