@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.verification.models import (
     shorter,
 )
 from verification.attacks import presets
-from verification.attacks.attack import Attack
+from verification.attacks.attack import Attack, Crafted
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.hop_skip_jump import HopSkipJump
@@ -186,3 +187,23 @@ def test_autoattack_breaks_the_weak_image() -> None:
     whole = suite(Variant(preset="full", classes=4, reference=True), ["s"])
     (attack,) = [attack for attack in whole if isinstance(attack, AutoAttack)]
     assert robust([replace(attack, skip_broken=False)])[attack.name] == [False, True]
+
+
+def test_an_own_query_attack_comes_back_as_one() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Ask(QueryAttack):
+        def run(self, model: Any, images: Any, labels: Any, eps: float, *seed: int | str) -> Any:
+            return Crafted(images)
+
+    (again,) = presets.from_json([Ask(name="ask", queries=7, answers="labels").to_json()])
+    assert isinstance(again, QueryAttack)
+    assert (again.queries, again.answers) == (7, "labels")
+
+
+def test_where_labels_alone_are_seen_no_image_counts_as_near() -> None:
+    def shares(scores: bool) -> set[float]:
+        chosen = suite(Variant(preset="quick", classes=10, scores=scores), ["s"])
+        return {each.nearest for each in chosen if "-nearest" in each.name}
+
+    assert shares(scores=True) == {0.2}
+    assert shares(scores=False) == {1.0}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -275,3 +276,39 @@ def test_an_attack_can_leave_out_the_control_alone() -> None:
     ran = {name: {attack for attack, _ in found.ran} for name, found in outcomes.items()}
     both = {"everybody", "no control"}
     assert ran == {"model": both, "control": {"everybody"}, "against": both}
+
+
+def test_an_attack_with_nothing_left_to_attack_asked_no_queries() -> None:
+    strong = GradientAttack(name="strong", threat="white_box", source="target", steps=3, loss="cw")
+    rest = replace(strong, name="rest", skip_broken=True)
+    found = run_suite(
+        [strong, rest], {}, {"m": Target(TorchEngine([Linear()]), [Linear()])},
+        linear_split([127, 128]), [EPS], seed=0,
+    )  # fmt: skip
+    assert not found["m"].robust([strong], EPS).any()
+    assert found["m"].queries == {}
+
+
+def test_the_answers_of_a_foreign_classifier_are_cached_with_its_contract() -> None:
+    square = Square(name="square", queries=2)
+
+    def key(contract: str) -> str:
+        engine: Any = SimpleNamespace(sha256="file", card=SimpleNamespace(weights_sha256=contract))
+        access = square.access(Target(engine, None))
+        assert access is not None
+        return access[1]
+
+    assert key("mean 0") != key("mean 1")
+
+
+def test_attacks_from_the_substitute_are_scored_on_the_model_alone() -> None:
+    engine, sources = TorchEngine([Linear()]), {SUBSTITUTE: ([Linear()], "stolen")}
+    names = ("model", "control", "against")
+    targets = {name: Target(engine, None, name) for name in names}
+    one = GradientAttack(name="a", threat="queries", source=SUBSTITUTE, steps=1, control=False)
+    found = run_suite([one], sources, targets, linear_split([120]), [EPS], seed=0)
+    assert [name for name in names if found[name].has(one, EPS)] == ["model"]
+    plain = replace(one, threat="transfer", source="s")
+    sources = {"s": ([Linear()], "s")}
+    found = run_suite([plain], sources, targets, linear_split([120]), [EPS], seed=0)
+    assert [name for name in names if found[name].has(plain, EPS)] == ["model", "against"]
