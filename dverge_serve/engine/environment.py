@@ -115,7 +115,7 @@ def _gpu() -> Iterator[Finding]:
         advice = "training beyond small images takes hours; the recipes ending in -fast suit a CPU"
         yield Finding("GPU", "no NVIDIA GPU", advice)
         return
-    yield Finding("GPU", f"{gpus()} NVIDIA GPUs for this process")
+    yield Finding("GPU", f"NVIDIA, {gpus()} for this process")
     yield Finding("torch's CUDA", *_torch_cuda())
     yield Finding("ONNX Runtime's CUDA", *_onnxruntime_cuda())
 
