@@ -173,10 +173,18 @@ class GradientAttack(Attack, kind="gradient"):
         eps: float,
         draw: torch.Generator,
     ) -> Tensor:
-        start = pgd.random_start(x0, eps, draw, self.norm) if self.random_start else x0
         loss = self.loss_on(members, labels)
+        start = self._start(x0, eps, draw)
         if self.diversity:
             loss = transforms.diverse_inputs(loss, draw, probability=self.diversity)
+        return self._climb(loss, x0, eps, start, self._estimate(eps, draw))
+
+    def _start(self, x0: Tensor, eps: float, draw: torch.Generator) -> Tensor:
+        return pgd.random_start(x0, eps, draw, self.norm) if self.random_start else x0
+
+    def _climb(
+        self, loss: pgd.Loss, x0: Tensor, eps: float, start: Tensor, estimate: pgd.Estimate
+    ) -> Tensor:
         rule = None if self.momentum is None else pgd.momentum_rule(self.momentum, self.norm)
         return pgd.pgd_loop(
             loss,
@@ -186,7 +194,7 @@ class GradientAttack(Attack, kind="gradient"):
             steps=self.steps,
             rule=rule,
             start=start,
-            estimate=self._estimate(eps, draw),
+            estimate=estimate,
             norm=self.norm,
         )
 

@@ -37,11 +37,10 @@ class GridAttack(GradientAttack, kind="grid"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        plain = GradientAttack(name="", threat=self.threat, source=self.source)
-        for setting in ("diversity", "skip_gamma", "variance_samples", "flat_samples"):
-            self.check(setting, [getattr(plain, setting)])
-        for setting in ("shuffles", "penalty_samples"):
-            self.check(setting, [getattr(plain, setting)])
+        if self._samples or self.diversity or self.skip_gamma != 1:
+            raise UserError(
+                f"the attack '{self.name}' changes gradients", "those on the grid alone"
+            )
         self.check("norm", ["linf"])
         if len(self.levels) < 2:
             raise UserError(f"the attack '{self.name}' has levels {self.levels}", "two or more")
@@ -66,19 +65,28 @@ class GridAttack(GradientAttack, kind="grid"):
             nearest = torch.searchsorted(middles, x.contiguous())
             return grid[torch.minimum(torch.maximum(nearest, lowest), highest)]
 
-        loss = self.loss_on(members, labels)
-        rule = None if self.momentum is None else pgd.momentum_rule(self.momentum, self.norm)
         best, most = x0, torch.full_like(labels, -torch.inf, dtype=x0.dtype)
-        x = pgd.random_start(x0, eps, draw, self.norm) if self.random_start else x0
-        for _ in range(self.steps):
-            slope = pgd.gradient(loss, rounded(x))
-            direction = pgd.normalize(slope, self.norm) if rule is None else rule(slope)
-            x = pgd.project(x + eps * self.rel_stepsize * direction, x0, eps, self.norm)
-            with torch.no_grad():
-                found = loss(rounded(x))
-            better = found > most
-            best = torch.where(better.view(-1, 1, 1, 1), rounded(x), best)
-            most = torch.where(better, found, most)
+
+        def keep(at: Tensor, values: Tensor) -> None:
+            nonlocal best, most
+            better = values > most
+            best = torch.where(better.view(-1, 1, 1, 1), at, best)
+            most = torch.where(better, values, most)
+
+        def estimate(loss: pgd.Loss, x: Tensor) -> Tensor:
+            at = rounded(x)
+
+            def noted(x: Tensor) -> Tensor:
+                values = loss(x)
+                keep(at, values.detach())
+                return values
+
+            return pgd.gradient(noted, at)
+
+        loss = self.loss_on(members, labels)
+        last = rounded(self._climb(loss, x0, eps, self._start(x0, eps, draw), estimate))
+        with torch.no_grad():
+            keep(last, loss(last))
         return best
 
 
