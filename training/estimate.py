@@ -15,7 +15,7 @@ from training.data.class_counts import balance
 from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
-from training.methods.dverge import draw_layer
+from training.methods.dverge_draws import draw_layer
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.parallel import cuda_graphs

@@ -60,7 +60,7 @@ class Method:
 
 
 def _distilled(config: RunSettings) -> int:
-    return config.dverge.steps + config.members - 1
+    return config.dverge.steps + config.dverge.partners_of(config.members)
 
 
 def _attacked(config: RunSettings) -> int:

@@ -60,6 +60,8 @@ class Dverge(Schedule):
     decay: float = 1.0  # of the accumulated gradient
     weight: float = 1.0  # dverge+adversarial: of DVERGE's sum beside the adversarial loss
     layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
+    # How many others each member learns from in a step, drawn anew each time; 0: from all of them
+    partners: int = 0
     # BatchNorm while distilling. `running`: evaluation mode, nothing moves. `batch`: training
     # mode as in the published code, where every distillation pass moves the running statistics.
     batchnorm: Literal["running", "batch"] = "running"
@@ -70,6 +72,11 @@ class Dverge(Schedule):
         check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
         check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
         check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
+        check("dverge.partners", self.partners, self.partners >= 0, "0 or more")
+
+    def partners_of(self, members: int) -> int:
+        """Return from how many others each of `members` members learns in a step."""
+        return min(self.partners or members, members - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

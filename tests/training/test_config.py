@@ -65,6 +65,7 @@ PUBLISHED = {
         "decay": 1.0,
         "weight": 1.0,
         "layer_every": "epoch",
+        "partners": 0,
         "batchnorm": "batch",
     },
     "adversarial": {**SCHEDULE, "eps": 8 / 255, "step_size": 2 / 255, "steps": 10},

@@ -16,7 +16,7 @@ from training import estimate as estimating
 from training.config import Config
 from training.estimate import estimate, gradient_evaluations
 from training.methods import TrainingStage, stages
-from training.methods.dverge import draw_layer
+from training.methods.dverge_draws import draw_layer
 from training.models.member import Member
 from training.parallel import cuda_graphs
 from training.parallel.topology import Batch

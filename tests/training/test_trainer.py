@@ -21,7 +21,7 @@ from training.data.splits import Split, load_training, normalisation
 from training.device import pick_device
 from training.method_registry import METHODS
 from training.methods import Step, TrainingStage, dverge, epoch_batches, standard
-from training.methods.dverge import draw_layer
+from training.methods.dverge_draws import draw_layer
 from training.parallel.topology import Batch, ProcessTopology
 from training.runs.directory import Run
 from training.schedules import Dverge

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from training.config import Config
 from training.methods import Step, adversarial
+from training.methods.dverge_draws import all_others, draw_partners, layer_of
 from training.methods.standard import descend
 from training.models.bn_statistics import features_and_statistics
 from training.models.member import Member
@@ -23,7 +24,6 @@ from training.parallel.threads import side_by_side
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 from training.pgd import momentum_rule, pgd_loop
 from training.schedules import Dverge
-from training.seeds import generator
 
 PART = 64  # images that one thread distils at a time
 
@@ -45,6 +45,7 @@ def make_step(
         optimizers,
         *batch,
         layer=layer_of(config, members, epoch, number),
+        partners=draw_partners(config, epoch, number),
         settings=config.dverge,
         topology=topology,
         parts=recorded,
@@ -76,24 +77,13 @@ def make_adversarial_step(
             optimizers,
             *batch,
             layer=layer_of(config, members, epoch, number),
+            partners=draw_partners(config, epoch, number),
             settings=config.dverge,
             adversary=adversary,
             topology=topology,
         )
 
     return step_with_adversary
-
-
-def layer_of(config: Config, members: Sequence[Member], epoch: int, number: int) -> int:
-    """Return the layer that batch `number` of an epoch distils, of the deepest member's layers."""
-    when = (epoch,) if config.dverge.layer_every == "epoch" else (epoch, number)
-    return draw_layer(config, max(member.depth for member in members), *when)
-
-
-def draw_layer(config: Config, depth: int, *when: int | str) -> int:
-    """Return a layer drawn uniformly from 1..depth, the same for all members."""
-    draw = generator(config.seed, "layer", *when)
-    return int(torch.randint(1, depth + 1, (1,), generator=draw))
 
 
 def distill(
@@ -186,17 +176,17 @@ def _distill(
     )
 
 
-def member_loss(member: Member, index: int, distilled: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Return `sum_{j != i} CE(f_i(x'_{f_j,l}), y_s)` (eq. 3), a scalar.
+def member_loss(member: Member, learned: Sequence[Tensor], labels: Tensor, others: int) -> Tensor:
+    """Return `sum_{j != i} CE(f_i(x'_{f_j,l}), y_s)` (eq. 3), or its estimate, a scalar.
 
-    The others' images pass one after the other: each set has its own BatchNorm statistics.
+    The partners' images pass one after the other: each set has its own BatchNorm statistics.
+
+    Args:
+        learned: what the member's partners distilled.
+        others: how many other members there are; where fewer are partners, these stand for all.
     """
-    losses = [
-        F.cross_entropy(member(images), labels)
-        for other, images in enumerate(distilled)
-        if other != index
-    ]
-    return torch.stack(losses).sum()
+    losses = [F.cross_entropy(member(images), labels) for images in learned]
+    return torch.stack(losses).sum() * (others / len(learned))
 
 
 def step(
@@ -208,11 +198,12 @@ def step(
     *,
     layer: int,
     settings: Dverge,
+    partners: Sequence[Sequence[int]] | None = None,
     adversary: Adversary | None = None,
     topology: ProcessTopology = SINGLE_PROCESS,
     parts: Sequence[Work] | None = None,
 ) -> Tensor:
-    """Make one DVERGE step: all distil, then each member learns from the others' images.
+    """Make one DVERGE step: all distil, then each member learns from its partners' images.
 
     Args:
         members: at least two, updated in place.
@@ -221,6 +212,7 @@ def step(
         target: an independent batch, shaped like `source`.
         layer: drawn for this step, 1..the deepest member's depth; a shallower member takes the
             layer at the same share of its own depth.
+        partners: for each member, those whose images it learns from; none: all the others.
         adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
             too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
         topology: of the processes that train the members; each trains its own.
@@ -232,8 +224,10 @@ def step(
     distil, update = parts or halves(
         members, optimizers, settings=settings, adversary=adversary, topology=topology
     )
-    made = distil(layer, (source, target))
-    (losses,) = update(0, (labels, *topology.exchange(made, len(members))))
+    made = topology.exchange(distil(layer, (source, target)), len(members))
+    partners = partners or all_others(len(members))
+    mine = topology.local_members(len(members))
+    (losses,) = update(0, (labels, *(made[other] for index in mine for other in partners[index])))
     return losses
 
 
@@ -249,7 +243,8 @@ def halves(
 
     Returns:
         what distils, given a layer, source and target: what each of this process's members makes;
-        what updates, given any layer, labels and every member's images: the losses.
+        what updates, given any layer, labels and, for each of this process's members in turn, the
+        images of its partners: the losses.
     """
     mine = topology.local_members(len(members))
 
@@ -265,17 +260,19 @@ def halves(
         )
 
     def update(_: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        labels, *distilled = inputs
+        labels, *images = inputs
+        drawn = len(images) // len(mine)
 
-        def learn(index: int) -> Tensor:
+        def learn(place: int) -> Tensor:
+            index, learned = mine[place], images[place * drawn : (place + 1) * drawn]
             member = members[index].train()
             # Made before the member learns anything: learning moves its BatchNorm statistics.
             own = None if adversary is None else adversary(index, member)
-            loss = member_loss(member, index, distilled, labels)
+            loss = member_loss(member, learned, labels, len(members) - 1)
             if own is not None:
                 loss = settings.weight * loss + F.cross_entropy(member(own), labels)
             return descend([optimizers[index]], loss, topology)
 
-        return [torch.stack(side_by_side(learn, mine, labels.device))]
+        return [torch.stack(side_by_side(learn, range(len(mine)), labels.device))]
 
     return distil, update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,6 +16,7 @@ from torch.optim import SGD
 from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_config, tiny_images, tiny_members
 from training.methods import dverge, standard
+from training.methods.dverge_draws import all_others, draw_partners
 from training.models.member import Member
 from training.parallel.topology import SINGLE_PROCESS
 from training.schedules import Dverge
@@ -173,11 +175,57 @@ def test_batch_statistics_move_at_every_step_up_to_the_layer_and_not_past_it() -
     assert momenta == [reference.BN_MOMENTUM] * len(momenta)
 
 
-def test_a_member_never_learns_from_its_own_distilled_images() -> None:
+def test_a_members_loss_is_the_sum_over_the_others_or_an_estimate_of_it() -> None:
     (member,) = tiny_members(1)
     member.eval()
-    own, others = tiny_images(5, seed=2), [tiny_images(5, seed=3), tiny_images(5, seed=4)]
+    others = [tiny_images(5, seed=3), tiny_images(5, seed=4)]
     with torch.no_grad():
-        loss = dverge.member_loss(member, 1, [others[0], own, others[1]], LABELS)
+        whole = dverge.member_loss(member, others, LABELS, 2)
+        drawn = [dverge.member_loss(member, [images], LABELS, 2) for images in others]
         parts = [torch.nn.functional.cross_entropy(member(images), LABELS) for images in others]
-    assert float(loss) == pytest.approx(float(parts[0] + parts[1]), abs=1e-12)
+    assert float(whole) == pytest.approx(float(parts[0] + parts[1]), abs=1e-12)
+    assert float(sum(drawn)) / 2 == pytest.approx(float(whole), abs=1e-12)
+
+
+@pytest.mark.parametrize("partners", [1, 2, 3])
+def test_partners_are_derangements_and_all_pairs_are_as_likely(partners: int) -> None:
+    config = tiny_config(members=5, dverge__partners=partners)
+    pairs: Counter[tuple[int, int]] = Counter()
+    for number in range(400):
+        drawn = draw_partners(config, 0, number)
+        for index, others in enumerate(drawn):
+            assert index not in others
+            assert len(set(others)) == partners
+            pairs.update((index, other) for other in others)
+        used = Counter(other for others in drawn for other in others)
+        assert set(used.values()) == {partners}, "each member's images are used equally often"
+    expected = 400 * partners / 4
+    assert len(pairs) == 20
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in pairs.values())
+
+
+@pytest.mark.parametrize("partners", [0, 4, 9])
+def test_no_partners_or_enough_of_them_are_all_the_others(partners: int) -> None:
+    config = tiny_config(members=5, dverge__partners=partners)
+    assert draw_partners(config, 3, 7) == all_others(5)
+
+
+def test_a_member_learns_from_its_partners_alone() -> None:
+    members, alone = tiny_members(3), tiny_members(3)
+    source, target = tiny_images(5, seed=5), tiny_images(5, seed=6)
+    partners = [[1], [2], [0]]
+    made = dverge.distill_all(alone, source, target, layer=3, settings=settings("running"))
+    losses = dverge.step(
+        members,
+        [torch.optim.SGD(member.parameters(), lr=0.1) for member in members],
+        source,
+        LABELS,
+        target,
+        layer=3,
+        settings=settings("running"),
+        partners=partners,
+    )
+    for index, (member, (other,)) in enumerate(zip(alone, partners, strict=True)):
+        member.train()
+        expected = dverge.member_loss(member, [made[other]], LABELS, 2).detach()
+        assert float(losses[index]) == pytest.approx(float(expected), abs=1e-12)

@@ -20,7 +20,7 @@ from tests.training.methods import reference
 from tests.training.networks import DEPTH, tiny_images, tiny_members
 from training.config import Config, Data
 from training.methods import adversarial, dverge, stages
-from training.methods.dverge import draw_layer
+from training.methods.dverge_draws import draw_layer
 from training.models.member import Member
 from training.schedules import Adversarial, Dverge
 from training.seeds import generator
