@@ -107,11 +107,12 @@ class Config:
     name: str
     # dverge, standard, adversarial, dverge+adversarial, adp, gal, or one of your own
     method: str = "dverge"
-    # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -leaky behind it, or torchvision:<name>;
-    # or a list with one for each member
+    # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -pad (shortcuts without parameters), -leaky
+    # or -pad-leaky behind it, or torchvision:<name>; or a list with one for each member
     architecture: str | tuple[str, ...] = "resnet20"
-    # safetensors files with starting weights: one of a run, whose members replace ordinary
-    # training; one of a single model, from which all begin it; or a list of such. Empty: random
+    # files with starting weights, safetensors or of torch.save: one with all members, which replace
+    # ordinary training; one of a single model, from which all begin it; or a list of such.
+    # Empty: random
     start: str | tuple[str, ...] = ""
     width: int = 16  # channels of the first third
     members: int = 3

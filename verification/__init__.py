@@ -38,7 +38,7 @@ def verify(
     labels: str | Path | None = None,
     contract: Mapping[str, Any] | None = None,
     search_contract: bool = False,
-    surrogates: str | Path | None = None,
+    surrogates: str | Path | Iterable[str | Path] = (),
     against: str | Path | None = None,
     url: str | None = None,
     requests: int = 2000,
@@ -62,13 +62,15 @@ def verify(
         norm: of the radii: `linf` or `l2`.
         data: a folder of images or a data set's name; by default the run's own.
         images: number of test images; by default the recipe's limit.
-        checkpoint: a checkpoint of the paper's published code, for gradients instead of a run.
+        checkpoint: the weights file that the model was exported from, for gradients instead of a
+            run.
         labels: file with the class names of a foreign classifier, in the order of its scores.
         contract: what of a foreign classifier's `Contract` is known: `layout`, `pixel_max`, `mean`,
             `std`, `channels`, `outputs`. Layout and outputs are otherwise read off the file, the
             others are `[0,1]` and RGB.
         search_contract: instead try the usual contracts on held-out training images.
-        surrogates: a folder of runs to attack from; by default trained once and cached.
+        surrogates: what to attack from: run directories, published weights files, or folders of
+            them, in any mixture; by default trained once and cached.
         against: another model file, attacked alike and compared image by image.
         url: a live service of this model, attacked as well: through `/predict` of
             `http://host:port`, or through a server of the Open Inference Protocol V2 at
@@ -107,7 +109,9 @@ def verify(
         labels=None if labels is None else str(labels),
         contract=dict(contract or {}),
         search_contract=search_contract,
-        surrogates=path(surrogates),
+        surrogates=tuple(
+            map(Path, (surrogates,) if isinstance(surrogates, str | Path) else surrogates)
+        ),
         against=path(against),
         url=url,
         requests=requests,

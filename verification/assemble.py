@@ -89,7 +89,10 @@ def assemble(
         "gates": [check.to_json() for check in checks],
         **measured,
         "attacks": [attack.to_json() for attack in context.suite],
-        "surrogates": [surrogate.to_json() for surrogate in context.surrogates],
+        "surrogates": [
+            each.to_json() | {"clean_accuracy": context.surrogate_accuracy[each.name]}
+            for each in context.surrogates
+        ],
         "left_out": list(context.left_out),
         "seed": config.seed,
         "outcomes": {name: outcome.to_json() for name, outcome in outcomes.items()}
@@ -108,7 +111,8 @@ def assemble(
             **figures(outcomes["against"], context.suite, context.eps),
             "comparison": rows,
         }
-    shaped = [report["attacks"], list(context.eps), config.seed, report["surrogates"]]
+    surrogates = [each.to_json() for each in context.surrogates]
+    shaped = [report["attacks"], list(context.eps), config.seed, surrogates]
     contract = report["model"].get("contract")  # of a foreign classifier
     report["configuration_sha256"] = sha256(canonical_json([*shaped, contract]))
     return report

@@ -6,45 +6,49 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.session import Engine
 from export.exporter import export
-from training.runs.directory import Run
+from export.source import ExportSource, from_run
+from training.models.member import Member
+from training.models.state_dict import network_sha256
 from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import find_run, ready
-from verification.surrogates import Surrogate, attackable, part_sha256
+from verification.surrogate import Surrogate, control_among, part_sha256
 
 
 def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     """Return the models to attack, the model itself first, and what the control is.
 
-    The control is the run's own standard members; without a run, the first surrogate that another
-    one, which shares no network with it, can attack.
+    The control is the run's own standard members; without a run, a surrogate, see
+    `control_among`.
     """
     gradients, surrogates = context.gradients, context.surrogates
     weights = gradients.weights if gradients else context.engine.card.weights_sha256
     members = gradients.members if gradients else None
-    # Of the run, and where gradients come from the file, of the run it was exported from.
-    kin = _kin(surrogates, weights) | _kin(surrogates, context.engine.card.weights_sha256)
+    # Where the networks are not known, by the hash of the run that the file was exported from.
+    kin = _kin(surrogates, members or (), context.engine.card.weights_sha256)
     targets = {"model": Target(context.engine, members, weights, kin)}
     what = "none"
     if gradients and gradients.run:
-        every = range(gradients.run.config.members)
-        targets["control"], what = _control(context, gradients.run, "standard", every), "own"
-    elif (first := attackable(surrogates)) is not None:
-        targets["control"] = _control(context, first.run, "members", first.indices)
+        standard = from_run(gradients.run, "standard")
+        targets["control"], what = _control(context, standard, range(len(standard.ensemble))), "own"
+    elif (first := control_among(surrogates, context.training)) is not None:
+        targets["control"] = _control(context, first.origin.source(), first.indices)
         what = first.name
     if (engine := context.against) is not None:
         found = find_run(engine.card, engine.path, None)
         members = [ready(member, context.device) for member in found.members()] if found else None
         weights = engine.card.weights_sha256
-        targets["against"] = Target(engine, members, weights, _kin(surrogates, weights))
+        targets["against"] = Target(
+            engine, members, weights, _kin(surrogates, members or (), weights)
+        )
     return targets, what
 
 
@@ -61,22 +65,22 @@ class _Part:
         return Scores(found.mean(1), found)
 
 
-def _control(
-    context: Context, run: Run, which: Literal["standard", "members"], indices: Sequence[int]
-) -> Target:
+def _control(context: Context, source: ExportSource, indices: Sequence[int]) -> Target:
     with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
         path = Path(folder) / "control.onnx"
-        export(run, path, which=which, target="cpu")
-        whole = run.members(which)
-        members = [ready(whole[index], context.device) for index in indices]
-        digest = str(run.checkpoint[f"{which}_sha256"])
+        export(source, path, target="cpu")
         engine = _Part(Engine(path, device="cpu"), list(indices))
-    kin = _kin(context.surrogates, digest, indices)
-    return Target(engine, members, part_sha256(digest, indices, len(whole)), kin)
+    whole = [member for member in source.ensemble if isinstance(member, Member)]
+    members = [ready(whole[index], context.device) for index in indices]
+    weights = part_sha256(source.card.weights_sha256, indices, len(whole))
+    return Target(engine, members, weights, _kin(context.surrogates, members))
 
 
 def _kin(
-    surrogates: Sequence[Surrogate], weights: str, indices: Sequence[int] | None = None
+    surrogates: Sequence[Surrogate], members: Sequence[nn.Module], origin: str = ""
 ) -> frozenset[str]:
-    """Return the hashes of the surrogates that have networks of a run, or of some of it."""
-    return frozenset(each.weights for each in surrogates if each.shares(weights, indices))
+    """Return the hashes of the surrogates with any of these networks, or of that origin."""
+    own = {network_sha256(member) for member in members}
+    return frozenset(
+        each.weights for each in surrogates if each.shares(own) or each.origin.sha256 == origin
+    )

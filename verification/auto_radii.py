@@ -10,34 +10,38 @@ from torch import nn
 
 from dverge_serve.errors import UserError
 from dverge_serve.progress import say
+from training.config import Config
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
+from training.models.member import Member
+from training.models.state_dict import network_sha256
 from training.pgd import Norm
 from training.runs.directory import Run
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import ready
-from verification.surrogates import Surrogate, attackable
+from verification.surrogate import Surrogate, control_among
 
 MOST_IMAGES = 64
 MOST_STEPS = 127  # of 255: half the pixel range hides every image
 
 
 def control_and_sources(
-    run: Run | None, surrogates: Sequence[Surrogate], device: torch.device
+    run: Run | None, surrogates: Sequence[Surrogate], model: Config, device: torch.device
 ) -> tuple[Sequence[nn.Module], list[Sequence[nn.Module]]]:
     """Return an undefended control and the sources it is attacked from.
 
-    The control is the run's undefended members, without a run the first surrogate that another can
-    attack. The sources are all surrogates that share no network with it, or the control itself if
-    there are none.
+    The control is the run's undefended members; without a run a surrogate, see `control_among`.
+    The sources are all surrogates that share no network with it, or the control itself if there
+    are none.
     """
     if run is None:
-        first = attackable(surrogates) or surrogates[0]
-        control, weights, indices = first.members, first.run.weights_sha256, first.indices
+        first = control_among(surrogates, model) or surrogates[0]
+        control: Sequence[Member] = first.members
+        networks = first.networks
     else:
         control = [ready(member, device) for member in run.members("standard")]
-        weights, indices = str(run.checkpoint["standard_sha256"]), tuple(range(len(control)))
-    others = [each.members for each in surrogates if not each.shares(weights, indices)]
+        networks = frozenset(map(network_sha256, control))
+    others = [each.members for each in surrogates if not each.shares(networks)]
     return control, [*others] or [control]
 
 

@@ -117,7 +117,7 @@ class VerificationConfig:
     labels: str | None = None  # file or set of class names of a foreign classifier, in its order
     contract: Mapping[str, Any] = field(default_factory=dict)  # fields of its `Contract`
     search_contract: bool = False  # try what `contract` leaves open on held-out images
-    surrogates: Path | None = None  # a folder of runs; by default trained and cached
+    surrogates: tuple[Path, ...] = ()  # runs, weights files; by default trained and cached
     url: str | None = None  # a live service of this model, attacked as well
     requests: int = 2000  # most requests to the live service
     requests_a_second: float = 50.0  # most requests per second

@@ -31,14 +31,14 @@ from verification.contract import Contract
 from verification.foreign_model import ForeignEngine, gives_scores, open_engine
 from verification.foreign_network import find_foreign_gradients
 from verification.gates import NO_WEIGHTS
+from verification.given_surrogates import given_surrogates
 from verification.gradients import Gradients, find_gradients
 from verification.oip_client import client
 from verification.price import Price, forecast, price
 from verification.service_client import Service
+from verification.surrogate import Surrogate, clean_accuracies
 from verification.surrogates import (
-    Surrogate,
     SurrogateSet,
-    given_surrogates,
     surrogate_config,
     surrogate_sets,
     surrogates,
@@ -65,6 +65,7 @@ class Context:
     eps: tuple[float, ...]
     eps_given: tuple[str, ...]  # how their user wrote them, in the same order; or none
     surrogates: Sequence[Surrogate]
+    surrogate_accuracy: Mapping[str, float]  # of each by its name, on the clean test images
     suite: Sequence[Attack]
     networks: Mapping[str, int]  # of each source: a surrogate's name, `target`, `control`
     price: Price
@@ -125,13 +126,13 @@ def find_context(config: VerificationConfig) -> Context:
     )
     made: list[Surrogate] = []
     sets: list[SurrogateSet] = []
-    if config.surrogates is not None:
+    if config.surrogates:
         made = given_surrogates(
             config.surrogates, engine.card.labels, engine.card.input_shape, device
         )
     else:
         sets = surrogate_sets(training, PRESETS[config.preset].surrogates)
-    sizes = {each.name: (len(each.indices), each.run.config.members) for each in made}
+    sizes = {each.name: (len(each.indices), len(each.origin.architectures)) for each in made}
     for each in sets:
         sizes |= {name: (len(own), each.config.members) for name, own in each.parts.items()}
     names = list(sizes)
@@ -150,7 +151,8 @@ def find_context(config: VerificationConfig) -> Context:
     cost = price(
         suite,
         networks,
-        [each.config for each in sets] or list(dict.fromkeys(each.run.config for each in made)),
+        [each.config for each in sets]
+        or list(dict.fromkeys(each.origin.config for each in made if each.origin.config)),
         training,
         train_images=len(data.train),
         images=len(split),
@@ -163,7 +165,7 @@ def find_context(config: VerificationConfig) -> Context:
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
         run = gradients.run if gradients else None
-        control, sources = control_and_sources(run, made, device)
+        control, sources = control_and_sources(run, made, training, device)
         eps = halving_radii(control, sources, split, config.norm, config.seed)
     suite = [*presets.suite(variant, names), *more]
     return Context(
@@ -180,6 +182,7 @@ def find_context(config: VerificationConfig) -> Context:
         eps=eps,
         eps_given=tuple(written[each] for each in eps) if written else (),
         surrogates=made,
+        surrogate_accuracy=clean_accuracies(made, split),
         suite=suite,
         networks=networks,
         price=cost,
@@ -226,7 +229,7 @@ def _left_out(
 ) -> list[dict[str, str]]:
     """Return the parts of the preset that are not run, each with the reason."""
     missing = presets.left_out(variant)
-    if config.surrogates is None:
+    if not config.surrogates:
         kinds = PRESETS[config.preset].surrogates
         able = [kind for kind in kinds if surrogate_config(training, kind) is not None]
         missing |= {

@@ -21,7 +21,8 @@ from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.rounds import rounds
 from verification.gradients import ready
-from verification.surrogates import Surrogate, SurrogateSet
+from verification.surrogate import Surrogate
+from verification.surrogates import SurrogateSet
 
 FEW = 8  # images that a gradient is timed on
 LONG_S = 0.02  # for a gradient of one image

@@ -9,7 +9,6 @@ from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.report import Gate
 from dverge_serve.images import to_float
 from export.parity import compare, torch_scores
-from training.data import splits
 from training.models.ensemble import Ensemble
 from verification import gates, model_gates
 from verification.attacks import presets
@@ -102,11 +101,8 @@ def _reaches_chance(context: Context, model: Target) -> Gate:
 
 def _best_surrogate(context: Context) -> float | None:
     """Return the best undefended surrogate's clean accuracy on the test images."""
-    x, labels = splits.to_float(context.split.images), context.split.labels.cpu().numpy()
     found = [
-        float((torch_scores(Ensemble(each.members), x).predictions == labels).mean())
-        for each in context.surrogates
-        if each.run.config.method == "standard"
+        context.surrogate_accuracy[each.name] for each in context.surrogates if each.undefended
     ]
     return max(found, default=None)
 

@@ -1,12 +1,11 @@
-"""Surrogates: networks that an attacker could train, from seeds that no run uses."""
+"""Surrogates that are trained: as an attacker could, from seeds that no run uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,77 +13,14 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import cache_folder, canonical_json, sha256
 from training.config import MAX_SEED, Config, Verification
 from training.data.splits import TrainingData
-from training.models.member import Member
 from training.models.pretrained import Start
 from training.models.resnet import deeper, family
 from training.runs.directory import Run
 from training.schedules import Dverge
 from training.trainer import train
-from verification.gradients import ready
+from verification.surrogate import Origin, Surrogate, alone, opened
 
 VERSION = 1  # raise when training changes what the same settings give
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """Some networks of a finished run, attacked together by their mean logits.
-
-    Args:
-        name: in the suite.
-        run: which trained them.
-        indices: which of its members they are.
-        members: the networks themselves, to take gradients from.
-    """
-
-    name: str
-    run: Run
-    indices: tuple[int, ...]
-    members: Sequence[Member]
-
-    @property
-    def weights(self) -> str:
-        """Hash of the weights."""
-        return part_sha256(self.run.weights_sha256, self.indices, self.run.config.members)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it has all networks of its run."""
-        return len(self.indices) == self.run.config.members
-
-    @property
-    def architectures(self) -> list[str]:
-        """The architectures of the networks, each once."""
-        own = self.run.config.architectures
-        return list(dict.fromkeys(own[index] for index in self.indices))
-
-    def shares(self, weights: str, indices: Iterable[int] | None = None) -> bool:
-        """Return whether it has networks of a run: of these members, or of any."""
-        same = self.run.weights_sha256 == weights
-        return same and (indices is None or not {*indices}.isdisjoint(self.indices))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return its entry in the report."""
-        config, found = self.run.config, self.architectures
-        return {
-            "name": self.name,
-            "method": config.method,
-            "architecture": found[0] if len(found) == 1 else found,
-            "members": len(self.members),
-            "of": {"run": config.name, "members": list(self.indices)},
-            "seed": config.seed,
-            "start": self.run.checkpoint.get("start", []),
-            "weights_sha256": self.weights,
-            # Measured in training, of all networks together.
-            "holdout_accuracy": self.run.checkpoint["holdout_accuracy"] if self.whole else None,
-        }
-
-
-def attackable(surrogates: Sequence[Surrogate]) -> Surrogate | None:
-    """Return the first surrogate that another one, which shares no network with it, can attack."""
-    for each in surrogates:
-        if not all(other.shares(each.run.weights_sha256, each.indices) for other in surrogates):
-            return each
-    return None
 
 
 @dataclass(frozen=True)
@@ -121,20 +57,6 @@ class SurrogateSet:
         key = sha256(canonical_json([VERSION, settings, data.train.sha256]))
         kind = self.config.name.removeprefix("surrogate-")
         return cache_folder() / "surrogates" / f"{kind}-{key[:24]}"
-
-
-def part_sha256(whole: str, indices: Sequence[int], members: int) -> str:
-    """Return a hash of some of a run's members: the run's own hash, where they are all."""
-    if len(indices) == members:
-        return whole
-    return sha256(canonical_json([whole, list(indices)]))
-
-
-def alone(name: str, members: int) -> dict[str, tuple[int, ...]]:
-    """Return the names of the members of an ensemble as surrogates of one network each."""
-    if members == 1:
-        return {}
-    return {f"member {index} of {name}": (index,) for index in range(members)}
 
 
 def surrogate_config(config: Config, kind: str) -> Config | None:
@@ -196,7 +118,7 @@ def _each(named: tuple[str, ...], size: int) -> str | tuple[str, ...]:
 def with_known_start(config: Config, run: Run | None) -> tuple[Config, str]:
     """Return a model's settings with the starting weights that surrogates can begin from, too.
 
-    Those are published networks, one in each file; members of a run are nobody else's.
+    Those are published networks, one in each file; the members of an ensemble begin nothing else.
 
     Args:
         config: of the model.
@@ -213,7 +135,8 @@ def with_known_start(config: Config, run: Run | None) -> tuple[Config, str]:
     except UserError as error:
         return replace(config, start=""), f"{error.found}"
     if start is None or not start.published:
-        return replace(config, start=""), "the weights are a run's, which attackers do not have"
+        told = "the file holds an ensemble: where attackers have it, give it as one of `surrogates`"
+        return replace(config, start=""), told
     if run is not None and run.checkpoint.get("start", start.files) != start.files:
         return replace(config, start=""), "the files hold other weights by now"
     return config, ""
@@ -251,40 +174,5 @@ def surrogates(
         run = train(
             each.config, folder, device=device, resume=True, data=data, wait=True, surrogate=True
         )
-        found += _opened(each.parts, run, device)
+        found += opened(each.parts, Origin.of_run(run), run.members(), device)
     return found
-
-
-def given_surrogates(
-    folder: Path, labels: Sequence[str], shape: tuple[int, ...], device: torch.device
-) -> list[Surrogate]:
-    """Return the finished runs in a folder as surrogates for a model of these classes and input.
-
-    Raises:
-        UserError: none there, or one with other classes or another input.
-    """
-    runs = sorted(path.parent for path in folder.glob("*/checkpoint.json"))
-    if not runs:
-        raise UserError(f"no finished run in {folder}", "a folder of run directories")
-    found = []
-    for path in runs:
-        run = Run.open_finished(path)
-        if run.labels != tuple(labels):
-            raise UserError(
-                f"the surrogate {path} has {len(run.labels)} classes ({', '.join(run.labels[:3])})",
-                f"the model's {len(labels)} ({', '.join(labels[:3])})",
-            )
-        if (found_shape := run.config.data.preprocess.shape) != shape:
-            raise UserError(f"the surrogate {path} takes {found_shape}", f"the model's {shape}")
-        size = run.config.members
-        parts = {path.name: tuple(range(size))} | alone(path.name, size)
-        found += _opened(parts, run, device)
-    return found
-
-
-def _opened(parts: dict[str, tuple[int, ...]], run: Run, device: torch.device) -> list[Surrogate]:
-    members = [ready(member, device, lowered=True) for member in run.members()]
-    return [
-        Surrogate(name, run, indices, [members[index] for index in indices])
-        for name, indices in parts.items()
-    ]

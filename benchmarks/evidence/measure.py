@@ -32,9 +32,9 @@ from training.trainer import train
 from verification import verify
 from verification.attacks import presets
 from verification.attacks.outcomes import Outcomes
+from verification.given_surrogates import given_surrogates
 from verification.gradients import find_gradients
 from verification.metrics.detection import DEPLOYED
-from verification.surrogates import given_surrogates
 
 ALARM = ("auroc", "tpr_at_0.05", "fpr_at_0.05")
 
@@ -80,7 +80,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
         engine.card, model, run=run.path if run else None, checkpoint=checkpoint, device=device
     )
     assert gradients is not None
-    found = given_surrogates(surrogates, engine.card.labels, engine.card.input_shape, device)
+    found = given_surrogates([surrogates], engine.card.labels, engine.card.input_shape, device)
     sources = {each.name: (each.members, each.weights) for each in found}
     rules = under_attack(engine, gradients, suite, sources, split, protocol.eps, protocol.seed)
     outcome = Outcomes.from_json(report["outcomes"]["model"])

@@ -28,9 +28,9 @@ from training.trainer import train
 from verification.attacks.presets import Variant, suite
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
+from verification.given_surrogates import given_surrogates
 from verification.gradients import ready
 from verification.self_test import TorchScorer
-from verification.surrogates import given_surrogates
 
 SEEDS = (100, 101)
 # A third of the images held out, where the recipe holds out a tenth: differences are small.
@@ -77,7 +77,7 @@ def measure(
     members = [ready(member, device) for member in run.members()]
     shape = config.data.preprocess.shape
     found = [
-        each for each in given_surrogates(surrogates, data.labels, shape, device) if each.whole
+        each for each in given_surrogates([surrogates], data.labels, shape, device) if each.whole
     ]
     variant = Variant(preset="quick", classes=len(data.labels))
     attacks = suite(variant, [each.name for each in found])

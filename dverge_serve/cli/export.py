@@ -23,7 +23,7 @@ def export(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="A checkpoint of the paper's published code, or a TOML list of safetensors "
+            help="A published weights file of CIFAR ResNets, or a TOML list of safetensors "
             "members, in place of a run."
         ),
     ] = None,

@@ -47,7 +47,8 @@ def train(
     start: Annotated[
         list[Path] | None,
         typer.Option(
-            help="safetensors with weights to start from; a run's or one model's. Repeats."
+            help="Weights to start from, safetensors or .pth; an ensemble's or one model's. "
+            "Repeats."
         ),
     ] = None,
     set_: Settings = None,

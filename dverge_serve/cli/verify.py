@@ -33,7 +33,7 @@ def verify_robustness(
         Path | None, typer.Option(help="The run it was exported from. [default: found in runs/]")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint of the published code to attack with.")
+        Path | None, typer.Option(help="The weights file it was exported from, in place of a run.")
     ] = None,
     data: Data = None,
     foreign: options.Foreign = None,
@@ -45,8 +45,11 @@ def verify_robustness(
     channels: options.Channels = None,
     outputs: options.Outputs = None,
     surrogates: Annotated[
-        Path | None,
-        typer.Option(help="A folder of runs to attack from. [default: trained, cached]"),
+        list[Path] | None,
+        typer.Option(
+            help="Runs, weights files or folders of them to attack from. Repeats. "
+            "[default: trained, cached]"
+        ),
     ] = None,
     eps: Annotated[
         str | None,
@@ -119,7 +122,7 @@ def verify_robustness(
             contract=contract,
             search_contract=foreign == "auto",
             data=data,
-            surrogates=surrogates,
+            surrogates=surrogates or (),
             against=against,
             eps=eps.split(",") if eps else (),
             url=url,

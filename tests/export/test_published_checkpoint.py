@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from dverge_serve.cli import run
 from dverge_serve.engine.session import Engine
@@ -22,85 +21,16 @@ from dverge_serve.images import Preprocess, load, to_float
 from export.exporter import export
 from export.parity import torch_scores
 from export.published_checkpoint import CIFAR10, from_checkpoint, read_published
+from tests.training.published import Table, nets, table
 from training.models.build import build_members
 from training.models.ensemble import Ensemble
 
-PUBLISHED = "official_dverge_3xresnet20_eps0.07.pth"
-Table = dict[str, Any]
-
-
-class PublishedNet(nn.Module):
-    """A network with the published names, written from the architecture's description."""
-
-    def __init__(self, blocks: int, width: int, classes: int, *, bottleneck: bool) -> None:
-        super().__init__()
-        self.expansion = 4 if bottleneck else 1
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        inside = width
-        for third in range(3):
-            layer = nn.ModuleList()
-            for number in range(blocks):
-                within = width * 2**third
-                stride = 2 if third and not number else 1
-                layer.append(self._block(inside, within, stride, bottleneck))
-                inside = within * self.expansion
-            setattr(self, f"layer{third + 1}", layer)
-        self.fc = nn.Linear(inside, classes)
-
-    def _block(self, inside: int, within: int, stride: int, bottleneck: bool) -> nn.Module:
-        outside = within * self.expansion
-        block = nn.Module()
-        shapes = (
-            [(inside, within, 1, 1), (within, within, 3, stride), (within, outside, 1, 1)]
-            if bottleneck
-            else [(inside, within, 3, stride), (within, outside, 3, 1)]
-        )
-        for at, (one, other, kernel, step) in enumerate(shapes, 1):
-            setattr(
-                block, f"conv{at}", nn.Conv2d(one, other, kernel, step, kernel // 2, bias=False)
-            )
-            setattr(block, f"bn{at}", nn.BatchNorm2d(other))
-        if stride != 1 or inside != outside:
-            short = nn.Conv2d(inside, outside, 1, stride, bias=False)
-            block.downsample = nn.Sequential(short, nn.BatchNorm2d(outside))
-        return block
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for third in (1, 2, 3):
-            for block in getattr(self, f"layer{third}"):
-                parts = 3 if self.expansion == 4 else 2
-                y = x
-                for at in range(1, parts + 1):
-                    y = getattr(block, f"bn{at}")(getattr(block, f"conv{at}")(y))
-                    y = F.relu(y) if at < parts else y
-                x = F.relu(y + (block.downsample(x) if hasattr(block, "downsample") else x))
-        return self.fc(F.avg_pool2d(x, 8).flatten(1))  # type: ignore[no-any-return]
-
-
-def nets(count: int, *, bottleneck: bool = False, blocks: int = 1) -> list[PublishedNet]:
-    torch.manual_seed(count)
-    made = []
-    for _ in range(count):
-        net = PublishedNet(blocks, 4, 10, bottleneck=bottleneck)
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-                nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-        made.append(net.eval())
-    return made
-
-
-def table(made: list[PublishedNet], key: str = "model", mean: float = 0.3) -> Table:
-    return {
-        f"{key}{index}": {
-            **{f"model.{name}": value for name, value in net.state_dict().items()},
-            "normalizer.mean": torch.full((3,), mean),
-            "normalizer.std": torch.full((3,), 0.5),
-        }
-        for index, net in enumerate(made)
-    }
+# On 200 images of the JPEG copy, which costs networks that were trained without a defence more.
+PUBLISHED = [
+    ("official_dverge_3xresnet20_eps0.07.pth", "resnet20", "dverge", 0.92),
+    ("official_baseline_3xresnet20.pth", "resnet20", "standard", 0.84),
+    ("akamaster_resnet20-12fca82f.th", "resnet20-pad", "standard", 0.79),
+]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +73,7 @@ def test_the_file_says_what_the_published_network_says(
 def test_normalisation_the_file_does_not_carry_is_the_published_one(tmp_path: Path) -> None:
     plain = {"model0": nets(1)[0].state_dict()}  # no wrapper: no "model." and no normaliser
     torch.save(plain, tmp_path / "c.pth")
-    assert read_published(tmp_path / "c.pth").mean == (0.4914, 0.4822, 0.4465)
+    assert read_published(tmp_path / "c.pth").resnet.mean == (0.4914, 0.4822, 0.4465)
 
 
 def without(name: str) -> Callable[[Table], object]:
@@ -158,7 +88,7 @@ def without(name: str) -> Callable[[Table], object]:
         (without("model.fc.weight"), "a CIFAR ResNet"),
         (
             without("model.layer2.0.bn1.bias"),
-            "lacks 1 of the 56 tensors of model0, first 'layer2.0.bn1.bias'",
+            "lacks 1 of the 47 tensors of model0, first 'layer2.0.bn1.bias'",
         ),
         (
             lambda made: made["model0"].update({"model.extra": torch.zeros(1)}),
@@ -220,8 +150,8 @@ def test_foreign_files_and_code_in_pickles(
     Path("names").write_text("a\nb\n")
     for arguments, words in (
         (["--checkpoint", "none.pth", "--labels", "cifar10"], "cannot read none.pth"),
-        (["--checkpoint", "text.pth", "--labels", "cifar10"], "is no file of torch.save"),
-        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "is no file of torch.save"),
+        (["--checkpoint", "text.pth", "--labels", "cifar10"], "is damaged"),
+        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "is damaged"),
         (["--checkpoint", "evil.pth", "--labels", "cifar10"], "is damaged, or not of"),
         (["--checkpoint", "half.pth", "--labels", "cifar10"], "is damaged"),
         (["--checkpoint", "module.pth", "--labels", "cifar10"], "torch.nn.modules.linear.Linear"),
@@ -254,20 +184,22 @@ def real_images(archive: Path, each: int) -> tuple[npt.NDArray[np.uint8], npt.ND
     return images, np.repeat(np.arange(10), each)
 
 
-def test_the_published_checkpoint_on_real_images(test_data: Path, tmp_path: Path) -> None:
-    file, archive = test_data / PUBLISHED, test_data / "cifar10-jpeg.tar.xz"
+@pytest.mark.parametrize(("name", "architecture", "method", "accuracy"), PUBLISHED)
+def test_published_files_on_real_images(
+    name: str, architecture: str, method: str, accuracy: float, test_data: Path, tmp_path: Path
+) -> None:
+    file, archive = test_data / name, test_data / "cifar10-jpeg.tar.xz"
     if not file.is_file() or not archive.is_file():
         pytest.skip(f"no {file.name} and {archive.name} in {test_data}")
     found = read_published(file)
-    assert (found.architecture, found.width, found.classes) == ("resnet20", 16, 10)
-    assert len(found.members) == 3
-    assert found.mean == pytest.approx((0.4914, 0.4822, 0.4465))
-    pixels, labels = real_images(archive, 200)
-    export(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="grouped")
+    resnet = found.resnet
+    assert (resnet.architecture, resnet.width, resnet.classes) == (architecture, 16, 10)
+    assert found.method == method
+    assert len(found.members) == (1 if architecture.endswith("-pad") else 3)
+    pixels, labels = real_images(archive, 20)
+    export(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="branches")
     images = to_float(pixels)
     answers = Engine(tmp_path / "m.onnx", device="cpu").run_all(images).predictions
     expected = torch_scores(Ensemble(found.members), torch.from_numpy(images)).predictions
-    accuracy, torch_accuracy = (answers == labels).mean(), (expected == labels).mean()
-    assert abs(accuracy - torch_accuracy) <= 0.001
-    assert accuracy == pytest.approx(0.913, abs=0.015)  # of the JPEG copy
-    print(f"accuracy {accuracy:.4f}, torch {torch_accuracy:.4f}")
+    assert (answers == expected).mean() >= 0.99
+    assert (answers == labels).mean() == pytest.approx(accuracy, abs=0.06)

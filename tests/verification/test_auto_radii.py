@@ -14,7 +14,7 @@ from tests.verification.models import Linear, linear_split
 from training.runs.directory import Run
 from verification.auto_radii import control_and_sources, halving_radii
 from verification.gradients import ready
-from verification.surrogates import Surrogate
+from verification.surrogate import Origin, opened
 
 
 class Deaf(Linear):
@@ -45,15 +45,14 @@ def test_the_control_is_not_attacked_from_its_own_weights_unless_there_are_no_ot
     tiny_run: Path,
 ) -> None:
     run, cpu = Run.open_finished(tiny_run), torch.device("cpu")
-    own = Surrogate("own", run, (0, 1, 2), run.members())
-    strange: Any = SimpleNamespace(
-        run=SimpleNamespace(weights_sha256="0"), members=[Linear()], shares=lambda *_: False
-    )
-    control, sources = control_and_sources(None, [own, strange], cpu)
+    (own,) = opened({"own": (0, 1, 2)}, Origin.of_run(run), run.members(), cpu)
+    strange: Any = SimpleNamespace(members=[Linear()], shares=lambda _: False)
+    strange.undefended, strange.networks = False, frozenset()
+    control, sources = control_and_sources(None, [own, strange], run.config, cpu)
     assert (len(control), sources) == (3, [strange.members])
-    control, sources = control_and_sources(None, [own], cpu)
+    control, sources = control_and_sources(None, [own], run.config, cpu)
     assert sources == [control]
-    control, sources = control_and_sources(run, [own], cpu)  # its undefended members
+    control, sources = control_and_sources(run, [own], run.config, cpu)  # its undefended members
     assert sources == [own.members]
     found = state_dict(control)
     assert all(

@@ -22,9 +22,9 @@ from training.models.resnet import family, resnet_stages
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
+from verification.given_surrogates import given_surrogates
+from verification.surrogate import part_sha256
 from verification.surrogates import (
-    given_surrogates,
-    part_sha256,
     surrogate_config,
     surrogate_sets,
     surrogates,
@@ -100,13 +100,12 @@ def test_parts_know_what_they_share(
     two, three = found["mixed-2"], found["mixed-3"]
     last = found["member 2 of surrogate-mixed-3"]
     assert two.members == three.members[:2]
-    whole = three.run.weights_sha256
+    whole = three.origin.sha256
     assert three.weights == whole
     assert two.weights == part_sha256(whole, (0, 1), 3) != last.weights
-    assert last.shares(whole)
-    assert last.shares(whole, (0, 2))
-    assert not last.shares(whole, two.indices)
-    assert not last.shares("of another run")
+    assert last.shares(three.networks)
+    assert last.shares(last.networks)
+    assert not last.shares(two.networks)
     assert two.to_json()["architecture"] == ["resnet8", "resnet8-leaky"]
     assert last.to_json()["architecture"] == "resnet14"
 
@@ -141,7 +140,7 @@ def test_surrogates_begin_from_the_models_published_weights(
 def test_weights_that_nobody_else_has_start_no_surrogates(tiny_run: Path, tmp_path: Path) -> None:
     run = Run.open_finished(tiny_run)
     for start, words in (
-        (tiny_run / "standard.safetensors", "a run's"),
+        (tiny_run / "standard.safetensors", "an ensemble"),
         (tmp_path / "none.safetensors", "cannot read"),
     ):
         config, why = with_known_start(digits(start=str(start)), run)
@@ -173,14 +172,17 @@ def test_surrogates_are_strangers_trained_like_the_model_and_cached(cache: Path)
         f"member {index} of surrogate-standard-3" for index in range(3)
     ]
     assert len({first.weights, *(each.weights for each in alone)}) == 4
-    stamp = (first.run.path / "members.safetensors").stat().st_mtime_ns
-    second = surrogates(surrogate_sets(config, ["standard-3"]), data, cpu)[0]
-    assert (second.run.path / "members.safetensors").stat().st_mtime_ns == stamp
+    (wanted_set,) = surrogate_sets(config, ["standard-3"])
+    kept = wanted_set.folder(data) / "members.safetensors"
+    stamp = kept.stat().st_mtime_ns
+    second = surrogates([wanted_set], data, cpu)[0]
+    assert second.networks == first.networks
+    assert kept.stat().st_mtime_ns == stamp
     assert isinstance(data.train, Split)
     other = Split(data.train.images, data.train.labels.flip(0))
     data = type(data)(data.labels, other, data.holdout)
-    third = surrogates(surrogate_sets(config, ["standard-3"]), data, cpu)[0]
-    assert third.run.path != first.run.path
+    third = surrogates([wanted_set], data, cpu)[0]
+    assert not third.shares(first.networks)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
@@ -195,7 +197,7 @@ def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -
             with pytest.raises(TimeoutError):  # neither refused nor begun
                 found.result(timeout=2)
             assert [each.name for each in folder.iterdir()] == [".lock"]
-        assert found.result()[0].run.path == folder
+        assert found.result()[0].origin.sha256 == Run(folder).weights_sha256
 
 
 def test_a_folder_of_surrogates_can_be_given(
@@ -203,13 +205,13 @@ def test_a_folder_of_surrogates_can_be_given(
 ) -> None:
     card, cpu = Engine(tiny_model, device="cpu").card, torch.device("cpu")
     with pytest.raises(UserError, match="no finished run"):
-        given_surrogates(tmp_path, card.labels, card.input_shape, cpu)
+        given_surrogates([tmp_path], card.labels, card.input_shape, cpu)
     shutil.copytree(tiny_run, tmp_path / "mine")
-    found, *alone = given_surrogates(tmp_path, card.labels, card.input_shape, cpu)
+    found, *alone = given_surrogates([tmp_path], card.labels, card.input_shape, cpu)
     assert (found.name, len(found.members)) == ("mine", 3)
     assert [len(each.members) for each in alone] == [1, 1, 1]
     with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
-        given_surrogates(tmp_path, ("cat", "dog"), card.input_shape, cpu)
+        given_surrogates([tmp_path], ("cat", "dog"), card.input_shape, cpu)
     colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))
     with pytest.raises(UserError, match=r"the model's \(3, 8, 8\)"):
-        given_surrogates(tmp_path, card.labels, colour.input_shape, cpu)
+        given_surrogates([tmp_path], card.labels, colour.input_shape, cpu)

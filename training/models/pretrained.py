@@ -1,23 +1,22 @@
-"""Starting weights: members that begin from safetensors files instead of a random draw."""
+"""Starting weights: members that begin from weights files instead of a random draw."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import Config
 from training.models.member import Member
-from training.models.state_dict import fit, parse
-
-PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin
-CONVERT = "where you trust it, convert it with safetensors.torch.save_file(torch.load(FILE), OUT)"
+from training.models.published_resnet import PublishedResNet, is_published, published_names
+from training.models.state_dict import fit
+from training.models.weights_file import Network, WeightsFile
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,13 @@ class Weights:
     """One member's weights in a file.
 
     Args:
-        name: of the file, for messages.
-        tensors: by name.
+        file: its name, for messages.
+        network: the weights, and the normalisation that belongs to them.
         shared: other members start from the same ones.
     """
 
-    name: str
-    tensors: dict[str, Tensor]
+    file: str
+    network: Network
     shared: bool
 
 
@@ -52,19 +51,18 @@ class Start:
         """Read what `config.start` names: None where it names nothing.
 
         Raises:
-            UserError: a missing or damaged file, one that is not safetensors, or one that holds
-                another number of members.
+            UserError: a file that `WeightsFile.read` refuses, another number of members in it, or
+                published ResNets of another architecture.
         """
         named = (config.start,) if isinstance(config.start, str) else config.start
         if not any(named):
             return None
         files, networks = [], []
         for name in named:
-            content = _content(Path(name))
-            digest = sha256(content)
-            files.append({"file": Path(name).name, "sha256": digest})
-            for index, tensors in enumerate(_networks(_parse(content, name))):
-                networks.append(((digest, index), name, tensors))
+            found = WeightsFile.read(Path(name))
+            files.append({"file": Path(name).name, "sha256": found.sha256})
+            for index, network in enumerate(found.networks):
+                networks.append(((found.sha256, index), name, network))
         if len(networks) == 1:
             networks *= config.members
         if len(networks) != config.members:
@@ -74,6 +72,8 @@ class Start:
                 f"{config.members} members, or one model for all to start from",
                 f"use `members` {len(networks)}",
             )
+        for index, (_, name, network) in enumerate(networks):
+            _check_architecture(network, name, config, index)
         counts = Counter(key for key, _, _ in networks)
         return cls([Weights(name, held, counts[key] > 1) for key, name, held in networks], files)
 
@@ -92,7 +92,8 @@ class Start:
         """Give the members their weights.
 
         A last layer stays the member's own random draw where the file's is for other classes, and
-        where several members share a file: they would be equal, and stay so, otherwise.
+        where several members share a file: they would be equal, and stay so, otherwise. A
+        normalisation that belongs to the weights replaces the member's.
 
         Raises:
             UserError: tensors are missing, foreign, of other shapes or not finite.
@@ -102,9 +103,10 @@ class Start:
             optional = {name for name in member.state_dict() if name.endswith("_tracked")}
             fit(
                 member,
-                _named_for(member, weights),
-                file=weights.name,
+                weights.network.tensors | _normalisation(weights),
+                file=weights.file,
                 who=f"member {index}",
+                names=_names(member, weights.network.tensors),
                 optional=optional | {"mean", "std"},
                 unused=_drawn(weights, member),
             )
@@ -131,10 +133,12 @@ def skipped(config: Config, members: Sequence[Member], start: Start | None) -> i
 
 def _drawn(weights: Weights, member: Member) -> set[str]:
     """Return which tensors stay the member's own random draw: its last layer's, or none."""
-    own, given, last = member.state_dict(), _named_for(member, weights), _last_layer(member)
+    own, last = member.state_dict(), _last_layer(member)
+    names, tensors = _names(member, weights.network.tensors), weights.network.tensors
+    given = {name: tensors[names[name]].shape for name in last if names[name] in tensors}
     other_classes = any(
-        given[name].shape != own[name].shape and given[name].shape[1:] == own[name].shape[1:]
-        for name in last & given.keys()
+        shape != own[name].shape and shape[1:] == own[name].shape[1:]
+        for name, shape in given.items()
     )
     return last if weights.shared or other_classes else set()
 
@@ -149,47 +153,34 @@ def _last_layer(member: Member) -> set[str]:
     return {f"{name}.{key}" for key in layer.state_dict()}
 
 
-def _named_for(member: Member, weights: Weights) -> dict[str, Tensor]:
-    """Return the tensors by the member's own names, where they are torchvision's."""
-    own, tensors = member.state_dict().keys(), weights.tensors
-    inside = {f"network.{name}": tensor for name, tensor in tensors.items()}
-    return tensors if own & tensors.keys() or not own & inside.keys() else inside
+def _names(member: Member, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return what the file calls each of the member's tensors: as a run does, or as published."""
+    own = member.state_dict().keys()
+    inside = {f"network.{name}": name for name in tensors}
+    same = {name: name for name in own}
+    if own & inside.keys() and not own & tensors.keys():  # torchvision's names
+        return same | {name: inside[name] for name in own & inside.keys()}
+    return published_names(own, tensors) if is_published(tensors) else same
 
 
-def _networks(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return each member's tensors in a run's file, or the one network's in any other."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"member(\d+)\.(.+)", key)
-        if not match:
-            return [tensors]
-        found.setdefault(int(match[1]), {})[match[2]] = tensor
-    return [found[index] for index in sorted(found)] or [tensors]
+def _normalisation(weights: Weights) -> dict[str, Tensor]:
+    """Return the mean and deviation that belong to the weights, where they are known."""
+    mean, std = weights.network.mean, weights.network.std
+    if not mean and is_published(weights.network.tensors):
+        known = PublishedResNet.recognise(weights.network, weights.file)
+        mean, std = known.mean, known.std
+    pairs = {"mean": mean, "std": std} if mean else {}
+    return {name: torch.tensor(values).view(1, -1, 1, 1) for name, values in pairs.items()}
 
 
-def _content(path: Path) -> bytes:
-    if path.is_dir():
+def _check_architecture(network: Network, file: str, config: Config, index: int) -> None:
+    """Refuse a published ResNet that is not what the settings say of its member."""
+    if not is_published(network.tensors):
+        return
+    found, wanted = PublishedResNet.recognise(network, file), config.architectures[index]
+    if (found.architecture, found.width) != (wanted.removesuffix("-leaky"), config.width):
         raise UserError(
-            f"the starting weights {path} are a folder",
-            "a safetensors file",
-            f"a run's are {path / 'members.safetensors'}",
+            f"{file} holds a {found}, member {index} is a {wanted} of width {config.width}",
+            "weights of the same network",
+            f"use `architecture` {found.architecture} and `width` {found.width}",
         )
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read the starting weights {path} ({error.strerror})", "a safetensors file"
-        ) from error
-
-
-def _parse(content: bytes, name: str) -> dict[str, Tensor]:
-    try:
-        return parse(content, name)
-    except UserError as error:
-        if content.startswith(PICKLES):  # only now: a safetensors file may begin so, too
-            raise UserError(
-                f"{name} is a pickle, and loading one runs whatever code it holds",
-                "a safetensors file",
-                CONVERT,
-            ) from error
-        raise

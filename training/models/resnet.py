@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 
 LEAK = 0.1  # what a leaky ReLU lets through of the negative part
-_NAME = re.compile(r"resnet(?P<depth>\d+)(?P<bottleneck>-bottleneck)?(?P<leaky>-leaky)?")
+_NAME = re.compile(
+    r"resnet(?P<depth>\d+)(?P<bottleneck>-bottleneck)?(?P<pad>-pad)?(?P<leaky>-leaky)?"
+)
 
 
 class Stem(nn.Module):
@@ -78,6 +81,23 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+class PadShortcut(nn.Module):
+    """A shortcut without parameters: every `stride`-th pixel, and channels of zeros at both ends.
+
+    Option A of He et al. (2016, section 3.3).
+    """
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.missing = stride, outside - inside
+
+    def forward(self, skip: Tensor) -> Tensor:
+        """Return `[B, outside, H / stride, W / stride]` for `[B, inside, H, W]`."""
+        first = self.missing // 2
+        fewer = skip[:, :, :: self.stride, :: self.stride]
+        return F.pad(fewer, (0, 0, 0, 0, first, self.missing - first))
+
+
 class BlockExit(nn.Module):
     """Last part of a block: the residual sum.
 
@@ -87,6 +107,7 @@ class BlockExit(nn.Module):
         active: what stands before the convolution.
         within: channels that the last convolution reads; 0: as many as it gives.
         kernel: of that convolution.
+        pad: the shortcut has no parameters, also where shapes change.
     """
 
     def __init__(
@@ -97,13 +118,17 @@ class BlockExit(nn.Module):
         active: nn.Module,
         within: int = 0,
         kernel: int = 3,
+        *,
+        pad: bool = False,
     ) -> None:
         super().__init__()
         within = within or outside
         self.conv = nn.Conv2d(within, outside, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(outside)
         self.shortcut = nn.Sequential()
-        if stride != 1 or inside != outside:
+        if (stride != 1 or inside != outside) and pad:
+            self.shortcut.append(PadShortcut(inside, outside, stride))
+        elif stride != 1 or inside != outside:
             kind = NarrowShortcut if inside < 8 and stride != 1 else nn.Conv2d
             self.shortcut.append(kind(inside, outside, 1, stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(outside))
@@ -134,7 +159,8 @@ def resnet_stages(architecture: str, channels: int, width: int, classes: int) ->
 
     Args:
         architecture: `resnet<depth>` of basic blocks, depth 6n+2 (He et al. 2016, section 4.2), or
-            `resnet<depth>-bottleneck`, depth 9n+2; `-leaky` behind it makes every ReLU leaky.
+            `resnet<depth>-bottleneck`, depth 9n+2; `-pad` behind it makes shortcuts without
+            parameters (option A there), `-leaky` behind that makes every ReLU leaky.
         channels: of the images.
         width: channels of the first third; each further third has twice as many.
         classes: how many logits.
@@ -148,9 +174,10 @@ def resnet_stages(architecture: str, channels: int, width: int, classes: int) ->
         raise UserError(
             f"unknown architecture '{architecture}'",
             "resnet<depth> with depth 6n+2, e.g. resnet8 or resnet20, resnet<9n+2>-bottleneck, "
-            "either with -leaky behind it, or torchvision:<name>",
+            "either with -pad, -leaky or -pad-leaky behind it, or torchvision:<name>",
         )
     active = nn.LeakyReLU(LEAK) if known["leaky"] else nn.ReLU()
+    pad = bool(known["pad"])
     stages: list[nn.Module] = [Stem(channels, width)]
     inside = width
     for third in range(3):
@@ -162,12 +189,12 @@ def resnet_stages(architecture: str, channels: int, width: int, classes: int) ->
                 stages += [
                     BlockEntry(inside, within, 1, active, kernel=1),
                     BlockMiddle(within, stride, active),
-                    BlockExit(inside, outside, stride, active, within, kernel=1),
+                    BlockExit(inside, outside, stride, active, within, kernel=1, pad=pad),
                 ]
             else:
                 stages += [
                     BlockEntry(inside, outside, stride, active),
-                    BlockExit(inside, outside, stride, active),
+                    BlockExit(inside, outside, stride, active, pad=pad),
                 ]
             inside = outside
     return [*stages, Head(inside, classes, active)]
@@ -186,7 +213,7 @@ def family(architecture: str) -> list[str]:
     """Return the network and its relatives, which differ from it in one or two ways.
 
     They are the one with the other activation, the next deeper of both, and the one of the other
-    kind of block; of a network that is not ours only itself.
+    kind of block, all with its kind of shortcut; of a network that is not ours only itself.
     """
     known = _NAME.fullmatch(architecture)
     if not known:
@@ -195,7 +222,8 @@ def family(architecture: str) -> list[str]:
     blocks = (int(known["depth"]) - 2) // _parts(known)
 
     def named(blocks: int, bottleneck: str, leaky: str) -> str:
-        return f"resnet{blocks * (9 if bottleneck else 6) + 2}{bottleneck}{leaky}"
+        depth = blocks * (9 if bottleneck else 6) + 2
+        return f"resnet{depth}{bottleneck}{known['pad'] or ''}{leaky}"
 
     other = "" if leaky else "-leaky"
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -120,6 +121,17 @@ def fit(
             raise UserError(f"'{stored}' in {file} has values that are not finite", "numbers")
     for _, tensor, into in pairs:
         into.copy_(tensor)
+
+
+def network_sha256(network: nn.Module) -> str:
+    """Return a hash of a network's weights, wherever they came from; BatchNorm's counts aside."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
+            digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def parse(data: bytes, path: str | Path) -> dict[str, Tensor]:

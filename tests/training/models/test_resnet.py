@@ -7,7 +7,7 @@ import torch
 
 from dverge_serve.errors import UserError
 from training.models.member import Member
-from training.models.resnet import LEAK, Head, deeper, resnet_stages
+from training.models.resnet import LEAK, Head, PadShortcut, deeper, resnet_stages
 
 
 def convolutions(architecture: str) -> int:
@@ -24,6 +24,7 @@ def convolutions(architecture: str) -> int:
         ("resnet20-leaky", "resnet26-leaky"),
         ("resnet11-bottleneck", "resnet20-bottleneck"),
         ("resnet29-bottleneck-leaky", "resnet38-bottleneck-leaky"),
+        ("resnet20-pad-leaky", "resnet26-pad-leaky"),
     ],
 )
 def test_a_name_counts_the_layers(architecture: str, other: str) -> None:
@@ -35,11 +36,29 @@ def test_a_name_counts_the_layers(architecture: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["resnet9", "resnet2", "resnet8-bottleneck", "resnet20-leaky-bottleneck", "resnet", "vgg16"],
+    ["resnet9", "resnet2", "resnet8-bottleneck", "resnet20-leaky-pad", "resnet", "vgg16"],
 )
 def test_other_names_are_refused_with_what_there_is(architecture: str) -> None:
     with pytest.raises(UserError, match=r"6n\+2.*9n\+2.*-leaky"):
         resnet_stages(architecture, 3, 4, 10)
+
+
+@pytest.mark.parametrize("kind", ["", "-bottleneck"])
+def test_shortcuts_by_padding_have_no_parameters(kind: str) -> None:
+    depth = 11 if kind else 8
+    plain, pad = (
+        {name for stage in stages for name, _ in stage.named_parameters()}
+        for stages in (
+            resnet_stages(f"resnet{depth}{kind}", 3, 3, 10),  # 3 channels: an odd number to add
+            resnet_stages(f"resnet{depth}{kind}-pad", 3, 3, 10),
+        )
+    )
+    assert plain - pad == {name for name in plain if "shortcut" in name}
+    shortcut = PadShortcut(3, 6, 2)
+    images = torch.rand(2, 3, 8, 8)
+    found = shortcut(images)
+    assert torch.equal(found[:, 1:4], images[:, :, ::2, ::2])
+    assert not found[:, [0, 4, 5]].any()
 
 
 def test_only_our_networks_have_a_deeper_one() -> None:
