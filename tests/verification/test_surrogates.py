@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dverge_serve.engine.session import Engine
-from dverge_serve.errors import UserError
 from dverge_serve.progress import Progress
 from tests.conftest import TINY
 from training.config import Config
@@ -22,7 +18,6 @@ from training.models.resnet import family, resnet_stages
 from training.recipe import load_recipe
 from training.runs.directory import Run
 from training.runs.lock import locked
-from verification.given_surrogates import given_surrogates
 from verification.surrogate import part_sha256
 from verification.surrogates import (
     surrogate_config,
@@ -198,20 +193,3 @@ def test_a_surrogate_that_somebody_else_is_training_is_waited_for(cache: Path) -
                 found.result(timeout=2)
             assert [each.name for each in folder.iterdir()] == [".lock"]
         assert found.result()[0].origin.sha256 == Run(folder).weights_sha256
-
-
-def test_a_folder_of_surrogates_can_be_given(
-    tiny_model: Path, tiny_run: Path, tmp_path: Path
-) -> None:
-    card, cpu = Engine(tiny_model, device="cpu").card, torch.device("cpu")
-    with pytest.raises(UserError, match="no finished run"):
-        given_surrogates([tmp_path], card.labels, card.input_shape, cpu)
-    shutil.copytree(tiny_run, tmp_path / "mine")
-    found, *alone = given_surrogates([tmp_path], card.labels, card.input_shape, cpu)
-    assert (found.name, len(found.members)) == ("mine", 3)
-    assert [len(each.members) for each in alone] == [1, 1, 1]
-    with pytest.raises(UserError, match="2 \\(cat, dog\\)"):
-        given_surrogates([tmp_path], ("cat", "dog"), card.input_shape, cpu)
-    colour = replace(card, preprocess=replace(card.preprocess, mode="RGB"))
-    with pytest.raises(UserError, match=r"the model's \(3, 8, 8\)"):
-        given_surrogates([tmp_path], card.labels, colour.input_shape, cpu)
