@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 import yaml
 from nbclient import NotebookClient
 from PIL import Image
@@ -21,6 +22,8 @@ from PIL import Image
 from dverge_serve import __version__
 from dverge_serve.cli import run
 from tests.docs.reference import FOLDER, pages
+from tests.training.published import nets, table
+from training.runs.directory import Run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -81,7 +84,7 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r'"([\w/]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    listed = set(re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text()))
     assert listed == {
         path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")
     }
@@ -200,7 +203,7 @@ def commands_of(page: str) -> list[list[str]]:
     return [
         shlex.split(line)[1:]
         for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", "").splitlines()
         if line.startswith("dverge ")
     ]
 
@@ -248,3 +251,20 @@ def test_every_training_of_the_training_page(
     assert len(commands) >= 7
     finished = {path.parent.as_posix() for path in Path().glob("runs/*/checkpoint.json")}
     assert finished - {"runs/latest"} == runs
+
+
+def test_the_training_of_the_model_zoo_starts_from_published_members(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "photos").rename("FOLDER")
+    made = table(nets(3, blocks=3, classes=2))
+    torch.save(made, "official_baseline_3xresnet20.pth", _use_new_zipfile_serialization=False)
+    (command,) = [each for each in commands_of("model-zoo.md") if each[0] == "train"]
+    smaller = ["width=4", "dverge.epochs=1", "batch_size=32", "data.crop=[8,8]", "data.pad=1"]
+    command += [word for pair in smaller for word in ("--set", pair)]
+    assert run(command) == 0, capsys.readouterr().err
+    trained = Run(Path("runs/latest").resolve())
+    assert '"stage":"standard"' not in (trained.path / "metrics.jsonl").read_text()
+    assert trained.checkpoint["start"][0]["file"] == "official_baseline_3xresnet20.pth"
+    for each in (*trained.members("standard"), *trained.members()):
+        assert each.mean.flatten().tolist() == pytest.approx([0.3] * 3)  # the file's

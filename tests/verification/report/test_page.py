@@ -264,6 +264,7 @@ def test_transfer_is_told_pair_by_pair_with_the_worst_by_name() -> None:
         surrogate | {"name": name, "holdout_accuracy": 0.9, "weights_sha256": "6" * 64}
         for name in ("one", "two")
     ]
+    told["surrogates"][1] |= {"kind": "published", "clean_accuracy": 0.84}
     told["attacks"] = [
         {"name": name, "threat": "transfer", "steps": 1, "standing_only": name.startswith("bsr")}
         for name in pairs
@@ -273,6 +274,8 @@ def test_transfer_is_told_pair_by_pair_with_the_worst_by_name() -> None:
     assert '<td>mi-ce from two</td><td class="n">40.0</td><td class="n">70.0%</td>' in text
     assert "bsr</th>" not in text  # it was not run on all images
     assert "pair by pair" not in shown()
+    assert "published, standard, a + b, members: 2, held-out accuracy 0.900, clean " in text
+    assert "<td>standard, a + b, members: 2, held-out accuracy 0.900, sha256 6666" in text
 
 
 def test_the_live_service_is_told_in_words() -> None:
