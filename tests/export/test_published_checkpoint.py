@@ -70,6 +70,19 @@ def test_the_file_says_what_the_published_network_says(
     assert engine.card.source == "published-checkpoint"
 
 
+def test_shortcuts_by_padding_are_exported_as_branches(tmp_path: Path) -> None:
+    made = nets(2, pad=True)
+    torch.save(table(made), tmp_path / "c.pth")
+    export(from_checkpoint(tmp_path / "c.pth", "cifar10"), tmp_path / "m.onnx")
+    engine = Engine(tmp_path / "m.onnx", device="cpu")
+    images = torch.rand(3, 3, 32, 32)
+    expected = torch.stack([net((images - 0.3) / 0.5) for net in made], 1).detach()
+    found = torch.from_numpy(engine.run(images.numpy()).member_logits)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert engine.card.form == "branches"
+    assert engine.card.training["architecture"] == "resnet8-pad"
+
+
 def test_normalisation_the_file_does_not_carry_is_the_published_one(tmp_path: Path) -> None:
     plain = {"model0": nets(1)[0].state_dict()}  # no wrapper: no "model." and no normaliser
     torch.save(plain, tmp_path / "c.pth")
@@ -169,8 +182,12 @@ def test_foreign_files_and_code_in_pickles(
     assert not Path("m.onnx").exists()
 
 
-def real_images(archive: Path, each: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return `each` test images of every class."""
+@pytest.fixture(scope="module")
+def real_images(test_data: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Twenty test images of every class of CIFAR-10, from its JPEG copy."""
+    archive, each = test_data / "cifar10-jpeg.tar.xz", 20
+    if not archive.is_file():
+        pytest.skip(f"no {archive.name} in {test_data}")
     preprocess = Preprocess(mode="RGB", resize=(32, 32), crop=(32, 32))
     pixels: dict[str, list[Any]] = {name: [] for name in CIFAR10}
     with tarfile.open(archive) as tar:
@@ -186,17 +203,23 @@ def real_images(archive: Path, each: int) -> tuple[npt.NDArray[np.uint8], npt.ND
 
 @pytest.mark.parametrize(("name", "architecture", "method", "accuracy"), PUBLISHED)
 def test_published_files_on_real_images(
-    name: str, architecture: str, method: str, accuracy: float, test_data: Path, tmp_path: Path
+    name: str,
+    architecture: str,
+    method: str,
+    accuracy: float,
+    test_data: Path,
+    real_images: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]],
+    tmp_path: Path,
 ) -> None:
-    file, archive = test_data / name, test_data / "cifar10-jpeg.tar.xz"
-    if not file.is_file() or not archive.is_file():
-        pytest.skip(f"no {file.name} and {archive.name} in {test_data}")
+    file = test_data / name
+    if not file.is_file():
+        pytest.skip(f"no {file.name} in {test_data}")
     found = read_published(file)
     resnet = found.resnet
     assert (resnet.architecture, resnet.width, resnet.classes) == (architecture, 16, 10)
     assert found.method == method
     assert len(found.members) == (1 if architecture.endswith("-pad") else 3)
-    pixels, labels = real_images(archive, 20)
+    pixels, labels = real_images
     export(from_checkpoint(file, "cifar10"), tmp_path / "m.onnx", form="branches")
     images = to_float(pixels)
     answers = Engine(tmp_path / "m.onnx", device="cpu").run_all(images).predictions

@@ -84,7 +84,7 @@ class Start:
 
     @property
     def published(self) -> bool:
-        """Whether each file holds one network, as published ones do, not the members of a run."""
+        """Whether each file holds one network, from which surrogates can begin, and no ensemble."""
         count = len(self.files)
         return count == len(self.weights) or (count == 1 and self.weights[0].shared)
 
