@@ -96,7 +96,8 @@ def sources_config(config: Config) -> Config:
 def _read(path: Path, config: Config, data: TrainingData) -> list[SourceModel]:
     if not path.is_dir():
         return list(_of_file(path, config, data))
-    within = sorted(each.parent for each in path.glob("*/checkpoint.json"))
+    # Once each: `latest` is a link to another one.
+    within = sorted({each.parent.resolve() for each in path.glob("*/checkpoint.json")})
     runs = [path] if Run(path).begun else within
     if not runs:
         raise UserError(f"no finished run in {path}", "a run, a folder of runs or a weights file")
