@@ -170,15 +170,13 @@ def prepare(
         UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
             the hardware lacks.
     """
-    mean, std = normalisation(config.data, data.train)
-    members = build_members(config, len(data.labels), mean, std, draw)
+    members = build_members(config, len(data.labels), *normalisation(config.data, data.train), draw)
     if start is not None:
         start.put_into(members)
-    compute = autocast_dtype(config.precision, device)
     topology.sync_batchnorm(members)
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
-        member.compute = compute
+        member.compute = autocast_dtype(config.precision, device)
     on_device = topology.shares == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 
