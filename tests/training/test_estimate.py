@@ -134,10 +134,10 @@ def test_what_starting_weights_stand_for_costs_nothing(tmp_path: Path) -> None:
 
 def test_the_cost_of_stored_images_is_told(finished: Path) -> None:
     settings = {"transfer__copies": 3, "transfer__steps": 7, "transfer__sources": str(finished)}
-    (note,) = estimate(tiny_config(method="transfer", **settings), CPU)["notes"]
+    note = estimate(tiny_config(method="transfer", **settings), CPU)["notes"][-1]
     assert note == (
         "3 adversarial copies of 90 images from each of 2 sources: "
         "3,780 gradient evaluations, 0.0 GB in the run directory until it is finished"
     )
     trained = tiny_config(method="dverge+transfer", transfer__networks=2)
-    assert "2 sources, which are trained first:" in estimate(trained, CPU)["notes"][0]
+    assert "2 sources, which are trained first:" in estimate(trained, CPU)["notes"][-1]
