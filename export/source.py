@@ -47,6 +47,8 @@ def from_run(run: Run, which: Which = "members") -> ExportSource:
     config, checkpoint = run.config, run.checkpoint
     training = config_json(config)
     training["method"] = config.method if which == "members" else "standard"
+    if which == "members" and (models := checkpoint.get("sources")):
+        training["source_models"] = models
     card = Card(
         name=config.name if which == "members" else f"{config.name}-standard",
         labels=run.labels,
@@ -77,6 +79,7 @@ def config_json(config: Config) -> dict[str, Any]:
     table = config.to_json()
     for key in ("path", "memory_gb", "workers"):  # settings of this machine, not of the model
         table["data"].pop(key)
-    table.pop("start")  # another path
+    table.pop("start")  # more paths
+    table["transfer"].pop("sources")
     table.pop("tensorboard")
     return table

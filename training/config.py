@@ -10,9 +10,10 @@ from dverge_serve.errors import UserError
 from dverge_serve.images import Preprocess
 from training.config_parsing import assign, build, check
 from training.method_registry import METHODS
-from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule
+from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule, Transfer
 
 MAX_SEED = 2**32 - 1  # seeds beyond are kept for surrogates, so no run can share one
+SOURCE_SEED = 2**33  # and beyond this for source models, so no surrogate can share one
 EMBEDDED = ("digits",)
 # Mode and size of the images of each named set; they are not resized.
 NATIVE = {
@@ -105,7 +106,8 @@ class Config:
     """All settings of one training run."""
 
     name: str
-    # dverge, standard, adversarial, dverge+adversarial, adp, gal, or one of your own
+    # dverge, standard, adversarial, dverge+adversarial, transfer, dverge+transfer, adp, gal, or one
+    # of your own
     method: str = "dverge"
     # resnet<6n+2>, resnet<9n+2>-bottleneck, either with -pad (shortcuts without parameters), -leaky
     # or -pad-leaky behind it, or torchvision:<name>; or a list with one for each member
@@ -127,6 +129,7 @@ class Config:
     standard: Schedule = field(default_factory=Schedule)
     dverge: Dverge = field(default_factory=Dverge)
     adversarial: Adversarial = field(default_factory=Adversarial)
+    transfer: Transfer = field(default_factory=Transfer)
     adp: Adp = field(default_factory=Adp)
     gal: Gal = field(default_factory=Gal)
     verification: Verification = field(default_factory=Verification)

@@ -16,6 +16,7 @@ from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge_draws import draw_layer
+from training.methods.stored_images import StoredImages, describe_images
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.parallel import cuda_graphs
@@ -56,10 +57,12 @@ def estimate(
     data = load_training(config.data) if data is None else data
     members, optimizers = prepare(config, data, device, start=start)
     notes = [*balance(data), *([start.describe(config, members)] if start else [])]
+    notes += describe_images(config, data)
     split = data.train.to(device)
     steps = -(-len(split) // config.batch_size)
     evaluations = gradient_evaluations(config, len(split))
-    plan = stages(config, members, optimizers)
+    stored = StoredImages.stand_in(config, data)
+    plan = stages(config, members, optimizers, stored=stored)
     if skipped(config, members, start):
         evaluations.pop(plan.pop(0).name)
     seconds: dict[str, float] = {}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule
+from training.schedules import Adp, Adversarial, Dverge, Gal, Schedule, Transfer
 
 
 class RunSettings(Protocol):
@@ -43,6 +43,8 @@ class Method:
         gradients: how many gradients of one member on one image a step computes.
         fresh: begins from new random weights, not from the standard members.
         pairs: whether a step needs target images beside the source.
+        sources: whether a step learns from adversarial images of other networks, see
+            `training.methods.stored_images`, which are then `make_step`'s last argument.
         members: how many there must be at least.
     """
 
@@ -51,6 +53,7 @@ class Method:
     gradients: Callable[[Any], int] = lambda config: 1
     fresh: bool = False
     pairs: bool = False
+    sources: bool = False
     members: int = 2
 
     def load_make_step(self) -> Callable[..., Any]:
@@ -89,6 +92,20 @@ METHODS = {
         make_step="training.methods.dverge:make_adversarial_step",
         gradients=lambda config: _distilled(config) + _attacked(config),
         pairs=True,
+    ),
+    "transfer": Method(
+        settings=Transfer,
+        make_step="training.methods.transfer:make_step",
+        gradients=lambda config: 2,  # clean and adversarial
+        sources=True,
+        members=1,
+    ),
+    "dverge+transfer": Method(
+        settings=Dverge,
+        make_step="training.methods.transfer:make_dverge_step",
+        gradients=lambda config: _distilled(config) + 2,
+        pairs=True,
+        sources=True,
     ),
     "adp": Method(settings=Adp, make_step="training.methods.adp:make_step", fresh=True),
     "gal": Method(

@@ -58,7 +58,9 @@ class Dverge(Schedule):
     step_size: float = 0.007
     steps: int = 10
     decay: float = 1.0  # of the accumulated gradient
-    weight: float = 1.0  # dverge+adversarial: of DVERGE's sum beside the adversarial loss
+    weight: float = (
+        1.0  # dverge+adversarial, dverge+transfer: of DVERGE's sum beside the other loss
+    )
     layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
     # How many others each member learns from in a step, drawn anew each time; 0: from all of them
     partners: int = 0
@@ -94,6 +96,30 @@ class Adversarial(Schedule):
         check("adversarial.eps", self.eps, 0 < self.eps <= 1, "in (0, 1]")
         check("adversarial.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
         check("adversarial.steps", self.steps, self.steps >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Schedule):
+    """Training on stored adversarial images of other networks (Sitawarin et al., 2024)."""
+
+    table = "transfer"
+
+    # The source models: runs, folders of runs, or weights files of CIFAR ResNets. Empty: they are
+    # trained, from seeds that neither runs nor surrogates use
+    sources: str | tuple[str, ...] = ""
+    networks: int = 5  # how many are trained, where none are named
+    copies: int = 4  # adversarial images of each training image from each source
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("transfer.networks", self.networks, 1 <= self.networks <= 1000, "1 to 1000")
+        check("transfer.copies", self.copies, self.copies >= 1, "1 or more")
+        check("transfer.eps", self.eps, 1 / 255 <= self.eps <= 1, "in [1/255, 1]")
+        check("transfer.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
+        check("transfer.steps", self.steps, self.steps >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,15 @@ from torch.optim import SGD
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
-from training.config import MAX_SEED, Config, check_seed
+from training.config import MAX_SEED, SOURCE_SEED, Config, check_seed
 from training.data.class_counts import balance, class_counts
 from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
-from training.methods import TrainingStage, epoch_batches, stages
+from training.methods import TrainingStage, epoch_batches, stage_names, stages
 from training.methods.diversity import diversity
+from training.methods.stored_images import StoredImages, check_sources, keep_images
 from training.models.build import build_members
 from training.models.dropout import seed_dropout
 from training.models.member import Member
@@ -46,7 +47,7 @@ class Training:
 
     Args:
         train, holdout: on the device where training happens.
-        start: weights from files.
+        start, stored: weights from files, and adversarial images of source models.
         members, optimizers: all of them, of which this process of the `topology` trains its own.
     """
 
@@ -58,6 +59,7 @@ class Training:
     train: Split | Streamed
     holdout: Split
     start: Start | None = None
+    stored: StoredImages | None = None
 
 
 def train(
@@ -81,7 +83,7 @@ def train(
         data: the images, where the caller has loaded them already.
         topology: of the processes that train together, see `training.parallel.distributed.join`.
         wait: for another process that is training there, rather than refuse.
-        surrogate: allow the seeds that are kept for verification's surrogates.
+        surrogate: allow the seeds that are kept for surrogates and source models.
 
     Raises:
         UserError: a seed that is kept for surrogates, bad data, a directory that cannot be used or
@@ -102,6 +104,7 @@ def train(
         data = topology.rank0_first(lambda: load_training(config.data))
         for line in balance(data):
             say(line)
+    check_sources(config, data, run)
     members, optimizers = prepare(config, data, device, topology=topology, start=start)
     if start is not None:
         say(start.describe(config, members))
@@ -126,12 +129,12 @@ def train(
         together = f", {topology.size} processes" if topology.size > 1 else ""
         _say(surrogate, f"training '{config.name}' on {device}{together} into {out}")
         if first > 0 or done > skipped(config, members, start):
-            name = stages(config, members, optimizers, topology)[first].name
-            _say(surrogate, f"going on after epoch {done} of {name} training")
+            _say(surrogate, f"going on after epoch {done} of {stage_names(config)[first]} training")
+        stored = keep_images(config, data, run, device, train)
         load_members(members, tensors)
         load_momentum(optimizers, tensors)
         parts = data.train.to(device), data.holdout.to(device)
-        training = Training(config, run, topology, members, optimizers, *parts, start)
+        training = Training(config, run, topology, members, optimizers, *parts, start, stored)
         _run_stages(training, data, first, done, tensors)
         if run.writes:
             _finish(training, data, begun)
@@ -167,15 +170,13 @@ def prepare(
         UserError: an unknown architecture, starting weights that do not fit, or arithmetic that
             the hardware lacks.
     """
-    mean, std = normalisation(config.data, data.train)
-    members = build_members(config, len(data.labels), mean, std, draw)
+    members = build_members(config, len(data.labels), *normalisation(config.data, data.train), draw)
     if start is not None:
         start.put_into(members)
-    compute = autocast_dtype(config.precision, device)
     topology.sync_batchnorm(members)
     for member in members:
         member.to(device).to(memory_format=torch.channels_last)
-        member.compute = compute
+        member.compute = autocast_dtype(config.precision, device)
     on_device = topology.shares == 1 and cuda_graphs.wanted(config, device)
     return members, build_optimizers(members, config.standard, on_device=on_device)
 
@@ -185,7 +186,7 @@ def _run_stages(
 ) -> None:
     """Go through the stages from `first` on, of which `done` epochs are done, given its state."""
     config, run, members = training.config, training.run, training.members
-    plan = stages(config, members, training.optimizers, training.topology)
+    plan = stages(config, members, training.optimizers, training.topology, training.stored)
     run.drop_metrics_after(plan[first].name, done, [stage.name for stage in plan[:first]])
     with logged(run, events=config.tensorboard) as log:
         for position in range(first, len(plan)):
@@ -217,7 +218,7 @@ def _run_stage(
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
     surrogates = config.seed > MAX_SEED
-    named = "surrogates, " if surrogates else ""
+    named = "" if not surrogates else "sources, " if config.seed > SOURCE_SEED else "surrogates, "
     label = f"{named}{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
     with Progress(label, settings.epochs * count, start=done * count) as progress:
@@ -284,6 +285,7 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
             "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
             "start": training.start.files if training.start else [],
+            "sources": training.stored.sources if training.stored else [],
             "provenance": {
                 "torch": torch.__version__,
                 "device": str(members[0].mean.device),

@@ -58,6 +58,8 @@ def assemble(
             "gradients": gradients.origin if gradients else "none",
             "foreign": config.labels is not None,
             **_contract(context.engine),
+            # Networks whose attacks it has learnt from; no surrogate is one of them.
+            **{key: card.training[key] for key in ("source_models",) if key in card.training},
         },
         "threat_model": {
             "goal": "untargeted: any wrong answer",

@@ -36,6 +36,7 @@ from verification.gradients import Gradients, find_gradients
 from verification.oip_client import client
 from verification.price import Price, forecast, price
 from verification.service_client import Service
+from verification.source_models import refuse_sources
 from verification.surrogate import Surrogate, clean_accuracies
 from verification.surrogates import (
     SurrogateSet,
@@ -45,6 +46,7 @@ from verification.surrogates import (
     with_known_start,
 )
 
+RECORDED = ("train_sha256", "source_models")  # what a card says of training beside its settings
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
 
@@ -130,6 +132,7 @@ def find_context(config: VerificationConfig) -> Context:
         made = given_surrogates(
             config.surrogates, engine.card.labels, engine.card.input_shape, device
         )
+        refuse_sources(made, engine.card)
     else:
         sets = surrogate_sets(training, PRESETS[config.preset].surrogates)
     sizes = {each.name: (len(each.indices), len(each.origin.architectures)) for each in made}
@@ -253,7 +256,7 @@ def training_config(card: Card, gradients: Gradients | None, data: str | None) -
     if gradients is not None and gradients.run is not None:
         config = gradients.run.config
     else:
-        table = {key: value for key, value in card.training.items() if key != "train_sha256"}
+        table = {key: value for key, value in card.training.items() if key not in RECORDED}
         config = Config.from_json(table, "the model's metadata")
     if data is not None:
         config = config.overridden(data_overrides(data))

@@ -16,7 +16,7 @@ from training.data.splits import TrainingData
 from training.models.pretrained import Start
 from training.models.resnet import deeper, family
 from training.runs.directory import Run
-from training.schedules import Dverge
+from training.schedules import Dverge, Transfer
 from training.trainer import train
 from verification.surrogate import Origin, Surrogate, alone, opened
 
@@ -89,6 +89,7 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
         start=_each((config.start,) if isinstance(config.start, str) else config.start, int(size)),
         tensorboard=False,
         dverge=Dverge(),
+        transfer=Transfer(),
         verification=Verification(),
     )
     if method == "standard":

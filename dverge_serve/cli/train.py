@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -51,6 +52,12 @@ def train(
             "Repeats."
         ),
     ] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A run, folder of runs or weights file whose attacks are learnt from. Repeats."
+        ),
+    ] = None,
     set_: Settings = None,
     list_skipped: Annotated[
         bool, typer.Option(help="List the files of --data that are not used, and stop.")
@@ -74,7 +81,8 @@ def train(
     if resume and begun is None and recipe is None and data is None:
         # Neither a run nor anything that one could be begun with: a mistyped --out.
         raise UserError(f"no run at {out}", "one that `dverge train` began", "look at --out")
-    config = _config(begun, recipe, data, members, seed, set_, start)
+    files = {"start": start, "transfer.sources": sources}
+    config = _config(begun, recipe, data, members, seed, set_, files)
     check_seed(config)  # of a dry run, too
     if list_skipped:
         from training.data.image_folder import read_folder
@@ -144,7 +152,7 @@ def _config(
     members: int | None,
     seed: int | None,
     settings: list[str] | None,
-    start: list[Path] | None,
+    files: Mapping[str, list[Path] | None],
 ) -> Config:
     """Return what is asked for: a recipe's settings, or those a run was begun with, overridden."""
     from training.recipe import data_overrides, load_recipe, parse_settings, recipe_for
@@ -152,9 +160,10 @@ def _config(
     overrides: dict[str, Any] = data_overrides(data) if data is not None else {}
     numbers = {"members": members, "seed": seed}
     overrides |= {key: value for key, value in numbers.items() if value is not None}
-    if start:
-        named = [str(path.resolve()) for path in start]
-        overrides["start"] = named if len(named) > 1 else named[0]
+    for key, paths in files.items():
+        if paths:
+            named = [str(path.resolve()) for path in paths]
+            overrides[key] = named if len(named) > 1 else named[0]
     overrides |= parse_settings(settings or [])
     if begun is not None:
         return begun.overridden(overrides)

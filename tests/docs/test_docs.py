@@ -238,7 +238,7 @@ def test_every_training_of_the_training_page(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smaller = ["width=8", "standard.epochs=1", "dverge.epochs=1", "dverge.steps=1"]
-    smaller += ["data.crop=[16,16]", "batch_size=32", "members=2"]
+    smaller += ["transfer.epochs=1", "data.crop=[16,16]", "batch_size=32", "members=2"]
     commands = commands_of("training.md")
     runs = set()
     for command in commands:

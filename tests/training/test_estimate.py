@@ -31,13 +31,15 @@ CPU = torch.device("cpu")
         ("dverge", 3 + 2),
         ("dverge+adversarial", 3 + 2 + 10 + 1),
         ("adversarial", 10 + 1),
+        ("transfer", 2),
+        ("dverge+transfer", 3 + 2 + 2),
         ("adp", 1),
         ("gal", 2),
     ],
 )
 def test_gradient_evaluations_of_each_method(method: str, each: int) -> None:
     config = tiny_config(method=method, members=3, standard__epochs=5)
-    second = {"adp": "adp", "gal": "gal", "adversarial": "adversarial"}.get(method, "dverge")
+    second = method if method in ("adp", "gal", "adversarial", "transfer") else "dverge"
     epochs = getattr(config, second).epochs
     assert gradient_evaluations(config, 100) == {
         "standard": 5 * 100 * 3,
@@ -54,7 +56,7 @@ def test_dverge_is_timed_at_layers_spread_over_the_depth(
     drawn: list[int] = []
 
     def watched(
-        chosen: Config, members: list[Member], optimizers: list[SGD]
+        chosen: Config, members: list[Member], optimizers: list[SGD], **_: object
     ) -> list[TrainingStage]:
         def step(epoch: int, number: int, batch: Batch) -> Tensor:
             when = (epoch,) if every == "epoch" else (epoch, number)
@@ -77,7 +79,7 @@ def test_seconds_are_those_of_a_step_times_the_steps(monkeypatch: pytest.MonkeyP
     now = [0.0]
 
     def watched(
-        chosen: Config, members: list[Member], optimizers: list[SGD]
+        chosen: Config, members: list[Member], optimizers: list[SGD], **_: object
     ) -> list[TrainingStage]:
         seen = set()
 
@@ -128,3 +130,14 @@ def test_what_starting_weights_stand_for_costs_nothing(tmp_path: Path) -> None:
     found = estimate(tiny_config(start=str(run.path / "standard.safetensors")), CPU)
     assert found["gradient_evaluations"].keys() == found["seconds"].keys() == {"dverge"}
     assert any("standard training, which is skipped" in line for line in found["notes"])
+
+
+def test_the_cost_of_stored_images_is_told(finished: Path) -> None:
+    settings = {"transfer__copies": 3, "transfer__steps": 7, "transfer__sources": str(finished)}
+    note = estimate(tiny_config(method="transfer", **settings), CPU)["notes"][-1]
+    assert note == (
+        "3 adversarial copies of 90 images from each of 2 sources: "
+        "3,780 gradient evaluations, 0.0 GB in the run directory until it is finished"
+    )
+    trained = tiny_config(method="dverge+transfer", transfer__networks=2)
+    assert "2 sources, which are trained first:" in estimate(trained, CPU)["notes"][-1]

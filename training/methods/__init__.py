@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD
@@ -48,19 +49,32 @@ def stages(
     members: Sequence[Member],
     optimizers: Sequence[SGD],
     topology: ProcessTopology = SINGLE_PROCESS,
+    stored: Any = None,
 ) -> list[TrainingStage]:
     """Return the stages of `config.method`: standard training, then the method's own.
 
     Every method begins with standard members: DVERGE starts from them, and for all they are the
     undefended control.
+
+    Args:
+        stored: the `StoredImages` of methods that learn from source models.
     """
 
     def stage(method: Method) -> TrainingStage:
-        make_step: MakeStep = method.load_make_step()
-        step = make_step(config, members, optimizers, topology)
+        make_step, more = method.load_make_step(), [stored] if method.sources else []
+        step = make_step(config, members, optimizers, topology, *more)
         return TrainingStage(method, config.settings_of(method.settings.table), step)
 
-    return [stage(METHODS[name]) for name in dict.fromkeys(("standard", config.method))]
+    return [stage(method) for method in _methods(config)]
+
+
+def stage_names(config: Config) -> list[str]:
+    """Return the names of the stages of `config.method`."""
+    return [method.settings.table for method in _methods(config)]
+
+
+def _methods(config: Config) -> list[Method]:
+    return [METHODS[name] for name in dict.fromkeys(("standard", config.method))]
 
 
 def epoch_batches(

@@ -27,7 +27,8 @@ from training.schedules import Dverge
 
 PART = 64  # images that one thread distils at a time
 
-Adversary = Callable[[int, Member], Tensor]  # index, member -> its own adversarial images
+# index, member -> images it learns from besides, e.g. its own adversarial ones, and their labels
+Adversary = Callable[[int, Member], tuple[Tensor, Tensor]]
 
 
 def make_step(
@@ -67,10 +68,11 @@ def make_adversarial_step(
         source, labels, _ = batch
         seed_path = (config.seed, "dverge", epoch, number)
 
-        def adversary(index: int, member: Member) -> Tensor:
-            return adversarial.adversarial_images(
+        def adversary(index: int, member: Member) -> tuple[Tensor, Tensor]:
+            made = adversarial.adversarial_images(
                 member, source, labels, config.adversarial, *seed_path, index, *topology.seed_path
             )
+            return made, labels
 
         return step(
             members,
@@ -213,8 +215,8 @@ def step(
         layer: drawn for this step, 1..the deepest member's depth; a shallower member takes the
             layer at the same share of its own depth.
         partners: for each member, those whose images it learns from; none: all the others.
-        adversary: for DVERGE+AdvT: makes a member's own adversarial images, on which it learns
-            too: `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
+        adversary: gives a member more to learn from, for DVERGE+AdvT its own adversarial images:
+            `weight * (the sum) + CE(f_i(x_adv), y)` (paper, section 4.4).
         topology: of the processes that train the members; each trains its own.
         parts: its `halves`, where they are recorded.
 
@@ -270,7 +272,7 @@ def halves(
             own = None if adversary is None else adversary(index, member)
             loss = member_loss(member, learned, labels, len(members) - 1)
             if own is not None:
-                loss = settings.weight * loss + F.cross_entropy(member(own), labels)
+                loss = settings.weight * loss + F.cross_entropy(member(own[0]), own[1])
             return descend([optimizers[index]], loss, topology)
 
         return [torch.stack(side_by_side(learn, range(len(mine)), labels.device))]

@@ -292,7 +292,7 @@ class Run:
         """Write `checkpoint.json`, after which the run counts as finished."""
         record = {"schema_version": SCHEMA_VERSION, "tool_version": __version__, **checkpoint}
         write_atomic(self.path / "checkpoint.json", pretty_json(record))
-        for name in ("state.safetensors", "images.json"):
+        for name in ("state.safetensors", "images.json", "sources.npy", "sources.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def _write(self, name: str, data: bytes) -> None:

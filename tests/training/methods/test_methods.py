@@ -91,7 +91,7 @@ def test_dverge_with_adversarial_training_adds_the_members_own_loss() -> None:
         TARGET,
         layer=3,
         settings=settings,
-        adversary=lambda index, member: own[index],
+        adversary=lambda index, member: (own[index], LABELS),
     )
     expect(again, wanted)
 
