@@ -36,11 +36,16 @@ def side_by_side(
         return over_lanes(work, items)
     if workers < 2:
         return [work(item) for item in items]
-    return list(_pool(workers, max(1, cores // workers)).map(work, items))
+    return list(thread_pool(workers, max(1, cores // workers)).map(work, items))
 
 
 @cache
-def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        workers, "member", initializer=torch.set_num_threads, initargs=(threads,)
-    )
+def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Return the pool of so many workers with so many threads inside each one's operations."""
+    return ThreadPoolExecutor(workers, "member", initializer=_set_threads, initargs=(threads,))
+
+
+def _set_threads(threads: int) -> None:
+    """Set how many threads this thread's operations have, for good."""
+    torch.get_num_threads()  # a thread's first look would set it to what another thread set last
+    torch.set_num_threads(threads)
