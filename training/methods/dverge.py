@@ -17,7 +17,7 @@ from training.methods.standard import descend
 from training.models.bn_statistics import features_and_statistics
 from training.models.member import Member
 from training.parallel.cuda_graphs import Work
-from training.parallel.threads import side_by_side
+from training.parallel.threads import one_thread_inside, side_by_side
 from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.pgd import momentum_rule, pgd_loop
 from training.schedules import Dverge
@@ -71,7 +71,8 @@ def distill_all(
     """
     deepest = deepest or max(member.depth for member in members)
     layers = [member.layer_at(layer, deepest) for member in members]
-    models = [ready(member, own, settings) for member, own in zip(members, layers, strict=True)]
+    with one_thread_inside():  # of many operations on few numbers
+        models = [ready(each, own, settings) for each, own in zip(members, layers, strict=True)]
     rows = _parts(source, settings)
 
     def distilled_by(part: tuple[int, slice]) -> Tensor:

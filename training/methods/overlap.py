@@ -18,7 +18,7 @@ from torch.optim import SGD
 from training.methods import Step, TrainingStage
 from training.optimizers import set_rate
 from training.parallel.tasks import Tasks
-from training.parallel.threads import side_by_side
+from training.parallel.threads import one_thread_inside, side_by_side
 from training.parallel.topology import Batch, ProcessTopology
 
 AHEAD = 1  # steps that may be begun before one ends, with a batch in memory for each
@@ -108,7 +108,8 @@ def step_losses(
         return
     assert isinstance(step, Overlapping)
     begun: deque[Sequence[Future[Tensor]]] = deque()
-    with Tasks(torch.get_num_threads()) as tasks:
+    # Making the next batch is this thread's own work; it would wait for threads that have no core.
+    with Tasks(torch.get_num_threads()) as tasks, one_thread_inside():
         for number, batch in batches:
             for index, optimizer in enumerate(optimizers):
                 tasks.add(partial(pace, [optimizer], number), uses=[index])

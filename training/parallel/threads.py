@@ -7,7 +7,8 @@ exchanges of images, so they are the better unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -43,6 +44,20 @@ def side_by_side(
 def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Return the pool of so many workers with so many threads inside each one's operations."""
     return ThreadPoolExecutor(workers, "member", initializer=_set_threads, initargs=(threads,))
+
+
+@contextlib.contextmanager
+def one_thread_inside() -> Iterator[None]:
+    """Give this thread's operations one thread: more would cost more than they give.
+
+    On small tensors, or while the workers of a pool use the cores, threads mostly wait.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _set_threads(threads: int) -> None:
