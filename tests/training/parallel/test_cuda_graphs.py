@@ -247,7 +247,7 @@ def test_images_are_exchanged_between_the_two_recordings_of_a_step(
     monkeypatch.setattr(cuda_graphs, "wanted", lambda config, device: config.graphs == "auto")
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
     layers, trained = [1] * (WARM_UPS + 2) + [3], []
-    monkeypatch.setattr(dverge, "layer_of", lambda *given: layers[given[-1]])
+    monkeypatch.setattr(dverge_run, "layer_of", lambda *given: layers[given[-1]])
     for graphs in ("auto", "off"):
         tape.asked.clear()
         config = tiny_config(
