@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from training.data.splits import Split, to_float
-from training.models.ensemble import Ensemble
 from training.models.member import Member
+from training.parallel.threads import side_by_side
 
 EVALUATION_BATCH = 512
 
@@ -18,10 +19,14 @@ def accuracy(members: Sequence[Member], split: Split) -> float:
     if not len(split):
         return float("nan")
     right = 0
-    ensemble = Ensemble(members).eval()
-    with torch.no_grad():
-        for start in range(0, len(split), EVALUATION_BATCH):
-            part = split.take(slice(start, start + EVALUATION_BATCH))
-            logits = ensemble(to_float(part.images))
-            right += int((logits.argmax(1) == part.labels).sum())
+    for start in range(0, len(split), EVALUATION_BATCH):
+        part = split.take(slice(start, start + EVALUATION_BATCH))
+        images = to_float(part.images)
+
+        @torch.no_grad()
+        def logits(member: Member, images: Tensor = images) -> Tensor:
+            return member.eval()(images)  # type: ignore[no-any-return]
+
+        mean = torch.stack(side_by_side(logits, members, split.device)).mean(0)
+        right += int((mean.argmax(1) == part.labels).sum())
     return right / len(split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from itertools import count, islice
+from itertools import count, islice, repeat
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge_draws import draw_layer
+from training.methods.overlap import overlaps, step_losses
 from training.methods.stored_images import StoredImages, describe_images
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.parallel import cuda_graphs
+from training.parallel.topology import SINGLE_PROCESS
 from training.trainer import prepare
 
 TIMED_STEPS = 3
@@ -78,9 +80,12 @@ def estimate(
                 untimed = int(number == 0 or device.type == "cuda")
             for _ in range(untimed):
                 float(stage.step(epoch, 0, batch).sum())  # a GPU is waited for
+            made = 2 if overlaps(stage.step, config.members, device, SINGLE_PROCESS) else 1
             begun = time.monotonic()
-            float(stage.step(epoch, 0, batch).sum())
-            times.append(time.monotonic() - begun)
+            again = repeat((0, batch), made)
+            for losses in step_losses(stage, epoch, again, optimizers, steps, SINGLE_PROCESS):
+                float(losses.sum())
+            times.append((time.monotonic() - begun) / made)
         seconds[stage.name] = stage.settings.epochs * steps * sum(times) / len(times)
     return {
         "parameters": sum(p.numel() for member in members for p in member.parameters()),

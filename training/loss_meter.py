@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dverge_serve.errors import UserError
 from training.models.member import Member
+from training.parallel.threads import one_thread_inside
 from training.parallel.topology import ProcessTopology
 
 WINDOW = 50  # steps between two looks at the losses
@@ -50,12 +51,13 @@ class Losses:
         """
         if self._steps > self._read:
             self._read_losses()
-        healthy = torch.stack(
-            [
-                torch.stack([p.isfinite().all() for p in member.parameters()]).all()
-                for member in members
-            ]
-        )
+        with one_thread_inside():  # of many operations on few numbers
+            healthy = torch.stack(
+                [
+                    torch.stack([p.isfinite().all() for p in member.parameters()]).all()
+                    for member in members
+                ]
+            )
         for index, fine in enumerate(healthy.tolist()):
             if not fine:
                 self._fail(f"the weights of member {index} became infinite or nan", self._steps)

@@ -73,7 +73,7 @@ def _attacked(config: RunSettings) -> int:
 METHODS = {
     "dverge": Method(
         settings=Dverge,
-        make_step="training.methods.dverge:make_step",
+        make_step="training.methods.dverge_run:make_step",
         gradients=_distilled,
         pairs=True,
     ),
@@ -89,7 +89,7 @@ METHODS = {
     ),
     "dverge+adversarial": Method(
         settings=Dverge,
-        make_step="training.methods.dverge:make_adversarial_step",
+        make_step="training.methods.dverge_run:make_adversarial_step",
         gradients=lambda config: _distilled(config) + _attacked(config),
         pairs=True,
     ),

@@ -23,13 +23,14 @@ from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
 from training.methods import TrainingStage, epoch_batches, stage_names, stages
 from training.methods.diversity import diversity
+from training.methods.overlap import step_losses
 from training.methods.stored_images import StoredImages, check_sources, keep_images
 from training.models.build import build_members
 from training.models.dropout import seed_dropout
 from training.models.member import Member
 from training.models.pretrained import Start, skipped
 from training.models.state_dict import load_members, members_tensors
-from training.optimizers import build_optimizers, load_momentum, momentum_tensors, set_rate
+from training.optimizers import build_optimizers, load_momentum, momentum_tensors
 from training.parallel import cuda_graphs
 from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.runs.directory import Run
@@ -228,11 +229,12 @@ def _run_stage(
             seed_dropout(
                 training.members, config.seed, "dropout", stage.name, epoch, *topology.seed_path
             )
-            batches = epoch_batches(training.train, config, stage, epoch)
-            for number, batch in enumerate(topology.shard(batches)):
-                set_rate(training.optimizers, settings, epoch, number / count)
-                losses.add(stage.step(epoch, number, batch))
-                progress.advance()
+            batches = enumerate(topology.shard(epoch_batches(training.train, config, stage, epoch)))
+            steps = step_losses(stage, epoch, batches, training.optimizers, count, topology)
+            with contextlib.closing(steps):
+                for found in steps:
+                    losses.add(found)
+                    progress.advance()
             topology.sync_members(training.members, training.optimizers)
             average.add(epoch, training.members)
             record = {

@@ -60,6 +60,7 @@ class Steps:
 
         monkeypatch.setattr(standard, "make_step", make_step)
         monkeypatch.setattr(dverge, "step", step)
+        monkeypatch.setattr("training.methods.overlap.overlaps", lambda *_: False)
 
 
 def test_seeds_that_are_kept_for_surrogates_train_nothing_else(tmp_path: Path) -> None:
@@ -259,6 +260,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
         return found
 
     monkeypatch.setattr(dverge, "step", step)
+    monkeypatch.setattr("training.methods.overlap.overlaps", lambda *_: False)
     with pytest.raises(
         UserError, match=r"weights of member 1 became .* in dverge epoch 2, step 6;"
     ):

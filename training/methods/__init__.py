@@ -20,7 +20,8 @@ from training.models.member import Member
 from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
 from training.schedules import Schedule
 
-Step = Callable[[int, int, Batch], Tensor]  # epoch, batch number, batch -> own losses [members]
+# Epoch, batch number, batch -> own losses [members]; an `Overlapping` one may begin early, too.
+Step = Callable[[int, int, Batch], Tensor]
 MakeStep = Callable[[Config, Sequence[Member], Sequence[SGD], ProcessTopology], Step]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
 from training.config import Config
 from training.methods import Step
+from training.methods.overlap import each_alone
 from training.methods.standard import descend
 from training.models.member import Member
-from training.parallel.threads import side_by_side
 from training.parallel.topology import Batch, ProcessTopology
 from training.pgd import cross_entropy, pgd_loop, random_start
 from training.schedules import Adversarial
@@ -29,21 +28,22 @@ def make_step(
     """Return the step of a run: each member learns from its own PGD images (eq. 2.1)."""
     mine = topology.local_members(len(members))
 
-    def step(epoch: int, number: int, batch: Batch) -> Tensor:
+    def update(index: int, epoch: int, number: int, batch: Batch) -> Tensor:
         source, labels, _ = batch
         seed_path: list[int | str] = [config.seed, "adversarial", epoch, number]
+        images = adversarial_images(
+            members[index],
+            source,
+            labels,
+            config.adversarial,
+            *seed_path,
+            *topology.seed_path,
+            index,
+        )
+        loss = F.cross_entropy(members[index](images), labels)
+        return descend([optimizers[index]], loss, topology)
 
-        def update(index: int) -> Tensor:
-            member = members[index]
-            images = adversarial_images(
-                member, source, labels, config.adversarial, *seed_path, *topology.seed_path, index
-            )
-            loss = F.cross_entropy(member(images), labels)
-            return descend([optimizers[index]], loss, topology)
-
-        return torch.stack(side_by_side(update, mine, source.device))
-
-    return step
+    return each_alone(update, mine)
 
 
 def adversarial_images(

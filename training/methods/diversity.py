@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data.splits import Split, to_float
-from training.methods.dverge import distill
+from training.methods.dverge import distill_all
 from training.models.member import Member
+from training.parallel.threads import side_by_side
 from training.schedules import Dverge
 from training.seeds import generator
 
@@ -44,22 +45,27 @@ def diversity(members: Sequence[Member], split: Split, settings: Dverge, seed: i
     losses: dict[tuple[int, int], list[Tensor]] = {}
     for layer in layers:
         for source, other in zip(_parts(split), _parts(target), strict=True):
-            for j, member in enumerate(members):
-                distilled = distill(
-                    member,
-                    to_float(source.images),
-                    to_float(other.images),
-                    layer=member.layer_at(layer, deepest),
-                    settings=still,
-                )
-                with torch.no_grad():
-                    for i, each in enumerate(members):
-                        found = F.cross_entropy(each(distilled), other.labels, reduction="none")
-                        losses.setdefault((i, j), []).append(found)
+            distilled = distill_all(
+                members,
+                to_float(source.images),
+                to_float(other.images),
+                layer=layer,
+                settings=still,
+            )
+
+            @torch.no_grad()
+            def loss(
+                pair: tuple[int, int], made: list[Tensor] = distilled, labels: Tensor = other.labels
+            ) -> Tensor:
+                return F.cross_entropy(members[pair[0]](made[pair[1]]), labels, reduction="none")
+
+            pairs = list(permutations(range(len(members)), 2))
+            for pair, found in zip(pairs, side_by_side(loss, pairs, split.device), strict=True):
+                losses.setdefault(pair, []).append(found)
     matrix: list[list[float | None]] = [[None] * len(members) for _ in members]
     for i, j in combinations(range(len(members)), 2):
-        pair = torch.cat(losses[i, j] + losses[j, i]).double().mean()
-        matrix[i][j] = matrix[j][i] = float(pair)
+        both = torch.cat(losses[i, j] + losses[j, i]).double().mean()
+        matrix[i][j] = matrix[j][i] = float(both)
     return {"layers": layers, "eps": settings.eps, "images": len(split), "nats": matrix}
 
 

@@ -10,18 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from training.config import Config
-from training.methods import Step, adversarial
-from training.methods.dverge_draws import all_others, draw_partners, layer_of
+from training.methods.dverge_draws import all_others
 from training.methods.standard import descend
 from training.models.bn_statistics import features_and_statistics
 from training.models.member import Member
-from training.parallel import cuda_graphs
 from training.parallel.cuda_graphs import Work
-from training.parallel.threads import side_by_side
-from training.parallel.topology import SINGLE_PROCESS, Batch, ProcessTopology
+from training.parallel.threads import one_thread_inside, side_by_side
+from training.parallel.topology import SINGLE_PROCESS, ProcessTopology
 from training.pgd import momentum_rule, pgd_loop
 from training.schedules import Dverge
 
@@ -29,63 +26,6 @@ PART = 64  # images that one thread distils at a time
 
 # index, member -> images it learns from besides, e.g. its own adversarial ones, and their labels
 Adversary = Callable[[int, Member], tuple[Tensor, Tensor]]
-
-
-def make_step(
-    config: Config,
-    members: Sequence[Member],
-    optimizers: Sequence[SGD],
-    topology: ProcessTopology,
-) -> Step:
-    """Return the step of a run, see `step`; on a GPU its halves are recorded as CUDA graphs."""
-    own = [optimizers[index] for index in topology.local_members(len(members))]
-    parts = halves(members, optimizers, settings=config.dverge, topology=topology)
-    recorded = cuda_graphs.recorded(parts, config, own, members[0].mean.device)
-    return lambda epoch, number, batch: step(
-        members,
-        optimizers,
-        *batch,
-        layer=layer_of(config, members, epoch, number),
-        partners=draw_partners(config, epoch, number),
-        settings=config.dverge,
-        topology=topology,
-        parts=recorded,
-    )
-
-
-def make_adversarial_step(
-    config: Config,
-    members: Sequence[Member],
-    optimizers: Sequence[SGD],
-    topology: ProcessTopology,
-) -> Step:
-    """Return the step of a run with adversarial training beside it; see `step`.
-
-    It is not recorded: it draws random starts, which a recording cannot repeat.
-    """
-
-    def step_with_adversary(epoch: int, number: int, batch: Batch) -> Tensor:
-        source, labels, _ = batch
-        seed_path = (config.seed, "dverge", epoch, number)
-
-        def adversary(index: int, member: Member) -> tuple[Tensor, Tensor]:
-            made = adversarial.adversarial_images(
-                member, source, labels, config.adversarial, *seed_path, index, *topology.seed_path
-            )
-            return made, labels
-
-        return step(
-            members,
-            optimizers,
-            *batch,
-            layer=layer_of(config, members, epoch, number),
-            partners=draw_partners(config, epoch, number),
-            settings=config.dverge,
-            adversary=adversary,
-            topology=topology,
-        )
-
-    return step_with_adversary
 
 
 def distill(
@@ -132,12 +72,9 @@ def distill_all(
     """
     deepest = deepest or max(member.depth for member in members)
     layers = [member.layer_at(layer, deepest) for member in members]
-    if settings.batchnorm == "batch":
-        models, rows = [member.train() for member in members], [slice(None)]
-    else:
-        models = [member.frozen(own) for member, own in zip(members, layers, strict=True)]
-        size = PART if source.device.type == "cpu" else max(len(source), 1)
-        rows = [slice(start, start + size) for start in range(0, len(source), size)]
+    with one_thread_inside():  # of many operations on few numbers
+        models = [ready(each, own, settings) for each, own in zip(members, layers, strict=True)]
+    rows = _parts(source, settings)
 
     def distilled_by(part: tuple[int, slice]) -> Tensor:
         index, own = part
@@ -146,6 +83,26 @@ def distill_all(
     parts = [(index, own) for index in range(len(members)) for own in rows]
     made = side_by_side(distilled_by, parts, source.device)
     return [torch.cat(made[start : start + len(rows)]) for start in range(0, len(made), len(rows))]
+
+
+def ready(member: Member, layer: int, settings: Dverge) -> Member:
+    """Return what distils for a member: itself in training mode, or its frozen copy."""
+    return member.train() if settings.batchnorm == "batch" else member.frozen(layer)
+
+
+def distill_in_parts(
+    model: Member, source: Tensor, target: Tensor, layer: int, settings: Dverge
+) -> Tensor:
+    """Return what a member that is `ready` distils, in the parts that `distill_all` makes."""
+    rows = _parts(source, settings)
+    return torch.cat([_distill(model, source[own], target[own], layer, settings) for own in rows])
+
+
+def _parts(source: Tensor, settings: Dverge) -> list[slice]:
+    """Return the rows that are distilled at a time."""
+    whole = settings.batchnorm == "batch" or source.device.type != "cpu"
+    size = max(len(source), 1) if whole else PART
+    return [slice(start, start + size) for start in range(0, len(source), size)]
 
 
 def _distill(
@@ -265,16 +222,32 @@ def halves(
         labels, *images = inputs
         drawn = len(images) // len(mine)
 
-        def learn(place: int) -> Tensor:
-            index, learned = mine[place], images[place * drawn : (place + 1) * drawn]
-            member = members[index].train()
-            # Made before the member learns anything: learning moves its BatchNorm statistics.
-            own = None if adversary is None else adversary(index, member)
-            loss = member_loss(member, learned, labels, len(members) - 1)
-            if own is not None:
-                loss = settings.weight * loss + F.cross_entropy(member(own[0]), own[1])
-            return descend([optimizers[index]], loss, topology)
+        def learn_at(place: int) -> Tensor:
+            learned = images[place * drawn : (place + 1) * drawn]
+            return learn(mine[place], learned, labels)
 
-        return [torch.stack(side_by_side(learn, range(len(mine)), labels.device))]
+        return [torch.stack(side_by_side(learn_at, range(len(mine)), labels.device))]
 
+    learn = learner(members, optimizers, settings, adversary, topology)
     return distil, update
+
+
+def learner(
+    members: Sequence[Member],
+    optimizers: Sequence[Optimizer],
+    settings: Dverge,
+    adversary: Adversary | None,
+    topology: ProcessTopology,
+) -> Callable[[int, Sequence[Tensor], Tensor], Tensor]:
+    """Return what updates one member: index, partners' images, labels -> its loss, detached."""
+
+    def learn(index: int, learned: Sequence[Tensor], labels: Tensor) -> Tensor:
+        member = members[index].train()
+        # Made before the member learns anything: learning moves its BatchNorm statistics.
+        own = None if adversary is None else adversary(index, member)
+        loss = member_loss(member, learned, labels, len(members) - 1)
+        if own is not None:
+            loss = settings.weight * loss + F.cross_entropy(member(own[0]), own[1])
+        return descend([optimizers[index]], loss, topology)
+
+    return learn

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from training.config import Config
 from training.methods import Step
+from training.methods.overlap import each_alone
 from training.models.member import Member
 from training.parallel import cuda_graphs
-from training.parallel.threads import side_by_side
-from training.parallel.topology import ProcessTopology
+from training.parallel.topology import Batch, ProcessTopology
 
 
 def descend(optimizers: Sequence[Optimizer], loss: Tensor, topology: ProcessTopology) -> Tensor:
@@ -44,15 +43,18 @@ def make_step(
     """
     mine = topology.local_members(len(members))
 
+    def update(index: int, epoch: int, number: int, batch: Batch) -> Tensor:
+        source, labels, _ = batch
+        loss = F.cross_entropy(members[index].train()(source), labels)
+        return descend([optimizers[index]], loss, topology)
+
     def work(layer: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         source, labels = inputs
+        return [step(0, 0, (source, labels, source))]
 
-        def update(index: int) -> Tensor:
-            loss = F.cross_entropy(members[index].train()(source), labels)
-            return descend([optimizers[index]], loss, topology)
-
-        return [torch.stack(side_by_side(update, mine, source.device))]
-
+    step = each_alone(update, mine)
     own, device = [optimizers[index] for index in mine], members[0].mean.device
     (recorded,) = cuda_graphs.recorded([work], config, own, device)
+    if recorded is work:
+        return step
     return lambda epoch, number, batch: recorded(0, batch[:2])[0]

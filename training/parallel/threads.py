@@ -7,7 +7,8 @@ exchanges of images, so they are the better unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -36,11 +37,30 @@ def side_by_side(
         return over_lanes(work, items)
     if workers < 2:
         return [work(item) for item in items]
-    return list(_pool(workers, max(1, cores // workers)).map(work, items))
+    return list(thread_pool(workers, max(1, cores // workers)).map(work, items))
 
 
 @cache
-def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        workers, "member", initializer=torch.set_num_threads, initargs=(threads,)
-    )
+def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Return the pool of so many workers with so many threads inside each one's operations."""
+    return ThreadPoolExecutor(workers, "member", initializer=_set_threads, initargs=(threads,))
+
+
+@contextlib.contextmanager
+def one_thread_inside() -> Iterator[None]:
+    """Give this thread's operations one thread: more would cost more than they give.
+
+    On small tensors, or while the workers of a pool use the cores, threads mostly wait.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _set_threads(threads: int) -> None:
+    """Set how many threads this thread's operations have, for good."""
+    torch.get_num_threads()  # a thread's first look would set it to what another thread set last
+    torch.set_num_threads(threads)

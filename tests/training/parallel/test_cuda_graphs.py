@@ -17,7 +17,7 @@ from tests.training.networks import tiny_config, tiny_images, tiny_members
 from tests.training.tape import Tape
 from training import optimizers as optimizing
 from training.data.splits import load_training
-from training.methods import dverge, epoch_batches, stages
+from training.methods import dverge, dverge_run, epoch_batches, stages
 from training.methods.dverge_draws import all_others
 from training.models.member import Member
 from training.optimizers import RateOnDevice, build_optimizers
@@ -247,7 +247,7 @@ def test_images_are_exchanged_between_the_two_recordings_of_a_step(
     monkeypatch.setattr(cuda_graphs, "wanted", lambda config, device: config.graphs == "auto")
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda *_: tape)
     layers, trained = [1] * (WARM_UPS + 2) + [3], []
-    monkeypatch.setattr(dverge, "layer_of", lambda *given: layers[given[-1]])
+    monkeypatch.setattr(dverge_run, "layer_of", lambda *given: layers[given[-1]])
     for graphs in ("auto", "off"):
         tape.asked.clear()
         config = tiny_config(
@@ -255,7 +255,7 @@ def test_images_are_exchanged_between_the_two_recordings_of_a_step(
         )
         members = tiny_members(2)
         optimizers = build_optimizers(members, config.dverge, on_device=True)
-        make = dverge.make_step(config, members, optimizers, Watched())
+        make = dverge_run.make_step(config, members, optimizers, Watched())
         losses = [make(0, number, batch(4, number)) for number in range(len(layers))]
         trained.append((members, torch.stack(losses)))
         if graphs == "auto":
