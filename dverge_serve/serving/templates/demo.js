@@ -149,7 +149,7 @@ async function showAttacked() {
     `${found.eps} a pixel so that a model without a defence (the control) answers wrongly. They were ` +
     "chosen by the control's answers alone. Click one to ask this service.";
   const head = element("thead"), body = element("tbody");
-  head.append(row(...["Clean", "Attacked", "Is", "Control", "This model"].map((name) => heading(name, "col"))));
+  head.append(row(...["Clean", "Attacked", "Right", "Control", "Model"].map((name) => heading(name, "col"))));
   body.append(...found.images.map((one) => row(
     cell(exampleButton(one.clean, `a clean '${one.label}'`)),
     cell(exampleButton(one.attacked, `an attacked '${one.label}'`)),
