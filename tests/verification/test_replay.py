@@ -62,7 +62,7 @@ def test_a_replay_finds_every_figure_again(evaluated: tuple[Path, Report], tmp_p
     with pytest.raises(UserError):
         replay(tmp_path / "model.report.json")
     (tmp_path / "model.onnx").unlink()
-    with pytest.raises(UserError, match="copy model.onnx and model.report/ to it"):
+    with pytest.raises(UserError, match=r"copy model\.onnx and model\.report/ to it"):
         replay(tmp_path / "model.report.json")
 
 
