@@ -29,6 +29,7 @@ from verification.metrics.by_queries import under_substitute
 from verification.price import spent
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
+from verification.report.examples import examples
 from verification.report.page import page
 from verification.run_gates import check
 from verification.run_metrics import measure
@@ -72,6 +73,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "agreement": stolen.agreement(context.engine, split),
             "robust_accuracy": under_substitute(outcome, context.suite, eps),
         }
+        table["examples"] = examples(outcomes, targets, split, labels, eps)
         table["evidence"] = evidence.index
         files = image_files(context.attacked, "test"), image_files(context.attacked, "train")
         table["leakage"] = leakage.to_json(*files)

@@ -62,6 +62,12 @@ def replay(path: Path) -> Replay:
     """
     report = Report.load(path).to_json()
     model = path.with_name(report["model"]["file"])
+    if not model.is_file():
+        raise UserError(
+            f"{model.name} is not in {path.parent}",
+            "the model beside its report",
+            f"move the report back, or copy {model.name} and {evidence_folder(model).name}/ to it",
+        )
     engine: Engine | ForeignEngine
     if report["model"].get("foreign"):
         engine = _foreign(model, report)

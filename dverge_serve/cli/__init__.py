@@ -39,19 +39,26 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"dverge {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def dverge(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="With --version: of the libraries, too.")
     ] = False,
 ) -> None:
     """Hold the options that stand before any command."""
+    if version:
+        if not verbose:
+            typer.echo(f"dverge {__version__}")
+            raise typer.Exit
+        from dverge_serve.engine.environment import software
+
+        for each in software():
+            typer.echo(f"{each.what} {each.found}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 dverge.__doc__ = None  # the app's own help speaks instead

@@ -6,8 +6,8 @@ from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from dverge_serve.cli.panels import InPanels
 from dverge_serve.errors import UserError, one_of
 
 FOREIGN = ("given", "auto")
@@ -41,7 +41,7 @@ Outputs = Annotated[
 ]
 
 
-class OptionalForeign(TyperCommand):
+class OptionalForeign(InPanels):
     """A command whose option `--foreign` may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 
 from dverge_serve.cli import app, as_flags
 from dverge_serve.cli.options import SAME_COMMAND, Data, Device
+from dverge_serve.cli.panels import InPanels
 from dverge_serve.errors import Exit, Interrupted, UserError, interruptible
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ EXAMPLES = """Example: dverge train --data photos/ --set dverge.epochs=20
 On several devices: torchrun --nproc-per-node 3 -m dverge_serve train --data photos/"""
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(cls=InPanels, epilog=EXAMPLES)
 def train(
     recipe: Recipe = None,
     data: Data = None,
     out: Annotated[
         Path | None, typer.Option(help="The run directory. [default: runs/<recipe>-<time>]")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on where the run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
     members: Annotated[int | None, typer.Option(help="How many members.")] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Of all randomness. [default: 0]")] = None,
@@ -60,10 +61,14 @@ def train(
     ] = None,
     set_: Settings = None,
     list_skipped: Annotated[
-        bool, typer.Option(help="List the files of --data that are not used, and stop.")
+        bool,
+        typer.Option(
+            "--list-skipped", help="List the files of --data that are not used, and stop."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Print the settings, what the run will cost, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Print the settings, what the run will cost, and stop."),
     ] = False,
 ) -> None:
     """Train a DVERGE ensemble.

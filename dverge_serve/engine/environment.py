@@ -67,7 +67,7 @@ class CacheUse:
 
 def examine() -> list[Finding]:
     """Return what a user or a maintainer asks first when something fails or is slow."""
-    return [*_software(), *_processor(), *_gpu(), *_disk()]
+    return [*software(), *_processor(), *_gpu(), *_disk()]
 
 
 def cache_use() -> list[CacheUse]:
@@ -84,7 +84,8 @@ def folder_size(folder: Path) -> int:
     return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
 
 
-def _software() -> Iterator[Finding]:
+def software() -> Iterator[Finding]:
+    """Yield the versions that a bug report should have."""
     yield Finding("dverge", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.system()}")
     for name in PACKAGES:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from dverge_serve.errors import UserError
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.settings import Settings, variable
 from dverge_serve.serving.sockets import require_free
 
 SERVICE = "dverge_serve.service:Dverge"
@@ -33,7 +33,7 @@ def serve(host: str, port: int, **flags: Any) -> int:
     given = {name: value for name, value in flags.items() if value is not None}
     if given.get("token") == "":
         raise UserError("`token` is empty", "a token", "leave it out to ask for none")
-    settings = dataclasses.replace(Settings.from_environment(), **given)
+    settings = _with_flags(Settings.from_environment(), given)
     asked = settings.model
     settings = dataclasses.replace(settings, model=asked.resolve())
     if not settings.model.is_file():
@@ -53,6 +53,17 @@ def serve(host: str, port: int, **flags: Any) -> int:
         sys.stderr.flush()
         os.execve(command[0], command, environment)  # noqa: S606
     return subprocess.call(command, env=environment)
+
+
+def _with_flags(settings: Settings, given: dict[str, Any]) -> Settings:
+    """Return the settings with those given by name; an error names these, not their variables."""
+    try:
+        return dataclasses.replace(settings, **given)
+    except UserError as error:
+        found = error.found
+        for name in given:
+            found = found.replace(variable(name), f"`{name}`")
+        raise UserError(found, error.expected, error.next_step) from error
 
 
 def _address(host: str) -> str:

@@ -27,6 +27,7 @@ CODES: dict[str, int] = {
     "unauthorized": 401,
     "not_found": 404,
     "no_report": 404,
+    "no_examples": 404,
     "not_exposed": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,

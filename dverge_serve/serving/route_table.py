@@ -36,6 +36,7 @@ class RouteTable(dict[str, Route]):
         get, post = partial(Route, "GET"), partial(Route, "POST")
         probe = partial(get, public=True, quiet=True)
         report = "The robustness report of this very model file"
+        examples = "Attacked test images that the report keeps, PNG in base64"
         metrics = "Prometheus metrics, over all workers"
         server = "The server, in the Open Inference Protocol V2"
         loaded, runs = "Whether the model is loaded and warm", "Whether the process runs"
@@ -54,6 +55,7 @@ class RouteTable(dict[str, Route]):
             ),
             get("/model", own.model, "The model's card", openapi.ref("Card"), (503,)),
             get("/report", own.report, report, openapi.OBJECT, (404, 503)),
+            get("/examples", own.examples, examples, openapi.OBJECT, (404, 503)),
             get("/metrics", own.metrics, metrics, openapi.TEXT, admin=True, quiet=True),
             probe("/livez", own.livez, runs, openapi.TEXT),
             probe("/readyz", own.readyz, loaded, openapi.TEXT, (503,)),
@@ -152,6 +154,16 @@ class _Handlers:
         if self._expose == "full":
             return json_response(report.value)
         return json_response({"model": {"sha256": served.sha256}, **(report.headline or {})})
+
+    async def examples(self, _: Request) -> Response:
+        if self._expose != "full":
+            raise ServiceError("not_exposed", "this service does not show its report's images")
+        report = self._worker.model().report
+        found = (report.value or {}).get("examples")
+        if not found:
+            why = report.told if report.value is None else "a report that keeps none"
+            raise ServiceError("no_examples", f"beside this model lies {why}")
+        return json_response(found)
 
     async def reload(self, _: Request) -> Response:
         return json_response(await self._worker.reload())

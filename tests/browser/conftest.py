@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dverge_serve.engine.report import report_path
 from dverge_serve.files import sha256
 from dverge_serve.serving import pages
 from tests.serving import tiny
@@ -112,7 +115,13 @@ def save_digits_model(path: Path) -> None:
     bias[1:, 6] += 2
     labels = tuple("0123456789")
     digest = tiny.save_linear_model(path, weights, bias, labels, name="digits", dataset="digits")
-    tiny.save_report(path, digest)
+    report = tiny.save_report(path, digest)
+    folder = Path(pages.__file__).parent / "templates" / "examples"
+    three, five = (base64.b64encode((folder / f"{n}.png").read_bytes()).decode() for n in (3, 5))
+    attacked = {"label": "3", "clean": three, "attacked": five, "answer": "3"}
+    images = [attacked | {"control_answer": "8"}, attacked | {"control_answer": EVIL}]
+    report["examples"] = {"eps": 0.1, "images": images}
+    report_path(path).write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,21 @@ def test_an_example_shows_label_probability_votes_and_card(look: Open, digits: S
     expect(robust).to_have_text("0.197.0% (95.0 to 99.0%)not measured")
 
 
+def test_attacked_images_of_the_report_are_shown_and_can_be_tried(
+    look: Open, digits: Server
+) -> None:
+    page = look(f"{digits.url}/demo", width=360)
+    rows = page.locator("#attacked-rows tbody tr")
+    expect(rows).to_have_count(2)
+    expect(page.locator("#attacked-hint")).to_contain_text("at most 0.1 a pixel")
+    expect(rows.nth(0)).to_have_text("3\u2260 83")
+    expect(rows.nth(1)).to_contain_text(EVIL)  # text, never markup
+    rows.nth(0).get_by_role("button", name="an attacked '3'").click()
+    expect(page.locator("#label")).to_have_text("5")  # the picture that was sent is of a 5
+    rows.nth(0).get_by_role("button", name="a clean '3'").click()
+    expect(page.locator("#label")).to_have_text("3")
+
+
 def test_members_that_differ_are_told_and_raise_the_alarm(look: Open, digits: Server) -> None:
     page = look(f"{digits.url}/demo")
     page.get_by_role("button", name="a 5 laid over a 6").click()
@@ -214,6 +229,7 @@ def test_the_keyboard_is_enough(look: Open, digits: Server) -> None:
     # Makes the browser hand file dialogs over from now on, not only once the key is on its way.
     page.on("filechooser", lambda _: None)
     expect(page.locator("#examples")).to_be_visible()
+    expect(page.locator("#attacked")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link")).to_be_focused()
     page.keyboard.press("Tab")
@@ -224,7 +240,7 @@ def test_the_keyboard_is_enough(look: Open, digits: Server) -> None:
         page.keyboard.press("Enter")
     chooser.value.set_files(picture(tiny.png(0)))
     expect(page.locator("#answer")).to_be_visible()
-    for _ in range(10):  # 0 to 9
+    for _ in range(4 + 10):  # the report's two pairs, then 0 to 9
         page.keyboard.press("Tab")
     example = page.get_by_role("button", name="a 9", exact=True)
     expect(example).to_be_focused()

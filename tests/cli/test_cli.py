@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dverge_serve import __version__
 from dverge_serve.cli import as_flags, run
 from tests.cli.running import complains, python
 from tests.serving import tiny
@@ -100,7 +101,42 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("dverge ")
+    assert capsys.readouterr().out == f"dverge {__version__}\n"
+    assert run(["--version", "-v"]) == 0
+    told = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert told["dverge"] == __version__
+    assert {"torch", "torchvision", "onnx", "bentoml"} < told.keys()
+    assert any(name.startswith("onnxruntime") for name in told)
+
+
+def test_settings_of_a_service_are_called_what_the_user_called_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_gray_model(tmp_path / "model.onnx")
+    model = str(tmp_path / "model.onnx")
+    for flag, value in (("--workers", "0"), ("--device", "tpu")):
+        complains(capsys, ["serve", model, flag, value], f"{flag} is '{value}'")
+    monkeypatch.setenv("DVERGE_WORKERS", "0")
+    complains(capsys, ["serve", model], "DVERGE_WORKERS is '0'")
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["-v"]):
+        assert run(words) == 0
+        assert "verify-robustness" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "verify-robustness"])
+def test_every_option_of_a_long_help_is_in_a_panel(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    other = told.partition("\nOther:\n")[2].partition("\n\n")[0]
+    assert other.split()[0] == "--help"
+    assert other.count("--") == 1
+    for title in ("Data", "Method", "Hardware", "Output"):
+        assert f"\n{title}:\n" in told
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,22 @@ async def test_the_report_is_shown_as_far_as_exposed(start: Start) -> None:
     assert "accuracy" not in (await labels.get("/")).text
 
 
+async def test_attacked_examples_are_shown_by_a_service_that_shows_all(
+    start: Start, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    report = tiny.save_report(model, tiny.save_gray_model(model))
+    refusal(await (await start(model=model)).get("/examples"), "no_examples")
+    one = {"label": "a", "clean": "", "attacked": "", "answer": "a", "control_answer": "b"}
+    report["examples"] = {"eps": 0.1, "images": [one]}
+    (tmp_path / "model.report.json").write_text(json.dumps(report))
+    assert (await (await start(model=model)).get("/examples")).json() == report["examples"]
+    for expose in ("scores", "label"):
+        refusal(await (await start(model=model, expose=expose)).get("/examples"), "not_exposed")
+    guarded = await start(model=model, token="s3cret")
+    refusal(await guarded.get("/examples"), "unauthorized")
+
+
 async def test_a_report_about_another_file_is_not_shown(start: Start, tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     tiny.save_gray_model(model)

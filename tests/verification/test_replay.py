@@ -61,6 +61,9 @@ def test_a_replay_finds_every_figure_again(evaluated: tuple[Path, Report], tmp_p
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError):
         replay(tmp_path / "model.report.json")
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(UserError, match=r"copy model\.onnx and model\.report/ to it"):
+        replay(tmp_path / "model.report.json")
 
 
 def test_a_model_that_gives_no_numbers_gets_its_report_all_the_same(

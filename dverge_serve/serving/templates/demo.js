@@ -125,12 +125,53 @@ function showCard(found) {
   find("robust").replaceChildren(head, body);
   find("card").hidden = false;
   find("examples").hidden = !takesExamples();
+  showAttacked();
 }
 
 function takesExamples() {
   // Drawn digits say nothing to a model of other things.
   return card.input_shape.join() === "1,8,8" &&
     card.labels.length === 10 && [..."0123456789"].every((digit) => card.labels.includes(digit));
+}
+
+// -- attacked images that the report keeps --------------------------------------------------------
+
+async function showAttacked() {
+  let found = null;
+  try {
+    found = await ask("examples");
+  } catch {
+    // Most services have none, or do not show them; the page is whole without.
+  }
+  find("attacked").hidden = !Array.isArray(found?.images);
+  if (find("attacked").hidden) return;
+  find("attacked-hint").textContent = "Test images, and the same ones changed by at most " +
+    `${found.eps} a pixel so that a model without a defence (the control) answers wrongly. They were ` +
+    "chosen by the control's answers alone. Click one to ask this service.";
+  const head = element("thead"), body = element("tbody");
+  head.append(row(...["Clean", "Attacked", "Right", "Control", "Model"].map((name) => heading(name, "col"))));
+  body.append(...found.images.map((one) => row(
+    cell(exampleButton(one.clean, `a clean '${one.label}'`)),
+    cell(exampleButton(one.attacked, `an attacked '${one.label}'`)),
+    element("td", one.label),
+    answerCell(one.control_answer, one.label),
+    answerCell(one.answer, one.label))));
+  find("attacked-rows").replaceChildren(head, body);
+}
+
+function exampleButton(picture, words) {
+  const made = element("button", undefined, "example"), shown = element("img");
+  made.type = "button";
+  made.title = words;
+  shown.alt = words;
+  shown.src = `data:image/png;base64,${picture}`;
+  made.append(shown);
+  made.addEventListener("click", () => classifyExample(made));
+  return made;
+}
+
+function answerCell(answer, right) {
+  return element("td", answer === right ? answer : `\u2260 ${answer}`, answer === right ? "" : "wrong");
 }
 
 // -- the token ----------------------------------------------------------------------------------
@@ -265,12 +306,14 @@ find("file").addEventListener("change", ({ target }) => {
   target.value = ""; // the same file may be chosen again
 });
 
+function classifyExample(button) {
+  const [, data] = button.firstChild.src.split(",");
+  const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  classify(new Blob([bytes], { type: "image/png" }));
+}
+
 for (const button of document.querySelectorAll(".example")) {
-  button.addEventListener("click", () => {
-    const [, data] = button.firstChild.src.split(",");
-    const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
-    classify(new Blob([bytes], { type: "image/png" }));
-  });
+  button.addEventListener("click", () => classifyExample(button));
 }
 
 // Over all the page: a picture dropped beside the field must not take the browser away from it.
