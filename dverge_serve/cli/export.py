@@ -43,7 +43,10 @@ def export(
     ] = "auto",
     form: Annotated[
         str,
-        typer.Option(help="auto (what measures faster), grouped (one network) or branches."),
+        typer.Option(
+            help="auto (by a rule), grouped (one network), branches, or measure (what is faster "
+            "here; the file may differ from time to time)."
+        ),
     ] = "auto",
 ) -> None:
     """Fuse the members into one graph.

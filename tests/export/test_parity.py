@@ -90,8 +90,31 @@ def test_members_that_differ_fall_back_to_branches() -> None:
     members, card = ensemble(("resnet8", "resnet14"), 2, 3, 8)
     plan, _ = build_best(members, card, "auto", "cpu")
     assert (plan.form, plan.speedups) == ("branches", {})
+    assert build_best(members, card, "measure", "cpu")[0] == plan
     with pytest.raises(UserError, match="cannot become one grouped network"):
         build_best(members, card, "grouped", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "target", "form"),
+    [
+        ("resnet8", 16, "cpu", "grouped"),
+        ("resnet11-bottleneck", 16, "cpu", "grouped"),
+        ("resnet8", 8, "cpu", "branches"),
+        ("resnet8", 24, "cpu", "branches"),
+        ("resnet8", 8, "cuda", "grouped"),
+        (("resnet8", "resnet14"), 16, "cuda", "branches"),
+    ],
+)
+def test_the_rule_takes_groups_of_whole_blocks_and_measures_nothing(
+    architecture: str, width: int, target: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("export.fusion_choice.speedups")
+    members, card = ensemble(architecture, 2, 1, 8, width)
+    plan, data = build_best(members, card, "auto", target)  # type: ignore[arg-type]
+    assert (plan.form, plan.target, plan.speedups) == (form, target, {})
+    if target == "cpu":
+        assert build_best(members, card, "auto", "cpu") == (plan, data)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +125,7 @@ def test_the_choice_follows_the_measurement_with_a_margin(
 ) -> None:
     members, card = ensemble("resnet8", 2, 1, 8)
     monkeypatch.setattr("export.fusion_choice.speedups", lambda *_: {1: ratio, 32: ratio})
-    plan, data = build_best(members, card, "auto", "cpu")
+    plan, data = build_best(members, card, "measure", "cpu")
     assert plan.form == form
     assert data == build_graph(members, replace(card, form=plan.form, target="cpu"))
 
@@ -122,12 +145,12 @@ def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
 
     monkeypatch.setattr("export.fusion_choice.speedups", measured)
     monkeypatch.setattr(Progress, "shown", True)
-    plan, data = build_best(members, card, "auto", "auto")
+    plan, data = build_best(members, card, "measure", "auto")
     assert (plan.form, plan.target) == ("grouped", "cpu")
     assert data == build_graph(members, replace(card, form="grouped", target="cpu"))
     assert "fell back: the file is made for the CPU" in capsys.readouterr().err
     with pytest.raises(UserError, match="fell back; measure there, or name a form") as refused:
-        build_best(members, card, "auto", "cuda")
+        build_best(members, card, "measure", "cuda")
     assert "`device`" not in str(refused.value)  # which export does not have
 
 
