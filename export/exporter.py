@@ -1,15 +1,16 @@
-"""Export: fuse an ensemble, check the file against torch, write `model.onnx`."""
+"""Export: fuse an ensemble, check the file against torch, write it and its provenance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from dverge_serve.engine.card import Precision
+from dverge_serve.engine.provenance import provenance_path, statement
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
-from dverge_serve.files import atomic_path
+from dverge_serve.files import atomic_path, pretty_json, sha256, write_atomic
 from export.fusion_choice import FusionPlan, RequestedMode, Target, build_best
 from export.graph import build_graph
 from export.parity import Parity, check
@@ -56,8 +57,12 @@ def export(
     target: Target = "auto",
     precision: Precision = "fp32",
     data: str | Path | None = None,
+    licence: str = "",
+    data_licence: str = "",
 ) -> Exported:
     """Fuse an ensemble's members into the file `path`, after parity with torch has been checked.
+
+    Its provenance is written beside it, `model.provenance.json` for `model.onnx`.
 
     Args:
         run: a finished run or its directory; or members from elsewhere, as `from_checkpoint` and
@@ -72,6 +77,8 @@ def export(
         precision: of the weights and the arithmetic.
         data: the folder or data set of the images that int8 is calibrated on, if not where the run
             found them.
+        licence: of the model, for its provenance, e.g. an SPDX identifier.
+        data_licence: of the training images, for the provenance.
 
     Raises:
         NotMetError: the file's logits differ from torch's, or a variant's answers from those of
@@ -98,38 +105,49 @@ def export(
     if precision == "int8":
         target = "cpu"  # CUDA has no kernels for it
     images = _images(source, precision)
+    path = Path(path)
     plan, model = build_best(source.ensemble, source.card, form, target)
-    with atomic_path(Path(path)) as part:
+    with atomic_path(path) as part:
         part.write_bytes(model)
         with Engine(part, device="cpu") as parent:
-            parity = check(parent, source.ensemble, source.probe)
+            parity, card, found = check(parent, source.ensemble, source.probe), parent.card, None
             if not parity.holds:
                 raise NotMetError(
                     f"the exported graph does not match torch: {parity}",
                     "equal answers",
                     "no file was written; please report this with the settings of the training",
                 )
-            if precision == "fp32":
-                return Exported(plan, parity)
-            plan = _variant_plan(plan, form, precision)
-            card = replace(
-                source.card,
-                form=plan.form,
-                target=plan.target,
-                precision=precision,
-                parent_sha256=parent.sha256,
-            )
-            if plan.form != parent.card.form:
-                model = build_graph(source.ensemble, card)
-            calibration, compared = images
-            part.write_bytes(convert(model, card, precision, calibration))
-            with Engine(part, device="cpu") as variant:
-                found = agreement(parent, variant, compared, precision)
-        if not found.holds:
+            if precision != "fp32":
+                plan = _variant_plan(plan, form, precision)
+                card = replace(
+                    source.card,
+                    form=plan.form,
+                    target=plan.target,
+                    precision=precision,
+                    parent_sha256=parent.sha256,
+                )
+                if plan.form != parent.card.form:
+                    model = build_graph(source.ensemble, card)
+                calibration, compared = images
+                model = convert(model, card, precision, calibration)
+                part.write_bytes(model)
+                with Engine(part, device="cpu") as variant:
+                    found = agreement(parent, variant, compared, precision)
+        if found is not None and not found.holds:
             raise NotMetError(
                 f"the {precision} variant does not answer as fp32 does: {found}",
                 next_step="no file was written; use another precision",
             )
+    record = statement(
+        card,
+        path.name,
+        sha256(model),
+        trained=source.trained,
+        parity=asdict(parity),
+        licence=licence,
+        data_licence=data_licence,
+    )
+    write_atomic(provenance_path(path), pretty_json(record))
     return Exported(plan, parity, found)
 
 
