@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from dverge_serve.engine.card import Precision
-from dverge_serve.engine.provenance import provenance_path, statement
+from dverge_serve.engine.provenance import add_report, provenance_path, statement
+from dverge_serve.engine.report import read_report
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
 from dverge_serve.files import atomic_path, pretty_json, sha256, write_atomic
@@ -148,6 +149,8 @@ def export(
         data_licence=data_licence,
     )
     write_atomic(provenance_path(path), pretty_json(record))
+    if report := read_report(path, sha256(model)):  # of an earlier export of the same bytes
+        add_report(path, sha256(model), report["verdict"])
     return Exported(plan, parity, found)
 
 

@@ -78,7 +78,7 @@ def _figures(report: Report | None) -> dict[str, Any]:
             "radius": report.radius(eps),
             "transfer": _interval(row.transfer),
             "white_box": _interval(row.white_box),
-            "control": _interval(control and control.robust_accuracy[eps].transfer),
+            "control": _interval(control.robust_accuracy[eps].transfer if control else None),
         }
         for eps, row in report.robust_accuracy.items()
     ]

@@ -23,7 +23,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from dverge_serve.progress import Progress
 from export.fusing import can_group, fuse
-from export.fusion_choice import build_best
+from export.fusion_choice import FusionPlan, build_best, rule
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
@@ -90,7 +90,6 @@ def test_members_that_differ_fall_back_to_branches() -> None:
     members, card = ensemble(("resnet8", "resnet14"), 2, 3, 8)
     plan, _ = build_best(members, card, "auto", "cpu")
     assert (plan.form, plan.speedups) == ("branches", {})
-    assert build_best(members, card, "measure", "cpu")[0] == plan
     with pytest.raises(UserError, match="cannot become one grouped network"):
         build_best(members, card, "grouped", "cpu")
 
@@ -106,15 +105,19 @@ def test_members_that_differ_fall_back_to_branches() -> None:
         (("resnet8", "resnet14"), 16, "cuda", "branches"),
     ],
 )
-def test_the_rule_takes_groups_of_whole_blocks_and_measures_nothing(
-    architecture: str, width: int, target: str, form: str, monkeypatch: pytest.MonkeyPatch
+def test_the_rule_takes_groups_of_whole_blocks(
+    architecture: str, width: int, target: str, form: str
 ) -> None:
+    members, _ = ensemble(architecture, 2, 1, 8, width)
+    assert rule(members, target) == form
+
+
+def test_by_the_rule_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("export.fusion_choice.speedups")
-    members, card = ensemble(architecture, 2, 1, 8, width)
-    plan, data = build_best(members, card, "auto", target)  # type: ignore[arg-type]
-    assert (plan.form, plan.target, plan.speedups) == (form, target, {})
-    if target == "cpu":
-        assert build_best(members, card, "auto", "cpu") == (plan, data)
+    members, card = ensemble("resnet8", 2, 1, 8, 16)
+    plan, data = build_best(members, card, "auto", "cpu")
+    assert plan == FusionPlan("grouped", "cpu")
+    assert build_best(members, card, "auto", "cpu") == (plan, data)
 
 
 @pytest.mark.parametrize(
