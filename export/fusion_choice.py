@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,8 @@ def build_best(
     if requested != "measure" or not groupable:
         # What is not measured needs no device here.
         device = pick_device(target) if target == "auto" else target
-        form = requested if requested in get_args(FusionMode) else rule(ensemble, device)
+        named = requested in get_args(FusionMode)
+        form = cast(FusionMode, requested) if named else rule(ensemble, device)
         plan = FusionPlan(form, device)
         return plan, build_graph(ensemble, replace(card, form=form, target=plan.target))
     try:

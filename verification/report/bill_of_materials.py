@@ -121,9 +121,9 @@ def _metrics(report: Report) -> Iterator[dict[str, Any]]:
         )
         yield _metric(f"robust accuracy, queries for {asked.answers}", point, where)
     if report.substitute is not None:
-        for eps, rate in report.substitute.robust_accuracy.items():
+        for eps, robust in report.substitute.robust_accuracy.items():
             where = f"{images}, {report.norm} eps {eps:g}, {report.substitute.queries} queries"
-            yield _metric("robust accuracy, substitute", rate, where)
+            yield _metric("robust accuracy, substitute", robust, where)
 
 
 def _metric(name: str, rate: Rate, where: str) -> dict[str, Any]:
