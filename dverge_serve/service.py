@@ -207,7 +207,7 @@ def service_settings() -> Settings:
     """
     settings = Settings.from_environment()
     folder = Path(Dverge.working_dir)  # type: ignore[attr-defined]
-    keys = {
+    keys: dict[str, Any] = {
         name: str(folder / value)
         for name in ("model_public_key", "model_certificate")
         if (value := getattr(settings, name))

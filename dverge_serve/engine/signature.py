@@ -159,7 +159,7 @@ def _hashing(root: Path, files: list[Path]) -> Any:
     """Return the package's configuration for hashing these files and no others."""
     from model_signing import hashing
 
-    class Files(hashing.Config):  # type: ignore[misc] - untyped
+    class Files(hashing.Config):  # type: ignore[misc]
         found: dict[str, str]
 
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
