@@ -200,14 +200,19 @@ class Dverge:
 
 
 def service_settings() -> Settings:
-    """Return the settings, the model's path made absolute.
+    """Return the settings, with absolute paths.
 
-    It counts from the folder that the service was loaded from: inside a Bento that is not the
+    They count from the folder that the service was loaded from: inside a Bento that is not the
     folder it was started in.
     """
     settings = Settings.from_environment()
     folder = Path(Dverge.working_dir)  # type: ignore[attr-defined]
-    return dataclasses.replace(settings, model=folder / settings.model)
+    keys: dict[str, Any] = {
+        name: str(folder / value)
+        for name in ("model_public_key", "model_certificate")
+        if (value := getattr(settings, name))
+    }
+    return dataclasses.replace(settings, model=folder / settings.model, **keys)
 
 
 def _address() -> tuple[str, int]:
@@ -225,8 +230,11 @@ def check_model(settings: Settings) -> None:
     """
     # Imported here, as below: what a supervisor needs once and a worker's import need not wait for.
     from dverge_serve.engine.session import Engine, check_device
+    from dverge_serve.engine.signature import verify
     from dverge_serve.serving.model_report import read_model_report
 
+    if trust := settings.trust:  # before anything else reads the file
+        verify(settings.model, trust)
     # On the CPU even where workers take the GPU: the supervisor must not hold memory there.
     expected = settings.model_sha256
     with Engine(settings.model, device="cpu", threads=1, expected_sha256=expected) as engine:
@@ -240,7 +248,7 @@ def _share(folder: Path, settings: Settings) -> None:
 
     folder.chmod(0o700)
     (folder / SUPERVISOR).write_text(str(os.getpid()))
-    ModelVersions(folder).begin(settings.model)
+    ModelVersions(folder, settings.trust).begin(settings.model)
 
 
 def _clean_up(folder: Path) -> None:

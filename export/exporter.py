@@ -1,15 +1,17 @@
-"""Export: fuse an ensemble, check the file against torch, write `model.onnx`."""
+"""Export: fuse an ensemble, check the file against torch, write it and its provenance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from dverge_serve.engine.card import Precision
+from dverge_serve.engine.provenance import add_report, provenance_path, statement
+from dverge_serve.engine.report import read_report
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
-from dverge_serve.files import atomic_path
+from dverge_serve.files import atomic_path, pretty_json, sha256, write_atomic
 from export.fusion_choice import FusionPlan, RequestedMode, Target, build_best
 from export.graph import build_graph
 from export.parity import Parity, check
@@ -56,8 +58,12 @@ def export(
     target: Target = "auto",
     precision: Precision = "fp32",
     data: str | Path | None = None,
+    licence: str = "",
+    data_licence: str = "",
 ) -> Exported:
     """Fuse an ensemble's members into the file `path`, after parity with torch has been checked.
+
+    Its provenance is written beside it, `model.provenance.json` for `model.onnx`.
 
     Args:
         run: a finished run or its directory; or members from elsewhere, as `from_checkpoint` and
@@ -66,11 +72,14 @@ def export(
         which: of a run's members the final ones, or the standard members after stage one (the
             undefended control).
         form: how the members are fused: `grouped` is one network, `branches` is one for each
-            member, `auto` is whichever measures faster.
-        target: the device to measure for; `auto` is what is here.
+            member, `auto` is whichever the rule of `export.fusion_choice` says, `measure` whichever
+            measures faster here.
+        target: the device that the file is meant for; `auto` is what is here.
         precision: of the weights and the arithmetic.
         data: the folder or data set of the images that int8 is calibrated on, if not where the run
             found them.
+        licence: of the model, for its provenance, e.g. an SPDX identifier.
+        data_licence: of the training images, for the provenance.
 
     Raises:
         NotMetError: the file's logits differ from torch's, or a variant's answers from those of
@@ -97,38 +106,51 @@ def export(
     if precision == "int8":
         target = "cpu"  # CUDA has no kernels for it
     images = _images(source, precision)
+    path = Path(path)
     plan, model = build_best(source.ensemble, source.card, form, target)
-    with atomic_path(Path(path)) as part:
+    with atomic_path(path) as part:
         part.write_bytes(model)
         with Engine(part, device="cpu") as parent:
-            parity = check(parent, source.ensemble, source.probe)
+            parity, card, found = check(parent, source.ensemble, source.probe), parent.card, None
             if not parity.holds:
                 raise NotMetError(
                     f"the exported graph does not match torch: {parity}",
                     "equal answers",
                     "no file was written; please report this with the settings of the training",
                 )
-            if precision == "fp32":
-                return Exported(plan, parity)
-            plan = _variant_plan(plan, form, precision)
-            card = replace(
-                source.card,
-                form=plan.form,
-                target=plan.target,
-                precision=precision,
-                parent_sha256=parent.sha256,
-            )
-            if plan.form != parent.card.form:
-                model = build_graph(source.ensemble, card)
-            calibration, compared = images
-            part.write_bytes(convert(model, card, precision, calibration))
-            with Engine(part, device="cpu") as variant:
-                found = agreement(parent, variant, compared, precision)
-        if not found.holds:
+            if precision != "fp32":
+                plan = _variant_plan(plan, form, precision)
+                card = replace(
+                    source.card,
+                    form=plan.form,
+                    target=plan.target,
+                    precision=precision,
+                    parent_sha256=parent.sha256,
+                )
+                if plan.form != parent.card.form:
+                    model = build_graph(source.ensemble, card)
+                calibration, compared = images
+                model = convert(model, card, precision, calibration)
+                part.write_bytes(model)
+                with Engine(part, device="cpu") as variant:
+                    found = agreement(parent, variant, compared, precision)
+        if found is not None and not found.holds:
             raise NotMetError(
                 f"the {precision} variant does not answer as fp32 does: {found}",
                 next_step="no file was written; use another precision",
             )
+    record = statement(
+        card,
+        path.name,
+        sha256(model),
+        trained=source.trained,
+        parity=asdict(parity),
+        licence=licence,
+        data_licence=data_licence,
+    )
+    write_atomic(provenance_path(path), pretty_json(record))
+    if report := read_report(path, sha256(model)):  # of an earlier export of the same bytes
+        add_report(path, sha256(model), report["verdict"])
     return Exported(plan, parity, found)
 
 
@@ -137,7 +159,7 @@ def _variant_plan(plan: FusionPlan, requested: RequestedMode, precision: Precisi
 
     Measured on 3 ResNet-20: int8 in branches is 1.9 times as fast as fp32, grouped only 1.2.
     """
-    if precision == "int8" and requested == "auto":
+    if precision == "int8" and requested in ("auto", "measure"):
         return FusionPlan("branches", plan.target)
     return plan
 

@@ -1,8 +1,10 @@
-"""The choice of a model file's form, measured on the device that the file is meant for.
+"""The choice of a model file's form: by a rule, so that the same run gives the same file.
 
-Two measurements are never equal, yet the same run must give the same file. So a file is one grouped
-network unless branches are faster by more than noise can explain. The file holds the form and the
-device; the measured figures are only returned.
+The rule was made by measurement (`python -m benchmarks.forms`). ONNX Runtime's convolutions on a
+CPU work on blocks of 16 channels with AVX-512, of 8 with AVX2. A grouped convolution is as fast as
+its groups alone where each has whole blocks, and else up to a third slower; and one grouped network
+spares the threads a part of their waiting for each other. `measure` times both forms on the device
+that the file is meant for; two measurements are never equal, and may give two different files.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from dverge_serve.engine.card import Card, FusionMode
 from dverge_serve.engine.providers import Device, pick_device
@@ -26,14 +29,18 @@ from dverge_serve.progress import say
 from export.fusing import can_group
 from export.graph import build_graph
 from training.models.ensemble import Ensemble
+from training.models.member import Member
 
-MARGIN = 1.25  # branches must be this much faster to be chosen
+# For one grouped network, each member's channels in every convolution but the first must be a
+# multiple of this. On a GPU nothing was measured: grouped, which launches fewer kernels.
+BLOCK: dict[str, int] = {"cpu": 16, "cuda": 1}
+MARGIN = 1.25  # branches must measure this much faster to be chosen
 BATCHES = (1, 32)
 SECONDS = 0.5  # for each batch size, two forms together
 LEAST_ROUNDS = 9
 SLOW_S = 0.05  # from here on an image costs so much that a batch says nothing new
 
-RequestedMode = Literal["auto", "branches", "grouped"]
+RequestedMode = Literal["auto", "measure", "branches", "grouped"]
 Target = Literal["auto", "cpu", "cuda"]
 
 
@@ -67,7 +74,7 @@ def build_best(
     Args:
         ensemble: in evaluation mode, on the CPU.
         card: of the file to be, but for `form` and `target`.
-        requested: a form, or `auto`: measured where there is a choice.
+        requested: a form; `auto` by the rule, `measure` by timing, where there is a choice.
         target: what the file is to run on; `auto` is what is here.
 
     Raises:
@@ -80,10 +87,12 @@ def build_best(
             "two or more of one architecture and normalisation",
             "use `form` branches",
         )
-    if requested != "auto" or not groupable:
-        form: FusionMode = "branches" if requested == "auto" else requested
-        # A form that was named needs no device here to be measured on.
-        plan = FusionPlan(form, pick_device(target) if target == "auto" else target)
+    if requested != "measure" or not groupable:
+        # What is not measured needs no device here.
+        device = pick_device(target) if target == "auto" else target
+        named = requested in get_args(FusionMode)
+        form = cast(FusionMode, requested) if named else rule(ensemble, device)
+        plan = FusionPlan(form, device)
         return plan, build_graph(ensemble, replace(card, form=form, target=plan.target))
     try:
         device = pick_device(target)
@@ -104,6 +113,27 @@ def build_best(
     mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
     chosen: FusionMode = "branches" if mean < 1 / MARGIN else "grouped"
     return FusionPlan(chosen, device, found), forms[chosen]
+
+
+def rule(ensemble: Ensemble, target: str) -> FusionMode:
+    """Return the form that a file gets unless one is named or measured.
+
+    Args:
+        ensemble: in evaluation mode.
+        target: the device it is meant for, `cpu` or `cuda`.
+    """
+    if not can_group(ensemble):
+        return "branches"
+    first, block = next(iter(ensemble)), BLOCK[target]
+    assert isinstance(first, Member)
+    channels = [
+        count
+        for stage in first.stages[1:]
+        for layer in stage.modules()
+        if isinstance(layer, nn.Conv2d)
+        for count in (layer.in_channels, layer.out_channels)
+    ]
+    return "branches" if any(count % block for count in channels) else "grouped"
 
 
 def speedups(slow: bytes, fast: bytes, device: Device) -> dict[int, float]:

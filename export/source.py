@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +30,14 @@ class ExportSource:
         card: of the file to be, but for its form and precision.
         probe: held-out images, uint8 `[N, channels, height, width]`.
         config: the settings of their training, which name the images int8 is calibrated on.
+        trained: what a run recorded of its training (`checkpoint.json`); empty for other members.
     """
 
     ensemble: Ensemble
     card: Card
     probe: npt.NDArray[np.uint8]
     config: Config
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def from_run(run: Run, which: Which = "members") -> ExportSource:
@@ -60,7 +62,8 @@ def from_run(run: Run, which: Which = "members") -> ExportSource:
         weights_sha256=checkpoint[f"{which}_sha256"],
         tool_version=__version__,
     )
-    return ExportSource(Ensemble(run.members(which)), card, run.probe().numpy(), config)
+    probe = run.probe().numpy()
+    return ExportSource(Ensemble(run.members(which)), card, probe, config, checkpoint)
 
 
 def without_images(members: Sequence[Member], card: Card, config: Config) -> ExportSource:

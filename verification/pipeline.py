@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from dverge_serve.engine.provenance import add_report
 from dverge_serve.engine.report import Report, page_path, report_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import pretty_json, write_atomic
@@ -106,6 +107,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
         evidence.finish(plots)
     write_atomic(report_path(config.model), written)
     write_atomic(page_path(config.model), shown)
+    add_report(config.model, context.engine.sha256, report.verdict)
     prune()
     if unanswered is not None:
         raise UserError(

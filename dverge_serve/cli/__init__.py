@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
     # Each registers its commands, in the order help shows them.
     from dverge_serve.cli import train, export, verify, serve, predict  # noqa: F401, I001, RUF100
-    from dverge_serve.cli import inspect, bench, bento, doctor  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import inspect, card, bench, bento, sign, doctor  # noqa: F401, I001, RUF100
 
     from dverge_serve.progress import show
 

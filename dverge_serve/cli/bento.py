@@ -21,13 +21,13 @@ def bento(
 ) -> None:
     """Build a Bento of a model file.
 
-    It holds the installed package, the model and its report.
+    It holds the installed package, the model, its report and what else belongs to it.
     Nothing is fetched from the network.
     """
     from dverge_serve.serving import bento as packing
 
     written = packing.write_bento(model, out)
-    report = any(path.suffix == ".json" for path in written)
+    report = any(path.name.endswith(".report.json") for path in written)
     with_report = "with its report" if report else "without a report: none beside it is about it"
     typer.echo(f"wrote {written[0]} and {packing.MODEL} beside it, {with_report}")
     if build:

@@ -43,10 +43,17 @@ def export(
     ] = "auto",
     form: Annotated[
         str,
-        typer.Option(help="auto (what measures faster), grouped (one network) or branches."),
+        typer.Option(
+            help="auto (by a rule), grouped (one network), branches, or measure (what is faster "
+            "here; the file may differ from time to time)."
+        ),
     ] = "auto",
+    licence: Annotated[
+        str, typer.Option(help="The model's licence, e.g. Apache-2.0, for its provenance and card.")
+    ] = "",
+    data_licence: Annotated[str, typer.Option(help="The training images' licence.")] = "",
 ) -> None:
-    """Fuse the members into one graph.
+    """Fuse the members into one graph, and write its provenance beside it.
 
     The graph averages the members' logits; it is checked against torch before it gets its name.
     """
@@ -55,6 +62,7 @@ def export(
     from export.exporter import export as export_model
 
     settings: dict[str, Any] = {"form": form, "target": target, "precision": precision}
+    settings |= {"licence": licence, "data_licence": data_licence}
     done = export_model(_members(run, checkpoint, labels), model, data=data, **settings)
     size = model.stat().st_size / 1e6
     typer.echo(f"wrote {model} ({size:.1f} MB), {done}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +14,13 @@ from dverge_serve.errors import UserError
 
 
 @app.command(epilog="Example: dverge inspect model.onnx --json")
-def inspect(model: Model, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model,
+    as_json: AsJson = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance", help="Say what it was made from, and how.")
+    ] = False,
+) -> None:
     """Say what a model file is.
 
     Labels, input, members, training and, where a matching report is beside it, robustness.
@@ -23,6 +30,9 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
     engine = Engine(model, device="cpu")
     card, report = engine.card, read_report(model, engine.sha256)
+    if provenance:
+        _show_provenance(model, engine.sha256, report, as_json=as_json)
+        return
     if as_json:
         robustness = None if report is None else headline(report)
         whole = {"sha256": engine.sha256, **card.to_json(), "robustness": robustness}
@@ -45,6 +55,25 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
         **_robustness(report),
     }
     card_table(facts)
+
+
+def _show_provenance(
+    model: Path, sha256: str, report: dict[str, Any] | None, *, as_json: bool
+) -> None:
+    from dverge_serve.cli.tables import card_table
+    from dverge_serve.engine.provenance import facts, provenance_path, read_provenance
+
+    found = read_provenance(model, sha256)
+    if found is None:
+        raise UserError(
+            f"no provenance of this file in {provenance_path(model)}",
+            "the statement that `dverge export` writes",
+            "export the model again",
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        card_table({"sha256": sha256, **facts(found, report)})
 
 
 def _robustness(table: dict[str, Any] | None) -> dict[str, str]:

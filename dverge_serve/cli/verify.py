@@ -104,10 +104,12 @@ def verify_robustness(
         raise UserError(f"--min-accuracy {min_accuracy}", "a share from 0 to 1")
     from dverge_serve.cli import as_flags
     from dverge_serve.cli.tables import live_line, report_table, verdict_lines
+    from dverge_serve.engine.provenance import read_provenance
     from dverge_serve.engine.report import report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
-    from verification.report import formats
+    from verification.report.bill_of_materials import bill_of_materials
+    from verification.report.junit import junit as junit_xml
 
     for wanted in (junit, bom):
         if wanted is not None:
@@ -141,9 +143,10 @@ def verify_robustness(
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None:
         case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
-        write_atomic(junit, formats.junit(report, case))
+        write_atomic(junit, junit_xml(report, case))
     if bom is not None:
-        write_atomic(bom, pretty_json(formats.bill_of_materials(report)))
+        provenance = read_provenance(model, report.model.sha256)
+        write_atomic(bom, pretty_json(bill_of_materials(report, provenance)))
     for line in verdict_lines(report):
         typer.echo(as_flags(line))
     if report.verdict != "VALID":

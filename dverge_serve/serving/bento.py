@@ -1,4 +1,4 @@
-"""A Bento: this package, one model file and its report, as BentoML stores and ships services."""
+"""A Bento: this package and one model with what belongs to it, as BentoML ships services."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from dverge_serve.engine.report import page_path, read_report, report_path
+from dverge_serve.engine.report import read_report
 from dverge_serve.engine.session import Engine
+from dverge_serve.engine.signature import PARTS, SUFFIX, signature_path
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256 as file_sha256
 from dverge_serve.files import write_atomic
@@ -21,7 +22,8 @@ from dverge_serve.serving.launch import SERVICE
 
 PACKAGE = Path(__file__).parents[1]
 MODEL = "model.onnx"
-REPORTS = ("model.report.json", "model.report.html")
+REPORTS = (".report.json", ".report.html")
+BESIDE = tuple(f"model{suffix}" for suffix in (*PARTS, SUFFIX))
 REQUIREMENTS = "requirements.txt"
 CONTAINER = "Dockerfile"
 # `bentoml containerize` works too, but the image that it makes is never asked whether it is ready.
@@ -45,7 +47,8 @@ def write_bento(model: Path, out: Path) -> list[Path]:
     """Write the folder that a Bento is built from: `bentofile.yaml` and what it names.
 
     The package is copied from where it is installed, so no source tree is needed; the model is
-    checked first, and its report comes along if it is about this very file.
+    checked first. What belongs to it comes along, signature included; a report only if it is about
+    this very file.
 
     Args:
         model: the model file.
@@ -55,7 +58,8 @@ def write_bento(model: Path, out: Path) -> list[Path]:
         the files beside the package.
 
     Raises:
-        UserError: the model cannot be served, or `out` holds something else.
+        UserError: the model cannot be served, `out` holds something else, or the model is signed
+            under another name than the one it gets here.
     """
     with Engine(model, device="cpu") as engine:
         card, sha256 = engine.card, engine.sha256
@@ -64,18 +68,23 @@ def write_bento(model: Path, out: Path) -> list[Path]:
     data = model.read_bytes()
     if file_sha256(data) != sha256:
         raise UserError(f"{model} changed while it was read", "a file that nobody writes to")
-    reports: dict[str, bytes] = {}
-    if read_report(model, sha256) is not None:
-        sources = zip(REPORTS, (report_path(model), page_path(model)), strict=True)
-        reports = {name: path.read_bytes() for name, path in sources if path.is_file()}
+    signed = signature_path(model).is_file()
+    if signed and model.name != MODEL:
+        raise UserError(
+            f"{model} is signed under this name", f"a file called {MODEL}", "rename it and sign it"
+        )
+    about = read_report(model, sha256) is not None
+    suffixes = (*(PARTS if about else PARTS[len(REPORTS) :]), SUFFIX)
+    sources = {f"model{suffix}": model.with_suffix(suffix) for suffix in suffixes}
+    beside = {name: path.read_bytes() for name, path in sources.items() if path.is_file()}
     written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
     write_atomic(out / MODEL, data)
-    write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements()).encode())
+    write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements(signed)).encode())
     python = ".".join(str(part) for part in sys.version_info[:2])
     write_atomic(out / CONTAINER, DOCKERFILE.format(python=python).encode())
-    for name in REPORTS:
-        if name in reports:
-            write_atomic(out / name, reports[name])
+    for name in BESIDE:
+        if name in beside:
+            write_atomic(out / name, beside[name])
             written.append(out / name)
         else:
             (out / name).unlink(missing_ok=True)
@@ -114,19 +123,30 @@ def build(folder: Path) -> str:
     return tag[1]
 
 
-def requirements() -> list[str]:
+def requirements(signed: bool = False) -> list[str]:
     """Return what the package needs at run time, as its own metadata says.
+
+    Args:
+        signed: with what checks the model's signature.
 
     Raises:
         UserError: the package is neither installed nor in a source tree.
     """
     try:
-        return [each for each in metadata.requires("dverge-serve") or [] if "extra ==" not in each]
+        declared = [each.partition(";") for each in metadata.requires("dverge-serve") or []]
+        return [
+            name if "extra ==" in marker else f"{name}{semicolon}{marker}"
+            for name, semicolon, marker in declared
+            if "extra ==" not in marker
+            or (signed and re.search("""extra == ['"]sign['"]$""", marker))
+        ]
     except metadata.PackageNotFoundError:
         pass
     try:  # a source tree that was never installed
         table = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-        return list(table["project"]["dependencies"])
+        project = table["project"]
+        extra = project["optional-dependencies"]["sign"] if signed else []
+        return [*project["dependencies"], *extra]
     except (OSError, KeyError) as error:
         raise UserError(
             "dverge-serve is not installed", "an installed package", "pip install dverge-serve"
@@ -135,7 +155,7 @@ def requirements() -> list[str]:
 
 def _check_folder(out: Path) -> None:
     """Refuse a folder with files of others, which would be overwritten or packed."""
-    models = {MODEL, *REPORTS}
+    models = {MODEL, *BESIDE}
     packed = models | {"bentofile.yaml", REQUIREMENTS, CONTAINER, PACKAGE.name}
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     file = out / "bentofile.yaml"

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,14 @@ import psutil
 from filelock import FileLock, Timeout
 
 from dverge_serve.engine.report import report_path
+from dverge_serve.engine.trust import Trust
 from dverge_serve.errors import UserError
 from dverge_serve.files import write_atomic
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import note_failure
+from dverge_serve.serving.model_copy import copy_model
 from dverge_serve.serving.responses import ServiceError
-from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.settings import Settings, as_variables
 
 POLL_S = 0.1
 # Loading and warming up on a GPU may take long; a worker that takes longer is stuck.
@@ -62,10 +63,11 @@ class ModelVersions:
 
     Args:
         folder: made if need be.
+        trust: whose signature a model must have to become a version; None if it needs none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, trust: Trust | None = None) -> None:
+        self.folder, self._trust = folder, trust
         (folder / "workers").mkdir(parents=True, exist_ok=True)
         (folder / "notes").mkdir(exist_ok=True)
 
@@ -99,16 +101,9 @@ class ModelVersions:
         """Copy `model` and its report as a version, and drop those but the current one.
 
         Raises:
-            UserError: it cannot be read or written.
+            UserError: it cannot be read or written, or is not signed by whom it must be.
         """
-        try:
-            shutil.copyfile(model, self.path(version))
-            report = report_path(self.path(version))
-            report.unlink(missing_ok=True)
-            if report_path(model).is_file():
-                shutil.copyfile(report_path(model), report)
-        except OSError as error:
-            raise UserError(f"cannot copy {model} ({error.strerror or error})") from error
+        copy_model(model, self.path(version), self._trust)
         # The one before it goes with the next reload: a worker that starts may be about to read it.
         kept = {self.path(each) for each in (version, self.state.current)}
         for old in set(self.folder.glob("*.onnx")) - kept:
@@ -228,7 +223,7 @@ class Reloader:
             try:
                 await asyncio.to_thread(versions.add, following, self._settings.model)
             except UserError as error:
-                raise ServiceError("reload_refused", str(error)) from error
+                raise ServiceError("reload_refused", as_variables(error)) from error
             versions.write_state(State(state.current, following, following))
             try:
                 await self._all(following, READY)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dverge_serve.engine.trust import Trust
 from dverge_serve.errors import UserError, rename_parameters
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ class Settings:
     """The model file; its report is looked for beside it."""
     model_sha256: str = ""
     """Serve no other file than the one with this SHA-256 (64 hex digits)."""
+    model_public_key: str = ""
+    """Serve no model that is not signed with this key: a PEM file. None by default."""
+    model_certificate: str = ""
+    """The same by a certificate: a PEM file with the authority's; with `model_identity`."""
+    model_identity: str = ""
+    """Who signed: a name in the signer's certificate."""
+    model_issuer: str = ""
+    """OpenID Connect issuer of `model_identity`, for signatures by Sigstore."""
     token: str = ""
     """Bearer token that callers must show; none by default."""
     admin_token: str = ""
@@ -74,6 +83,23 @@ class Settings:
             value = getattr(self, name)
             if value not in options:
                 raise _bad(name, value, ", ".join(str(option) for option in options if option))
+
+    @property
+    def trust(self) -> Trust | None:
+        """Whose signature a model must have; None if it needs none.
+
+        Raises:
+            UserError: the settings do not name a signer, or a file is not there.
+        """
+        key, certificate = self.model_public_key, self.model_certificate
+        if not (key or certificate or self.model_identity or self.model_issuer):
+            return None
+        return Trust(
+            public_key=Path(key) if key else None,
+            certificate=Path(certificate) if certificate else None,
+            identity=self.model_identity,
+            issuer=self.model_issuer,
+        )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -123,9 +149,11 @@ def as_variables(error: UserError) -> str:
     """Return an error's text with variables in place of the parameters that it names."""
     names = {field.name: variable(field.name) for field in dataclasses.fields(Settings)}
     names["expected_sha256"] = variable("model_sha256")
+    names |= {name: variable(f"model_{name}") for name in _SIGNER}
     return rename_parameters(str(error), names)
 
 
+_SIGNER = ("public_key", "certificate", "identity", "issuer")
 _TOKENS = ("token", "admin_token")
 _LOWEST: dict[str, float] = {
     "max_body_bytes": 1,

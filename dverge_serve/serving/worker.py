@@ -53,7 +53,7 @@ class Worker:
         if self._folder is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
             self._folder = Path(self._own_folder.name)
-        versions = ModelVersions(self._folder)
+        versions = ModelVersions(self._folder, self.settings.trust)
         self._reloader = Reloader(versions, self.settings, self.number, self._serve)
         self.loading = asyncio.get_running_loop().create_task(self._load())
         if self._reloader.any_served:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from dverge_serve.engine.card import METADATA_KEY, SCHEMA_VERSION, Card
 from dverge_serve.engine.outputs import Scores
+from dverge_serve.engine.provenance import read_provenance
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import NotMetError, UserError
+from dverge_serve.files import sha256
 from dverge_serve.images import Preprocess
 from export.exporter import export
 from export.graph import build_graph
@@ -74,10 +76,15 @@ def test_the_run_directory_becomes_a_model_that_says_what_it_is(
 def test_same_run_same_bytes_and_no_trace_of_this_machine(
     tiny_run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    form = Engine(tiny_model, device="cpu").card.form
-    export(Run.open_finished(tiny_run), tmp_path / "again.onnx", form=form)
-    data = (tmp_path / "again.onnx").read_bytes()
+    again = tmp_path / tiny_model.name
+    export(Run.open_finished(tiny_run), again)
+    data = again.read_bytes()
     assert data == tiny_model.read_bytes()
+    made, before = (read_provenance(path, sha256(data)) for path in (again, tiny_model))
+    assert made
+    assert before
+    assert made["subject"] == before["subject"]
+    assert made["predicate"]["buildDefinition"] == before["predicate"]["buildDefinition"]
     model = onnx.load_from_string(data)
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
     for trace in (b"site-packages", b".py", str(Path.cwd()).encode(), str(tiny_run).encode()):

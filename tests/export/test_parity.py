@@ -23,7 +23,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.images import to_float
 from dverge_serve.progress import Progress
 from export.fusing import can_group, fuse
-from export.fusion_choice import build_best
+from export.fusion_choice import FusionPlan, build_best, rule
 from export.graph import build_graph
 from export.parity import check, compare, torch_scores
 from tests.export.ensembles import card_of, engine_of, ensemble, lively, probe
@@ -95,6 +95,32 @@ def test_members_that_differ_fall_back_to_branches() -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "width", "target", "form"),
+    [
+        ("resnet8", 16, "cpu", "grouped"),
+        ("resnet11-bottleneck", 16, "cpu", "grouped"),
+        ("resnet8", 8, "cpu", "branches"),
+        ("resnet8", 24, "cpu", "branches"),
+        ("resnet8", 8, "cuda", "grouped"),
+        (("resnet8", "resnet14"), 16, "cuda", "branches"),
+    ],
+)
+def test_the_rule_takes_groups_of_whole_blocks(
+    architecture: str, width: int, target: str, form: str
+) -> None:
+    members, _ = ensemble(architecture, 2, 1, 8, width)
+    assert rule(members, target) == form
+
+
+def test_by_the_rule_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("export.fusion_choice.speedups")
+    members, card = ensemble("resnet8", 2, 1, 8, 16)
+    plan, data = build_best(members, card, "auto", "cpu")
+    assert plan == FusionPlan("grouped", "cpu")
+    assert build_best(members, card, "auto", "cpu") == (plan, data)
+
+
+@pytest.mark.parametrize(
     ("ratio", "form"), [(1.3, "grouped"), (0.85, "grouped"), (0.7, "branches")]
 )
 def test_the_choice_follows_the_measurement_with_a_margin(
@@ -102,7 +128,7 @@ def test_the_choice_follows_the_measurement_with_a_margin(
 ) -> None:
     members, card = ensemble("resnet8", 2, 1, 8)
     monkeypatch.setattr("export.fusion_choice.speedups", lambda *_: {1: ratio, 32: ratio})
-    plan, data = build_best(members, card, "auto", "cpu")
+    plan, data = build_best(members, card, "measure", "cpu")
     assert plan.form == form
     assert data == build_graph(members, replace(card, form=plan.form, target="cpu"))
 
@@ -122,12 +148,12 @@ def test_a_gpu_that_does_not_work_is_replaced_only_where_none_was_named(
 
     monkeypatch.setattr("export.fusion_choice.speedups", measured)
     monkeypatch.setattr(Progress, "shown", True)
-    plan, data = build_best(members, card, "auto", "auto")
+    plan, data = build_best(members, card, "measure", "auto")
     assert (plan.form, plan.target) == ("grouped", "cpu")
     assert data == build_graph(members, replace(card, form="grouped", target="cpu"))
     assert "fell back: the file is made for the CPU" in capsys.readouterr().err
     with pytest.raises(UserError, match="fell back; measure there, or name a form") as refused:
-        build_best(members, card, "auto", "cuda")
+        build_best(members, card, "measure", "cuda")
     assert "`device`" not in str(refused.value)  # which export does not have
 
 

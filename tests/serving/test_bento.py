@@ -110,7 +110,8 @@ def test_the_folder_makes_a_container_that_says_whether_it_is_ready(
 ) -> None:
     assert run(["bento", str(tiny_model), "--no-build"]) == 0
     packed = sorted(path.name for path in (elsewhere / "bento").iterdir())
-    names = ["Dockerfile", "bentofile.yaml", "dverge_serve", "model.onnx", "requirements.txt"]
+    names = ["Dockerfile", "bentofile.yaml", "dverge_serve", "model.onnx"]
+    names += ["model.provenance.json", "requirements.txt"]
     assert packed == names
     # A line each, continued ones joined.
     text = Path("bento/Dockerfile").read_text().replace("\\\n", "")

@@ -25,6 +25,10 @@ def test_every_field_is_read_from_its_variable() -> None:
     values = {
         "DVERGE_MODEL": "other.onnx",
         "DVERGE_MODEL_SHA256": "ab" * 32,
+        "DVERGE_MODEL_PUBLIC_KEY": "signer.pub",
+        "DVERGE_MODEL_CERTIFICATE": "authority.pem",
+        "DVERGE_MODEL_IDENTITY": "release@example.org",
+        "DVERGE_MODEL_ISSUER": "https://issuer.example.org",
         "DVERGE_TOKEN": "secret",
         "DVERGE_ADMIN_TOKEN": "another",
         "DVERGE_EXPOSE": "label",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dverge_serve.engine.provenance import provenance_path
 from tests.verification.models import shorter
 from verification import Report, pipeline, verify
 from verification.attacks import presets
@@ -41,4 +42,5 @@ def evaluated(
 ) -> tuple[Path, Report]:
     model = tmp_path_factory.mktemp("verify") / "model.onnx"
     shutil.copy(tiny_model, model)
+    shutil.copy(provenance_path(tiny_model), provenance_path(model))
     return model, verify(model, run=tiny_run, eps=EPS, device="cpu")

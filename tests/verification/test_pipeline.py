@@ -15,9 +15,11 @@ import onnx
 import pytest
 import torch
 
+from dverge_serve.engine.provenance import read_provenance
 from dverge_serve.engine.report import page_path, read_report, report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.errors import UserError
+from dverge_serve.files import sha256
 from export.exporter import export
 from tests.verification.conftest import EPS
 from tests.verification.report.schema import REPORT_SCHEMA
@@ -114,6 +116,15 @@ def test_page_and_plots_lie_beside_it(evaluated: tuple[Path, Report]) -> None:
         f.name for f in folder.iterdir()
     }
     assert not list(model.parent.glob(".*.part"))
+
+
+def test_the_provenance_names_the_report(evaluated: tuple[Path, Report]) -> None:
+    model, report = evaluated
+    found = read_provenance(model, report.model.sha256)
+    assert found
+    (product,) = found["predicate"]["runDetails"]["byproducts"]
+    assert product["digest"] == {"sha256": sha256(report_path(model).read_bytes())}
+    assert product["annotations"] == {"verdict": report.verdict}
 
 
 def named(name: str, **settings: Any) -> Noise:
