@@ -12,6 +12,7 @@ import torch
 
 from training.config import Config
 from training.data.class_counts import balance
+from training.data.near_duplicates import crossing
 from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
@@ -55,7 +56,7 @@ def estimate(
     start = Start.read(config)
     data = load_training(config.data) if data is None else data
     members, optimizers = prepare(config, data, device, start=start)
-    notes = [*balance(data), *([start.describe(config, members)] if start else [])]
+    notes = [*balance(data), *crossing(data), *([start.describe(config, members)] if start else [])]
     split = data.train.to(device)
     steps = -(-len(split) // config.batch_size)
     evaluations = gradient_evaluations(config, len(split))

@@ -17,6 +17,7 @@ from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
 from training.config import MAX_SEED, Config, check_seed
 from training.data.class_counts import balance, class_counts
+from training.data.near_duplicates import crossing
 from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
@@ -100,7 +101,7 @@ def train(
         require_tensorboard()
     if data is None:
         data = topology.rank0_first(lambda: load_training(config.data))
-        for line in balance(data):
+        for line in [*balance(data), *crossing(data)]:
             say(line)
     members, optimizers = prepare(config, data, device, topology=topology, start=start)
     if start is not None:
@@ -281,6 +282,7 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
             "train_images": len(data.train),
             "class_counts": class_counts(data),
             "holdout_images": len(data.holdout),
+            "holdout_groups": data.groups[1] if data.groups else None,
             "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
             "start": training.start.files if training.start else [],

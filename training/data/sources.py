@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     """
     if not data.path:
         raise UserError("no data folder", "`data` FOLDER with train/<class>/ and test/<class>/")
-    found = read_folder(Path(data.path))
+    found = read_folder(Path(data.path), data.group)
     if part == "train":
         for line in found.notes:
             say(line)
@@ -121,7 +121,9 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     paths = [file for files in classes.values() for file in files]
     targets = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
     where = "train" if part == "train" else "test"
-    files = ImageFiles(found.root / where, paths, targets.astype(np.int64), data.preprocess)
+    groups = [found.groups[file] for file in paths] if part == "train" and found.groups else []
+    folder = found.root / where
+    files = ImageFiles(folder, paths, targets.astype(np.int64), data.preprocess, groups)
     return tuple(classes), files.take(_chosen(len(paths), data, part))
 
 
@@ -134,16 +136,20 @@ class ImageFiles:
         paths: of `N` files.
         targets: classes, int64 `[N]`.
         preprocess: how they become the model's input.
+        groups: that belong together, of `N` files; or none.
     """
 
     folder: Path
     paths: list[Path]
     targets: npt.NDArray[np.int64]
     preprocess: images.Preprocess
+    groups: list[str] = field(default_factory=list)
 
     def take(self, rows: npt.NDArray[np.int64]) -> ImageFiles:
         """Return the chosen rows."""
-        return replace(self, paths=[self.paths[at] for at in rows], targets=self.targets[rows])
+        paths = [self.paths[at] for at in rows]
+        groups = [self.groups[at] for at in rows] if self.groups else []
+        return replace(self, paths=paths, targets=self.targets[rows], groups=groups)
 
     def read(self) -> Arrays:
         """Decode all: images uint8 `[N, C, H, W]` and classes.

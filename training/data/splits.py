@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from training.config import Data
 from training.data import sources
+from training.data.groups import hold_out
 from training.data.streaming import Streamed, streamed, streams
 from training.device import send
 from training.seeds import generator
@@ -83,11 +86,18 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images for training and held-out images for choosing; the test set is not among them."""
+    """Images for training and held-out images for choosing; the test set is not among them.
+
+    Args:
+        labels: names of the classes.
+        train, holdout: the images.
+        groups: how many groups of images each of the two has, where whole groups were held out.
+    """
 
     labels: tuple[str, ...]
     train: Split | Streamed
     holdout: Split
+    groups: tuple[int, int] | None = None
 
 
 def load_training(data: Data) -> TrainingData:
@@ -105,26 +115,45 @@ def load_training(data: Data) -> TrainingData:
             labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
         )
     labels, files = sources.image_files(data, "train")
-    kept, out = _parts(files.targets, labels, data)
+    kept, out = _parts(files.targets, labels, data, files.groups)
+    held = files.take(out)
+    groups = None
+    if files.groups:
+        groups = len({*files.groups} - {*held.groups}), len({*held.groups})
     if streams(files, data):
-        return TrainingData(
-            labels, streamed(files.take(kept), data), _split(*files.take(out).read())
-        )
+        return TrainingData(labels, streamed(files.take(kept), data), _split(*held.read()), groups)
     # Read in an order that makes both parts views: no second copy of the images.
     pixels, targets = files.take(np.concatenate([kept, out])).read()
     count = len(kept)
     return TrainingData(
-        labels, _split(pixels[:count], targets[:count]), _split(pixels[count:], targets[count:])
+        labels,
+        _split(pixels[:count], targets[:count]),
+        _split(pixels[count:], targets[count:]),
+        groups,
     )
 
 
 def _parts(
-    targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
+    targets: npt.NDArray[np.int64],
+    labels: tuple[str, ...],
+    data: Data,
+    groups: Sequence[str] = (),
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the rows for training and the rows held out.
 
-    They are drawn at random, and by class where that would leave a class out of either.
+    They are drawn at random, and by class where that would leave a class out of either. Where
+    there are groups, whole ones are drawn, about the same share of every class.
     """
+    if groups:
+        names = sorted(set(groups))
+        drawn = torch.randperm(len(names), generator=generator("holdout")).tolist()
+        held_out = hold_out(targets.tolist(), groups, data.holdout, [names[at] for at in drawn])
+        if not held_out.any():
+            raise UserError(
+                f"no group of data.group = {data.group} can be held out ({len(names)} groups)",
+                "two groups or more of a class",
+            )
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
     order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
     held = max(1, round(data.holdout * len(order)))
     if len(order) - held < 2:
@@ -172,8 +201,11 @@ def image_files(data: Data, part: str) -> list[str]:
         return []
     labels, files = sources.image_files(data, part)
     if part == "train":
-        files = files.take(np.concatenate(_parts(files.targets, labels, data)))
-    return [path.relative_to(data.path).as_posix() for path in files.paths]
+        parts = _parts(files.targets, labels, data, files.groups)
+        files = files.take(np.concatenate(parts))
+    root = Path(data.path)
+    folder = root if root.is_dir() else root.parent  # of a CSV file
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in files.paths]
 
 
 def load_rest(data: Data) -> Split:
