@@ -34,6 +34,25 @@ DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random changes of each training image beside crop and flip; 0 switches one off."""
+
+    rotate: float = 0.0  # at most so many degrees either way
+    scale: float = 0.0  # larger or smaller by at most this share
+    shear: float = 0.0  # at most so many degrees either way
+    brightness: float = 0.0  # brighter or darker by at most this share
+    contrast: float = 0.0  # more or less by at most this share
+
+    def __post_init__(self) -> None:
+        for key in ("rotate", "shear"):
+            value = getattr(self, key)
+            check(f"data.augment.{key}", value, 0 <= value <= 45, "0 to 45 degrees")
+        for key in ("scale", "brightness", "contrast"):
+            value = getattr(self, key)
+            check(f"data.augment.{key}", value, 0 <= value <= 0.9, "a share in [0, 0.9]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """The data set, and the preprocessing that makes its images the model's input."""
 
@@ -49,6 +68,7 @@ class Data:
     std: tuple[float, ...] = ()
     pad: int = 4  # random-crop padding in pixels
     flip: bool = True  # random horizontal flip
+    augment: Augment = field(default_factory=Augment)
     holdout: float = 0.1  # share of the training images kept for choosing anything
     # imagefolder: images that belong together, which the hold-out takes or leaves whole. A pattern
     # with one (capture group) on `<class>/<file>`, e.g. '(.+/\d+)_\d+'; of a CSV file, a column

@@ -16,6 +16,7 @@ from torch import Tensor
 from dverge_serve.errors import UserError
 from training.config import Data
 from training.data import sources
+from training.data.augmentation import jitter
 from training.data.groups import hold_out
 from training.data.streaming import Streamed, streamed, streams
 from training.device import send
@@ -252,7 +253,7 @@ def batches(
     order = torch.randperm(len(split), generator=draw)
     parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
     for images, labels in split.fetch(parts):
-        yield to_float(augment(images, data, draw)), labels
+        yield jitter(to_float(augment(images, data, draw)), data.augment, draw), labels
 
 
 def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:
