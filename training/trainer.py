@@ -15,6 +15,7 @@ from torch.optim import SGD
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
+from training.budget import planned, within_budget
 from training.config import MAX_SEED, Config, check_seed
 from training.data.class_counts import balance, class_counts
 from training.data.near_duplicates import crossing
@@ -91,6 +92,7 @@ def train(
     if not surrogate:
         check_seed(config)
     device, out = pick_device(device), Path(out)
+    config = topology.rank0_first(lambda: within_budget(config, data))
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
         _say(surrogate, f"{out} is finished: nothing is left to train")
@@ -125,7 +127,8 @@ def train(
             return run
         first, done, tensors = state
         together = f", {topology.size} processes" if topology.size > 1 else ""
-        _say(surrogate, f"training '{config.name}' on {device}{together} into {out}")
+        plan = planned(config, len(data.train))
+        _say(surrogate, f"training '{config.name}' on {device}{together} into {out}: {plan}")
         if first > 0 or done > skipped(config, members, start):
             name = stages(config, members, optimizers, topology)[first].name
             _say(surrogate, f"going on after epoch {done} of {name} training")
@@ -218,8 +221,7 @@ def _run_stage(
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
     surrogates = config.seed > MAX_SEED
-    named = "surrogates, " if surrogates else ""
-    label = f"{named}{stage.name} training, {config.members} members"
+    label = f"{'surrogates, ' * surrogates}{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
     with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from dverge_serve.errors import UserError
 
@@ -34,35 +30,3 @@ def groups_by_name(files: Iterable[Path], folder: Path, pattern: str) -> dict[Pa
             )
         found[file] = match[1]
     return found
-
-
-def hold_out(
-    targets: Sequence[int], groups: Sequence[str], share: float, order: Iterable[str]
-) -> npt.NDArray[np.bool_]:
-    """Return which images to set aside, bool `[N]`: whole groups, about `share` of every class.
-
-    Of every class that has two groups one at least is set aside, if it has half of the class's
-    images at most. A class never loses all of its images.
-
-    Args:
-        targets: the images' classes, `N`.
-        groups: the images' groups, `N`.
-        share: of each class's images, 0.5 at most.
-        order: every group once; the first ones that fit are taken.
-    """
-    images = Counter(targets)
-    classes: dict[str, Counter[int]] = defaultdict(Counter)
-    for target, group in zip(targets, groups, strict=True):
-        classes[group][target] += 1
-    held: Counter[int] = Counter()
-    taken = set()
-    for group in order:
-        if all(
-            held[target] + count / 2 <= share * images[target]
-            if held[target]
-            else 2 * count <= images[target]
-            for target, count in classes[group].items()
-        ):
-            taken.add(group)
-            held += classes[group]
-    return np.array([group in taken for group in groups], dtype=bool)

@@ -12,7 +12,8 @@ from pathlib import Path
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from dverge_serve.image_folder import HIDDEN, LeftOut, find_images, is_hidden, told
-from training.data.groups import groups_by_name, hold_out
+from training.data.groups import groups_by_name
+from training.data.holdout import whole_groups
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test set
 TEST_SHARE = 0.2  # of each class, where the folder has no parts
@@ -160,7 +161,7 @@ def _parts(classes: Classes, root: Path, groups: dict[Path, str]) -> tuple[Class
         order = sorted(set(groups.values()), key=lambda name: sha256(name.encode()))
         every = [(name, file) for name, files in classes.items() for file in files]
         places = {name: place for place, name in enumerate(classes)}
-        held = hold_out(
+        held = whole_groups(
             [places[name] for name, _ in every],
             [groups[file] for _, file in every],
             TEST_SHARE,

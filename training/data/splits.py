@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dverge_serve.errors import UserError
+from dverge_serve.progress import say
 from training.config import Data
 from training.data import sources
 from training.data.augmentation import jitter
-from training.data.groups import hold_out
+from training.data.holdout import parts
 from training.data.streaming import Streamed, streamed, streams
 from training.device import send
 from training.seeds import generator
@@ -111,12 +112,14 @@ def load_training(data: Data) -> TrainingData:
     """
     if data.name != "imagefolder":
         labels, (pixels, targets) = sources.read(data, "train")
-        kept, out = _parts(targets, labels, data)
+        kept, out = parts(targets, labels, data)
         return TrainingData(
             labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
         )
     labels, files = sources.image_files(data, "train")
-    kept, out = _parts(files.targets, labels, data, files.groups)
+    for line in files.notes:
+        say(line)
+    kept, out = parts(files.targets, labels, data, files.groups)
     held = files.take(out)
     groups = None
     if files.groups:
@@ -134,57 +137,12 @@ def load_training(data: Data) -> TrainingData:
     )
 
 
-def _parts(
-    targets: npt.NDArray[np.int64],
-    labels: tuple[str, ...],
-    data: Data,
-    groups: Sequence[str] = (),
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows for training and the rows held out.
-
-    They are drawn at random, and by class where that would leave a class out of either. Where
-    there are groups, whole ones are drawn, about the same share of every class.
-    """
-    if groups:
-        names = sorted(set(groups))
-        drawn = torch.randperm(len(names), generator=generator("holdout")).tolist()
-        held_out = hold_out(targets.tolist(), groups, data.holdout, [names[at] for at in drawn])
-        if not held_out.any():
-            raise UserError(
-                f"no group of data.group = {data.group} can be held out ({len(names)} groups)",
-                "two groups or more of a class",
-            )
-        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
-    held = max(1, round(data.holdout * len(order)))
-    if len(order) - held < 2:
-        raise UserError(
-            f"{len(order)} training images in '{data.path or data.name}'",
-            "enough for training and a held-out part",
-        )
-    if any(len(np.unique(targets[part])) < len(labels) for part in (order[held:], order[:held])):
-        order = order[np.argsort(_places(targets[order]), kind="stable")]
-    kept, out = np.sort(order[held:]), np.sort(order[:held])
-    missing = [labels[index] for index in set(range(len(labels))) - set(targets[kept].tolist())]
-    if missing:
-        raise UserError(
-            f"no training image left of class '{sorted(missing)[0]}' ({len(missing)} such)",
-            "every class in the training part",
-            "raise data.train_limit or lower data.holdout",
-        )
-    return kept, out
-
-
-def _places(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return where each image stands within its class, from 0 to 1, in the order given.
-
-    By it, the first images of an order are as good as the same share of every class.
-    """
-    places = np.empty(len(targets))
-    for label in np.unique(targets):
-        rows = np.flatnonzero(targets == label)
-        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return places
+def training_images(data: Data) -> int:
+    """Return how many images `load_training` would train on; of a folder, none is decoded."""
+    if data.name == "imagefolder":
+        labels, files = sources.image_files(data, "train")
+        return len(parts(files.targets, labels, data, files.groups)[0])
+    return len(load_training(data).train)
 
 
 def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
@@ -202,8 +160,8 @@ def image_files(data: Data, part: str) -> list[str]:
         return []
     labels, files = sources.image_files(data, part)
     if part == "train":
-        parts = _parts(files.targets, labels, data, files.groups)
-        files = files.take(np.concatenate(parts))
+        both = parts(files.targets, labels, data, files.groups)
+        files = files.take(np.concatenate(both))
     root = Path(data.path)
     folder = root if root.is_dir() else root.parent  # of a CSV file
     return [os.path.relpath(path, folder).replace(os.sep, "/") for path in files.paths]
@@ -251,8 +209,8 @@ def batches(
     """
     draw = generator(*seed_path)
     order = torch.randperm(len(split), generator=draw)
-    parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
-    for images, labels in split.fetch(parts):
+    rows = [part for part in torch.split(order, batch_size) if len(part) > 1]
+    for images, labels in split.fetch(rows):
         yield jitter(to_float(augment(images, data, draw)), data.augment, draw), labels
 
 

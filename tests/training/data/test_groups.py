@@ -19,7 +19,7 @@ from tests.training.networks import tiny_config
 from tests.training.refusal import refusal
 from training.config import Data
 from training.data.class_counts import balance
-from training.data.groups import hold_out
+from training.data.holdout import whole_groups
 from training.data.splits import Split, image_files, load_test, load_training
 from training.trainer import train
 
@@ -126,7 +126,7 @@ def test_groups_in_both_parts_of_a_csv_file_are_warned_of(
     tracks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("training.data.sources.say", told.append)
+    monkeypatch.setattr("training.data.splits.say", told.append)
     load_training(grouped(csv_of(tracks, True), "person"))
     assert any("group 'stop-00000' (2 such)" in line for line in told)
 
@@ -183,7 +183,7 @@ def test_no_group_is_parted_and_no_class_is_lost(
     targets, groups = each
     order = sorted(set(groups))
     random.shuffle(order)  # type: ignore[attr-defined]
-    held = hold_out(targets, groups, share, order)
+    held = whole_groups(targets, groups, share, order)
     sides = {(group, out) for group, out in zip(groups, held.tolist(), strict=True)}
     assert len(sides) == len(set(groups))
     kept = {target for target, out in zip(targets, held, strict=True) if not out}
