@@ -232,7 +232,8 @@ def _read_heif(data: bytes) -> Image.Image:
         found = pillow_heif.open_heif(data)  # its first image, upright; 8 bits; not decoded yet
         width, height = found.size
         if width * height <= MAX_FILE_PIXELS:
-            return found.to_pillow()
+            image: Image.Image = found.to_pillow()
+            return image
     except Exception as error:  # as in `load`
         raise ImageError("broken_image", "the image is truncated or corrupt") from error
     raise ImageError("image_too_large", f"{width}x{height} pixels; at most {MAX_FILE_PIXELS}")

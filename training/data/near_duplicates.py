@@ -58,7 +58,8 @@ class Pictures:
 
     def images(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Return the images of some rows, uint8 `[n, C, H, W]`."""
-        found, first = {}, 0
+        found: dict[int, Tensor] = {}
+        first = 0
         for part in self.parts:
             here = np.flatnonzero((rows >= first) & (rows < first + len(part)))
             if len(here):

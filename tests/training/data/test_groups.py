@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from tests.training.refusal import refusal
 from training.config import Data
+from training.data import sources
 from training.data.class_counts import balance
-from training.data.holdout import whole_groups
+from training.data.holdout import parts, whole_groups
 from training.data.splits import Split, image_files, load_test, load_training
+from training.recipe import data_overrides, load_recipe
 from training.trainer import train
 
 TRACK = r"(.+/\d+)_\d+"
@@ -100,23 +103,23 @@ def test_a_class_of_one_group_cannot_be_split(tmp_path: Path) -> None:
     assert "no group of class 'stop'" in message
 
 
-def csv_of(tracks: Path, parts: bool) -> Path:
-    rows = ["path,label,person" + ",part" * parts]
+def csv_of(tracks: Path, with_parts: bool) -> Path:
+    rows = ["path,label,person" + ",part" * with_parts]
     for file in sorted(tracks.rglob("*.png")):
         part, label = file.parents[1].name, file.parent.name
         person = f"{label}-{file.name[:5]}"
-        rows.append(f"{os.path.relpath(file, tracks)},{label},{person}" + f",{part}" * parts)
+        rows.append(f"{os.path.relpath(file, tracks)},{label},{person}" + f",{part}" * with_parts)
     (tracks / "all.csv").write_text("\n".join(rows))
     return tracks / "all.csv"
 
 
-@pytest.mark.parametrize("parts", [True, False])
-def test_a_column_of_a_csv_file_names_groups(parts: bool, tracks: Path) -> None:
-    path = csv_of(tracks, parts)
+@pytest.mark.parametrize("with_parts", [True, False])
+def test_a_column_of_a_csv_file_names_groups(with_parts: bool, tracks: Path) -> None:
+    path = csv_of(tracks, with_parts)
     data = load_training(grouped(path, "person"))
     assert levels(data.train).isdisjoint(levels(data.holdout))
     assert data.groups is not None
-    assert sum(data.groups) == (40 if parts else 33)
+    assert sum(data.groups) == (40 if with_parts else 33)
     assert set(image_files(grouped(path, "person"), "train")) <= {
         os.path.relpath(file, tracks) for file in tracks.rglob("*.png")
     }
@@ -188,3 +191,16 @@ def test_no_group_is_parted_and_no_class_is_lost(
     assert len(sides) == len(set(groups))
     kept = {target for target, out in zip(targets, held, strict=True) if not out}
     assert kept == set(targets)
+
+
+def test_the_tracks_of_traffic_signs(test_data: Path, tmp_path: Path) -> None:
+    """By names alone: 888 tracks of ten frames, numbered anew in each of 43 classes."""
+    with tarfile.open(test_data / "gtsrb.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    data = load_recipe("traffic-signs", data_overrides(tmp_path / "gtsrb")).data
+    labels, files = sources.image_files(data, "train")
+    kept, out = parts(files.targets, labels, data, files.groups)
+    inside, outside = ({files.groups[row] for row in rows} for rows in (kept, out))
+    assert len(inside) + len(outside) == len(inside | outside) == 888
+    assert set(files.targets[out].tolist()) == set(range(43))
+    assert 0.1 <= len(out) / len(files.paths) < 0.12

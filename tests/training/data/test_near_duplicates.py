@@ -13,10 +13,10 @@ from training.data.splits import Split, TrainingData
 
 
 def parts(train: torch.Tensor, holdout: torch.Tensor) -> TrainingData:
-    both = (
+    one, other = (
         Split(images, torch.zeros(len(images), dtype=torch.int64)) for images in (train, holdout)
     )
-    return TrainingData(("a", "b"), *both)
+    return TrainingData(("a", "b"), one, other)
 
 
 @pytest.mark.parametrize(("copies", "warned"), [(0, False), (1, False), (2, True)])
