@@ -38,7 +38,7 @@ COLUMNS = ["images_of_a_class", "images", "epochs", "accuracy", "lowest", "highe
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     """Return the rows of at most `count` images of each class, drawn at random; sorted."""
     order = torch.randperm(len(labels), generator=generator("learning curve"))
-    rows = [order[labels[order] == label][:count] for label in labels.unique()]
+    rows = [order[labels[order] == label][:count] for label in sorted(set(labels.tolist()))]
     return torch.cat(rows).sort().values
 
 
