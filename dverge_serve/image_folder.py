@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
@@ -43,6 +44,8 @@ class FoundImages:
 
 def find_images(folder: Path) -> FoundImages:
     """Find the image files under `folder`, by suffix, or by content where they have none.
+
+    HEIC files are images where the extra `heif` is installed.
 
     Links to folders are followed, but no folder is entered twice.
     """
@@ -92,7 +95,9 @@ def _reason(path: Path) -> str:
     if suffix in SUFFIXES:
         return ""
     if suffix in APPLE:
-        return f"{suffix} (save them as JPEG or PNG)"
+        if find_spec("pillow_heif") is not None:
+            return ""
+        return f"{suffix} (install dverge-serve[heif], or save them as JPEG or PNG)"
     if suffix:
         return f"{suffix} (not PNG, JPEG or WebP)"
     try:

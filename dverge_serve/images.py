@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from dverge_serve.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+APPLE = (".heic", ".heif")  # of files of one's own, with the extra `heif`; the service takes none
 MAX_PIXELS = 16_777_216
 MAX_FILE_PIXELS = 134_217_728  # of files of one's own: every camera's; about 400 MB decoded
 # A progressive JPEG may repeat its scans without end, each a few bytes of file and a pass over all
@@ -127,14 +128,9 @@ def load(
     quarter or an eighth of its size, which takes that much less memory.
 
     Args:
-        data: the file.
-        preprocess: the model's.
-        max_pixels: of the image; one from an untrusted caller has `MAX_PIXELS` at most.
-
-    Args:
         data: the file's content.
         preprocess: the model's.
-        max_pixels: largest image, width x height.
+        max_pixels: largest image, width x height; from an untrusted caller `MAX_PIXELS` at most.
         admit: called with the image's pixels before they are decoded; may raise an `ImageError`.
 
     Returns:
@@ -207,6 +203,8 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
     if isinstance(image, bytes):
         return load(image, preprocess)
     if isinstance(image, (str, Path)):
+        if str(image).lower().endswith(APPLE):
+            return _array(_read_heif(Path(image).read_bytes()), preprocess)
         return load(Path(image).read_bytes(), preprocess, max_pixels=MAX_FILE_PIXELS)
     if isinstance(image, np.ndarray):
         channels = image.shape[2:]
@@ -223,6 +221,22 @@ def to_pixels(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8]
 def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return 8-bit images as the float32 in `[0,1]` that models take; any shape."""
     return images.astype(np.float32) / np.float32(255)
+
+
+def _read_heif(data: bytes) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError("not_an_image", "HEIC; install dverge-serve[heif]") from error
+    try:
+        found = pillow_heif.open_heif(data)  # its first image, upright; 8 bits; not decoded yet
+        width, height = found.size
+        if width * height <= MAX_FILE_PIXELS:
+            image: Image.Image = found.to_pillow()
+            return image
+    except Exception as error:  # as in `load`
+        raise ImageError("broken_image", "the image is truncated or corrupt") from error
+    raise ImageError("image_too_large", f"{width}x{height} pixels; at most {MAX_FILE_PIXELS}")
 
 
 def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +35,25 @@ DATASETS = (*EMBEDDED, *DOWNLOADED, "imagefolder")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random changes of each training image beside crop and flip; 0 switches one off."""
+
+    rotate: float = 0.0  # at most so many degrees either way
+    scale: float = 0.0  # larger or smaller by at most this share
+    shear: float = 0.0  # at most so many degrees either way
+    brightness: float = 0.0  # brighter or darker by at most this share
+    contrast: float = 0.0  # more or less by at most this share
+
+    def __post_init__(self) -> None:
+        for key in ("rotate", "shear"):
+            value = getattr(self, key)
+            check(f"data.augment.{key}", value, 0 <= value <= 45, "0 to 45 degrees")
+        for key in ("scale", "brightness", "contrast"):
+            value = getattr(self, key)
+            check(f"data.augment.{key}", value, 0 <= value <= 0.9, "a share in [0, 0.9]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """The data set, and the preprocessing that makes its images the model's input."""
 
@@ -49,7 +69,11 @@ class Data:
     std: tuple[float, ...] = ()
     pad: int = 4  # random-crop padding in pixels
     flip: bool = True  # random horizontal flip
+    augment: Augment = field(default_factory=Augment)
     holdout: float = 0.1  # share of the training images kept for choosing anything
+    # imagefolder: images that belong together, which the hold-out takes or leaves whole. A pattern
+    # with one (capture group) on `<class>/<file>`, e.g. '(.+/\d+)_\d+'; of a CSV file, a column
+    group: str = ""
     train_limit: int = 0  # use only this many training images; 0: all
     test_limit: int = 0
     # imagefolder: the most memory that decoded training images take; more of them are read from
@@ -70,6 +94,7 @@ class Data:
             check("data.crop", list(self.crop), self.crop == size, told)
             told = f"none: the images of '{self.name}' are not resized"
             check("data.resize", self.resize, self.resize in (None, size), told)
+        self._check_group()
         channels = self.preprocess.shape[0]
         for key in ("mean", "std"):
             value = getattr(self, key)
@@ -77,6 +102,20 @@ class Data:
         check("data.std", self.std, all(value > 0 for value in self.std), "numbers above 0")
         both = bool(self.mean) == bool(self.std)
         check("data.std", self.std, both, "data.mean and data.std, or neither (measured)")
+
+    def _check_group(self) -> None:
+        if not self.group:
+            return
+        told = f"none: the images of '{self.name}' have no file names"
+        check("data.group", self.group, self.name == "imagefolder", told)
+        if self.path.lower().endswith(".csv"):
+            return
+        try:
+            count = re.compile(self.group).groups
+        except re.error:
+            count = 0
+        told = r"a regular expression with one (capture group), such as '(.+/\d+)_\d+'"
+        check("data.group", self.group, count == 1, told)
 
     @property
     def preprocess(self) -> Preprocess:

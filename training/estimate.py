@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from dverge_serve.errors import UserError
+from dverge_serve.progress import duration
+from training.budget import gradient_evaluations, within_budget
 from training.config import Config
 from training.data.class_counts import balance
+from training.data.near_duplicates import crossing
 from training.data.splits import TrainingData, load_training
-from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge_draws import draw_layer
 from training.methods.overlap import overlaps, step_losses
@@ -25,20 +28,7 @@ from training.parallel.topology import SINGLE_PROCESS
 from training.trainer import prepare
 
 TIMED_STEPS = 3
-
-
-def gradient_evaluations(config: Config, images: int) -> dict[str, int]:
-    """Return how many gradients of one member on one image each stage computes.
-
-    Args:
-        config: of the run.
-        images: in the training part.
-    """
-    return {
-        name: config.settings_of(name).epochs * method.gradients(config) * images * config.members
-        for method in (METHODS["standard"], METHODS[config.method])
-        for name in (method.settings.table,)
-    }
+WORK = 0.9  # share of a time budget that is for steps, the rest for measuring and saving
 
 
 def estimate(
@@ -52,13 +42,14 @@ def estimate(
         data: the images, where the caller has loaded them already.
 
     Returns:
-        parameters (of all members), training images, gradient evaluations and seconds of each
-        stage that will be run, and notes: lines about the classes and the starting weights.
+        parameters (of all members), training images, epochs, gradient evaluations and seconds of
+        each stage that will be run, and notes: lines about the classes and the starting weights.
     """
     start = Start.read(config)
     data = load_training(config.data) if data is None else data
+    config = within_budget(config, data)
     members, optimizers = prepare(config, data, device, start=start)
-    notes = [*balance(data), *([start.describe(config, members)] if start else [])]
+    notes = [*balance(data), *crossing(data), *([start.describe(config, members)] if start else [])]
     notes += describe_images(config, data)
     split = data.train.to(device)
     steps = -(-len(split) // config.batch_size)
@@ -90,9 +81,45 @@ def estimate(
     return {
         "parameters": sum(p.numel() for member in members for p in member.parameters()),
         "training_images": len(split),
+        "epochs": {stage.name: stage.settings.epochs for stage in plan},
         "gradient_evaluations": evaluations,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "notes": notes,
+    }
+
+
+def fit_to_time(
+    config: Config, seconds: float, device: torch.device, data: TrainingData | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """Return settings whose stages have fewer epochs, all in the same proportion, and their cost.
+
+    Args:
+        config: of the run; it never gets more epochs than these.
+        seconds: that training may take here, measuring and saving included.
+        device, data: as for `estimate`.
+
+    Raises:
+        UserError: not even one epoch of each stage is done in that time.
+    """
+    data = load_training(config.data) if data is None else data
+    config = within_budget(config, data)
+    cost = estimate(config, device, data)
+    per_epoch = {stage: each / cost["epochs"][stage] for stage, each in cost["seconds"].items()}
+    share = WORK * seconds / sum(cost["seconds"].values())
+    epochs = {stage: min(count, int(share * count)) for stage, count in cost["epochs"].items()}
+    if not all(epochs.values()):
+        least = seconds / (share * min(cost["epochs"].values()))
+        raise UserError(
+            f"`budget` {duration(seconds)}, less than an epoch of every stage takes here",
+            f"{duration(least + 1)} or more",
+            "or a smaller network, or fewer images",
+        )
+    config = config.overridden({f"{stage}.epochs": count for stage, count in epochs.items()})
+    evaluations = gradient_evaluations(config, cost["training_images"])
+    return config, cost | {
+        "epochs": epochs,
+        "gradient_evaluations": {stage: evaluations[stage] for stage in epochs},
+        "seconds": {stage: round(count * per_epoch[stage], 1) for stage, count in epochs.items()},
     }
 
 

@@ -12,15 +12,17 @@ from dverge_serve.errors import UserError, nearest
 from training.config import DATASETS, Config
 from training.config_parsing import assign
 
-# A data set's recipe, and what differs from it. No published recipe is for the last three.
+# A data set's recipe, and what differs from it. No published recipe is for the last three; they are
+# trained as long as the recipe's epochs say.
+UNBOUND = {"standard.budget": 0, "dverge.budget": 0}
 SUITED: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("digits", {}),
     "cifar10": ("cifar10", {}),
-    "cifar100": ("images", {"name": "cifar100"}),
-    "svhn": ("images", {"name": "svhn", "data.flip": False}),
+    "cifar100": ("images", {"name": "cifar100", **UNBOUND}),
+    "svhn": ("images", {"name": "svhn", "data.flip": False, **UNBOUND}),
     "fashion-mnist": (
         "images",
-        {"name": "fashion-mnist", "data.mode": "L", "data.crop": [28, 28]},
+        {"name": "fashion-mnist", "data.mode": "L", "data.crop": [28, 28], **UNBOUND},
     ),
 }
 
@@ -64,7 +66,12 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where} is not valid TOML ({error})") from error
     table.setdefault("name", name)
-    for key, value in (overrides or {}).items():
+    changes = dict(overrides or {})
+    for key in overrides or {}:
+        stage, _, setting = key.rpartition(".")
+        if setting == "epochs":  # who asks for epochs gets them, whatever the recipe's budget
+            changes.setdefault(f"{stage}.budget", 0)
+    for key, value in changes.items():
         assign(table, key, value, f"`overrides` {key}")
     return Config.from_json(table, where)
 

@@ -14,7 +14,9 @@ class Schedule:
 
     table = "standard"  # its name in recipes; not a setting
 
-    epochs: int = 200
+    epochs: int = 200  # at most, where there is a budget
+    # Gradients of one member on one image, which the epochs of a member may take; 0: any number
+    budget: int = 0
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -27,6 +29,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for key, holds, expected in (
             ("epochs", self.epochs >= 1, "1 or more"),
+            ("budget", self.budget >= 0, "0 or more"),
             ("lr", self.lr > 0, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),

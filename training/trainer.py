@@ -15,8 +15,10 @@ from torch.optim import SGD
 from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
+from training.budget import planned, within_budget
 from training.config import MAX_SEED, SOURCE_SEED, Config, check_seed
 from training.data.class_counts import balance, class_counts
+from training.data.near_duplicates import crossing
 from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
@@ -93,6 +95,7 @@ def train(
     if not surrogate:
         check_seed(config)
     device, out = pick_device(device), Path(out)
+    config = topology.rank0_first(lambda: within_budget(config, data))
     run = Run(follow(out), writes=topology.first)
     if topology.broadcast_from_rank0(lambda: _finished(run, out, config, resume=resume, wait=wait)):
         _say(surrogate, f"{out} is finished: nothing is left to train")
@@ -103,7 +106,7 @@ def train(
         require_tensorboard()
     if data is None:
         data = topology.rank0_first(lambda: load_training(config.data))
-        for line in balance(data):
+        for line in [*balance(data), *crossing(data)]:
             say(line)
     check_sources(config, data, run)
     members, optimizers = prepare(config, data, device, topology=topology, start=start)
@@ -128,7 +131,8 @@ def train(
             return run
         first, done, tensors = state
         together = f", {topology.size} processes" if topology.size > 1 else ""
-        _say(surrogate, f"training '{config.name}' on {device}{together} into {out}")
+        plan = planned(config, len(data.train))
+        _say(surrogate, f"training '{config.name}' on {device}{together} into {out}: {plan}")
         if first > 0 or done > skipped(config, members, start):
             _say(surrogate, f"going on after epoch {done} of {stage_names(config)[first]} training")
         stored = keep_images(config, data, run, device, train)
@@ -284,6 +288,7 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
             "train_images": len(data.train),
             "class_counts": class_counts(data),
             "holdout_images": len(data.holdout),
+            "holdout_groups": data.groups[1] if data.groups else None,
             "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
             "start": training.start.files if training.start else [],

@@ -15,6 +15,7 @@ from dverge_serve.errors import UserError
 from dverge_serve.files import check_writable
 from dverge_serve.progress import Progress, say
 from export.published_checkpoint import read_labels
+from training.budget import within_budget
 from training.config import DOWNLOADED, EMBEDDED, Config, Data
 from training.data.splits import Split, TrainingData, load_rest, load_test, load_training
 from training.device import pick_device
@@ -107,6 +108,7 @@ def find_context(config: VerificationConfig) -> Context:
         raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
     against = _opponent(config.against, engine.card)
     data = load_training(training.data)
+    training = within_budget(training, data)
     if isinstance(engine, ForeignEngine):
         engine = engine.settled(data, config.contract, search=config.search_contract)
         gradients, no_gradients = find_foreign_gradients(engine, device)

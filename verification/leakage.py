@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dverge_serve.engine.report import Gate
+from training.data.near_duplicates import NEAR, SAME_PIXELS, Images, Pictures, find_copies
 from training.data.splits import Split
-from training.data.streaming import Streamed
 from verification.attacks.cache import Arrays, cached
 
-SIDE = 16  # pixels of the thumbnails that are compared
-# Correlations from which two images count as one picture: of the grey thumbnails, then of all
-# pixels. Other scans of a digit reach 0.989, the same image saved again as JPEG (75) 0.993.
-NEAR, SAME_PIXELS = 0.99, 0.9
 MOST = 0.01  # of the test images
 NAMED = 100  # pairs listed at most
-BLOCK = 512  # test images compared at once
 KINDS = ("exact", "near")
-Images = Split | Streamed
 
 
 @dataclass(frozen=True)
@@ -140,97 +130,20 @@ def find_leakage(training: Sequence[Images], test: Split) -> Leakage:
         training: the training images and the held-out ones.
         test: the test images.
     """
-    test = test.to(torch.device("cpu"))
-    hashes, thumbnails, labels = _training(training)
-    known: dict[bytes, int] = {}
+    ours, theirs = Pictures.of(test.to(torch.device("cpu"))), Pictures.of(*training)
     classes = defaultdict(set)
-    for row, (name, label) in enumerate(zip(hashes, labels, strict=True)):
-        known.setdefault(name, row)
-        classes[name].add(label)
-    test_labels: list[int] = test.labels.tolist()
-    test_hashes = _hashes(test.images)
-    for name, label in zip(test_hashes, test_labels, strict=True):
-        classes[name].add(label)
-    closest, alike = _closest(_thumbnails(test.images), thumbnails)
-    near = np.flatnonzero(alike >= NEAR)
-    near = near[_correlations(test, near, training, closest[near]) >= SAME_PIXELS]
-    found = {int(row): (int(closest[row]), "near") for row in near}
-    found |= {row: (known[name], "exact") for row, name in enumerate(test_hashes) if name in known}
+    for each in (ours, theirs):
+        for name, label in zip(each.hashes, each.labels, strict=True):
+            classes[name].add(label)
     pairs = tuple(
-        Pair(row, other, kind, test_labels[row], labels[other])
-        for row, (other, kind) in sorted(found.items())
+        Pair(row, other, kind, ours.labels[row], theirs.labels[other])
+        for row, (other, kind) in sorted(find_copies(ours, theirs).items())
     )
     return Leakage(
         len(test),
-        len(labels),
+        len(theirs.labels),
         pairs,
         sum(len(each) > 1 for each in classes.values()),
         frozenset(pair.test for pair in pairs if pair.test_class != pair.train_class)
-        | {row for row, name in enumerate(test_hashes) if len(classes[name]) > 1},
+        | {row for row, name in enumerate(ours.hashes) if len(classes[name]) > 1},
     )
-
-
-def _training(parts: Sequence[Images]) -> tuple[list[bytes], Tensor, list[int]]:
-    hashes: list[bytes] = []
-    labels: list[int] = []
-    thumbnails = []
-    for part in parts:
-        for images, classes in part.fetch(torch.split(torch.arange(len(part)), BLOCK)):
-            hashes += _hashes(images)
-            labels += classes.tolist()
-            thumbnails.append(_thumbnails(images))
-    return hashes, torch.cat(thumbnails), labels
-
-
-def _hashes(images: Tensor) -> list[bytes]:
-    pixels = np.ascontiguousarray(images.cpu().numpy())
-    return [hashlib.blake2b(each.tobytes(), digest_size=16).digest() for each in pixels]
-
-
-def _thumbnails(images: Tensor) -> Tensor:
-    """Return grey thumbnails `[N, d]`, mean zero and length one; of one colour: zero."""
-    parts = []
-    for part in torch.split(images, BLOCK):
-        grey = part.float().mean(1, keepdim=True)
-        height, width = (min(SIDE, side) for side in grey.shape[2:])
-        parts.append(_standardised(F.adaptive_avg_pool2d(grey, (height, width))))
-    return torch.cat(parts)
-
-
-def _standardised(images: Tensor) -> Tensor:
-    flat = images.flatten(1)
-    flat = flat - flat.mean(1, keepdim=True)
-    # An image of one colour has no picture to compare.
-    return F.normalize(flat, dim=1, eps=1e-3)
-
-
-def _closest(
-    test: Tensor, training: Tensor
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return for each test image the training image that correlates most, and how much."""
-    best = [(part @ training.T).max(1) for part in torch.split(test, BLOCK)]
-    rows, values = torch.cat([each.indices for each in best]), torch.cat([v.values for v in best])
-    return rows.cpu().numpy(), values.cpu().numpy()
-
-
-def _correlations(
-    test: Split,
-    rows: npt.NDArray[np.int64],
-    training: Sequence[Images],
-    others: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float32]:
-    """Return the correlation of all pixels, for pairs of a test and a training image."""
-    if not len(rows):
-        return np.zeros(0, np.float32)
-    images = torch.empty((len(rows), *test.images.shape[1:]), dtype=torch.uint8)
-    first = 0
-    for part in training:
-        here = np.flatnonzero((others >= first) & (others < first + len(part)))
-        if len(here):
-            wanted = torch.from_numpy(others[here] - first)
-            ((found, _),) = part.fetch([wanted])
-            images[torch.from_numpy(here)] = found.cpu()
-        first += len(part)
-    ours = test.images[torch.from_numpy(rows)]
-    pairs = _standardised(ours.float()) * _standardised(images.float())
-    return np.asarray(pairs.sum(1).numpy())

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dverge_serve.progress import duration
+from training.budget import gradient_evaluations
 from training.config import Config
 from training.data.splits import Split, TrainingData, to_float
-from training.estimate import estimate, gradient_evaluations
+from training.estimate import estimate
 from training.models.ensemble import Ensemble
 from training.trainer import prepare
 from verification.attacks.attack import Attack

@@ -85,7 +85,7 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
         architecture=_each(own, int(size)),
         members=int(size),
         seed=MAX_SEED + int(size),
-        data=replace(config.data, path="", test_limit=0, memory_gb=None, workers=None),
+        data=replace(config.data, path="", group="", test_limit=0, memory_gb=None, workers=None),
         start=_each((config.start,) if isinstance(config.start, str) else config.start, int(size)),
         tensorboard=False,
         dverge=Dverge(),

@@ -23,10 +23,10 @@ from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json
 from export.exporter import export
 from export.published_checkpoint import from_checkpoint
+from training.budget import gradient_evaluations
 from training.config import Config
 from training.data.splits import Split, load_test
 from training.device import autocast_dtype
-from training.estimate import gradient_evaluations
 from training.runs.directory import Run
 from training.trainer import train
 from verification import verify

@@ -21,8 +21,8 @@ from benchmarks.evidence.images import evidence_cache
 from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
 from dverge_serve.progress import show
+from training.budget import gradient_evaluations
 from training.data.splits import TrainingData
-from training.estimate import gradient_evaluations
 from training.recipe import load_recipe
 from training.trainer import train
 from verification.attacks.presets import Variant, suite

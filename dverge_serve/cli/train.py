@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from dverge_serve.errors import Exit, Interrupted, UserError, interruptible
 if TYPE_CHECKING:
     from export.fusion_choice import Target
     from training.config import Config
+    from training.data.splits import TrainingData
 
 DEMO_EPS = 0.1
 
@@ -60,6 +63,12 @@ def train(
         ),
     ] = None,
     set_: Settings = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Fewer epochs, so that training takes at most so long here, e.g. 90s, 10m, 1h30m."
+        ),
+    ] = None,
     list_skipped: Annotated[
         bool,
         typer.Option(
@@ -95,19 +104,24 @@ def train(
         for each in read_folder(Path(config.data.path)).left_out if config.data.path else ():
             typer.echo(f"{each.path}: {each.reason}")
         return
+    seconds = _seconds(budget, begun) if budget is not None else None
     if dry_run:
-        typer.echo(json.dumps(config.to_json(), indent=2))
-        _say_cost(config, device)
+        _dry_run(config, device, seconds)
         return
     from training.device import pick_device
     from training.parallel.distributed import join
     from training.runs.directory import Run
     from training.trainer import train as train_run
 
+    images: TrainingData | None = None
+    if seconds is not None:
+        config, images = _fitted(config, device, seconds)
     out = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with join(config, pick_device(device)) as (topology, chosen):
         try:
-            run = train_run(config, out, device=chosen, resume=resume, topology=topology)
+            run = train_run(
+                config, out, device=chosen, resume=resume, data=images, topology=topology
+            )
         except KeyboardInterrupt as stopped:
             if not Run(out).begun:
                 raise
@@ -178,26 +192,67 @@ def _config(
     return load_recipe(suited, own | overrides)
 
 
-def _say_cost(config: Config, device: str) -> None:
-    from dverge_serve.progress import duration
+def _seconds(budget: str, begun: Config | None) -> float:
+    """Return a budget in seconds; refuse one where the epochs are settled already."""
+    if begun is not None:
+        raise UserError("--budget for a run that was begun", "its own epochs", "leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--budget with torchrun", "one process", "use --set dverge.epochs=N")
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", budget)
+    seconds = sum(
+        int(count or 0) * unit
+        for count, unit in zip(found.groups() if found else (), (3600, 60, 1), strict=False)
+    )
+    if not seconds:
+        raise UserError(f"--budget {budget}", "a time such as 90s, 10m or 1h30m")
+    return seconds
+
+
+def _fitted(config: Config, device: str, seconds: float) -> tuple[Config, TrainingData]:
+    """Return settings that take at most so long here, and the images; say what it will cost."""
+    from training.data.splits import load_training
     from training.device import pick_device
-    from training.estimate import estimate
+    from training.estimate import fit_to_time
+
+    chosen, images = pick_device(device), load_training(config.data)
+    config, cost = fit_to_time(config, seconds, chosen, images)
+    _say_cost(cost, str(chosen))
+    return config, images
+
+
+def _dry_run(config: Config, device: str, seconds: float | None) -> None:
+    """Print the settings, with the epochs that the images and the time give, and their cost."""
+    from training.budget import within_budget
+    from training.device import pick_device
+    from training.estimate import estimate, fit_to_time
 
     chosen = pick_device(device)
+    cost: dict[str, Any] = {}
     try:
-        cost = estimate(config, chosen)
+        if seconds is None:
+            config = within_budget(config)
+            cost = estimate(config, chosen)
+        else:
+            config, cost = fit_to_time(config, seconds, chosen)
     except UserError as error:
-        if config.data.path:
+        if config.data.path or seconds is not None:
             raise
         # The recipe's settings were asked for; the images may come later.
         typer.echo(f"no estimate: {as_flags(str(error))}", err=True)
-        return
+    finally:
+        typer.echo(json.dumps(config.to_json(), indent=2))
+    if cost:
+        _say_cost(cost, str(chosen))
+
+
+def _say_cost(cost: dict[str, Any], device: str) -> None:
+    from dverge_serve.progress import duration
+
     for line in cost["notes"]:
         typer.echo(line, err=True)
     for stage, seconds in cost["seconds"].items():
-        gradients = cost["gradient_evaluations"][stage]
-        told = f"{gradients:,} gradient evaluations, about {duration(seconds)} on {chosen}"
-        typer.echo(f"{stage}: {told}", err=True)
+        told = f"{cost['epochs'][stage]} epochs, {cost['gradient_evaluations'][stage]:,} gradient "
+        typer.echo(f"{stage}: {told}evaluations, about {duration(seconds)} on {device}", err=True)
     images, parameters = cost["training_images"], cost["parameters"]
     typer.echo(f"{images:,} training images, {parameters:,} parameters in all", err=True)
 

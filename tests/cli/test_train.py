@@ -27,8 +27,10 @@ def test_dry_run_says_what_the_run_will_cost(
     few = ["--set", "data.train_limit=300", "--set", "standard.epochs=2", "--members", "4"]
     assert run(["train", "--dry-run", *few, "--set", "dverge.epochs=3"]) == 0
     told = capsys.readouterr().err
-    assert "standard: 2,160 gradient evaluations" in told  # 2 epochs, 270 images, 4 members
-    assert "dverge: 19,440 gradient evaluations" in told  # 3 epochs, 3 steps and 3 others
+    assert (
+        "standard: 2 epochs, 2,160 gradient evaluations" in told
+    )  # 2 epochs, 270 images, 4 members
+    assert "dverge: 3 epochs, 19,440 gradient evaluations" in told  # 3 epochs, 3 steps and 3 others
     assert "270 training images" in told
     assert list(tmp_path.iterdir()) == []
 
@@ -101,3 +103,53 @@ def test_a_wrong_folder_is_told_before_anything_is_said_to_begin(
     told = capsys.readouterr().err
     assert told.startswith("dverge: no folder")
     assert not (tmp_path / "run").exists()
+
+
+FEW = ["--set", "data.train_limit=60", "--members", "2", "--set", "width=8"]
+
+
+def test_a_time_budget_shortens_both_stages_and_is_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
+    out = tmp_path / "run"  # by this clock a step takes a second, and an epoch is one step
+    long = ["--set", "batch_size=54", "--set", "standard.epochs=50", "--set", "dverge.epochs=100"]
+    assert run(["train", "--out", str(out), *FEW, *long, "--budget", "5s"]) == 0
+    recorded = json.loads((out / "config.json").read_text())
+    assert (recorded["standard"]["epochs"], recorded["dverge"]["epochs"]) == (1, 3)
+    told = capsys.readouterr().err
+    assert "standard: 1 epochs" in told
+    assert "standard 1 epochs (108 gradients), dverge 3 epochs" in told
+    assert run(["train", "--out", str(out), "--resume", "--budget", "5s"]) == 2
+    assert "its own epochs" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_epochs_of_a_time_budget(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
+    long = ["--set", "batch_size=54", "--set", "standard.epochs=50", "--set", "dverge.epochs=100"]
+    assert run(["train", "--dry-run", *FEW, *long, "--budget", "1m"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert (settings["standard"]["epochs"], settings["dverge"]["epochs"]) == (18, 36)
+
+
+@pytest.mark.parametrize("budget", ["", "10", "m", "1d", "-5m", "0s", "10m5h"])
+def test_a_budget_that_is_no_time_is_refused(
+    budget: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *FEW, "--budget", budget]) == 2
+    assert "a time such as 90s, 10m or 1h30m" in capsys.readouterr().err
+
+
+def test_a_budget_too_small_or_for_several_processes_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
+    few = [*FEW, "--set", "batch_size=2", "--out", str(tmp_path / "run")]
+    assert run(["train", *few, "--budget", "1s"]) == 2
+    assert "dverge: --budget 1s, less than an epoch" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(["train", *few, "--budget", "1m"]) == 2
+    assert "--budget with torchrun" in capsys.readouterr().err

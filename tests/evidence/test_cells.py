@@ -171,7 +171,7 @@ def test_every_cell_has_a_file_of_its_own_and_settings_that_can_be() -> None:
 
 
 def test_fast_cells_take_a_quarter_of_the_exact_ones_gradient_evaluations() -> None:
-    from training.estimate import gradient_evaluations
+    from training.budget import gradient_evaluations
 
     spent = {
         each.name: sum(gradient_evaluations(each.settings(here=False), 1293).values())

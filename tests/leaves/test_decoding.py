@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -238,3 +239,23 @@ def test_a_file_beyond_every_camera_is_refused(tmp_path: Path) -> None:
     preprocess = Preprocess(mode="L", resize=(8, 8), crop=(8, 8))
     with pytest.raises(ImageError, match="12000x12000 pixels"):
         to_pixels(tmp_path / "a.png", preprocess)
+
+
+def test_heic_files_of_ones_own_are_decoded_upright_and_the_services_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    pixels, exif = smooth(32, 48), Image.Exif()
+    exif[0x0112] = 6  # lying on its side: the decoder turns it, and the tag must not turn it again
+    file = tmp_path / "photo.HEIC"
+    heif.from_pillow(Image.fromarray(pixels)).save(file, quality=95, exif=exif.tobytes())
+    found = to_pixels(file, exactly("RGB", (48, 32))).astype(int)
+    assert np.abs(found - np.rot90(pixels, -1).transpose(2, 0, 1)).mean() < 3
+    with pytest.raises(ImageError, match="not an image"):
+        load(file.read_bytes(), exactly("RGB", (32, 48)))
+    monkeypatch.setattr("dverge_serve.images.MAX_FILE_PIXELS", 32 * 48 - 1)
+    with pytest.raises(ImageError, match="32x48 pixels"):
+        to_pixels(file, exactly("RGB", (32, 48)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="install dverge-serve"):
+        to_pixels(file, exactly("RGB", (32, 48)))

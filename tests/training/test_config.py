@@ -17,6 +17,7 @@ from training.schedules import Dverge, Schedule
 
 SCHEDULE: dict[str, Any] = {
     "epochs": 200,
+    "budget": 0,
     "lr": 0.1,
     "momentum": 0.9,
     "weight_decay": 1e-4,
@@ -50,7 +51,9 @@ PUBLISHED = {
         "std": (0.2023, 0.1994, 0.2010),
         "pad": 4,
         "flip": True,
+        "augment": dict.fromkeys(("rotate", "scale", "shear", "brightness", "contrast"), 0.0),
         "holdout": 0.1,
+        "group": "",
         "train_limit": 0,
         "test_limit": 0,
         "memory_gb": None,

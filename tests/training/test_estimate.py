@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
 from tests.training.tape import Tape
 from training import estimate as estimating
+from training.budget import gradient_evaluations
 from training.config import Config
-from training.estimate import estimate, gradient_evaluations
+from training.estimate import estimate, fit_to_time
 from training.methods import TrainingStage, stages
 from training.methods.dverge_draws import draw_layer
 from training.models.member import Member
@@ -141,3 +143,49 @@ def test_the_cost_of_stored_images_is_told(finished: Path) -> None:
     )
     trained = tiny_config(method="dverge+transfer", transfer__networks=2)
     assert "2 sources, which are trained first:" in estimate(trained, CPU)["notes"][-1]
+
+
+def seconds_by_steps(monkeypatch: pytest.MonkeyPatch, standard: float, dverge: float) -> None:
+    """Let the clock show so many seconds for a step of each stage."""
+    now = [0.0]
+
+    def watched(
+        chosen: Config, members: list[Member], optimizers: list[SGD]
+    ) -> list[TrainingStage]:
+        def timed(stage: TrainingStage, each: float) -> TrainingStage:
+            def step(epoch: int, number: int, batch: Batch) -> Tensor:
+                now[0] += each
+                return torch.zeros(2)
+
+            return replace(stage, step=step)
+
+        found = stages(chosen, members, optimizers)
+        return [timed(found[0], standard), timed(found[1], dverge)]
+
+    monkeypatch.setattr(estimating, "stages", watched)
+    monkeypatch.setattr("training.estimate.time.monotonic", lambda: now[0])
+
+
+def test_a_time_gives_both_stages_epochs_in_the_same_proportion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """90 images make 6 batches: 20 epochs of 6 s, 40 of 24 s, and a tenth for all else."""
+    seconds_by_steps(monkeypatch, 1, 4)
+    config = tiny_config(standard__epochs=20, dverge__epochs=40)
+    fitted, cost = fit_to_time(config, 610, CPU)
+    assert cost["epochs"] == {"standard": 10, "dverge": 20}
+    assert (fitted.standard.epochs, fitted.dverge.epochs) == (10, 20)
+    assert cost["seconds"] == {"standard": 60, "dverge": 480}
+    assert cost["gradient_evaluations"] == gradient_evaluations(fitted, 90)
+    assert fitted == config.overridden({"standard.epochs": 10, "dverge.epochs": 20})
+
+
+def test_a_long_time_gives_the_recipes_epochs_and_a_short_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds_by_steps(monkeypatch, 1, 4)
+    config = tiny_config(standard__epochs=20, dverge__epochs=40)
+    assert fit_to_time(config, 1e6, CPU)[0] == config
+    with pytest.raises(UserError, match=r"`budget` 59s, less than an epoch .* 1m 01s or more"):
+        fit_to_time(config, 59, CPU)
+    assert fit_to_time(config, 61, CPU)[1]["epochs"] == {"standard": 1, "dverge": 2}

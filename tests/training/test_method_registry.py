@@ -15,8 +15,8 @@ from torch.optim import SGD
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
+from training.budget import gradient_evaluations
 from training.config import Config, differences
-from training.estimate import gradient_evaluations
 from training.method_registry import METHODS, Method, register
 from training.methods import Step
 from training.methods.standard import descend

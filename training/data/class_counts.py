@@ -34,6 +34,9 @@ def balance(data: TrainingData) -> list[str]:
             f"warning: imbalanced classes, '{common}' {most:,} to '{rare}' {fewest:,}; members "
             "learn little of the rare ones, and accuracy hides it"
         )
+    if data.groups is not None:
+        train, out = data.groups
+        lines.append(f"held out: {out:,} of {train + out:,} groups, {len(data.holdout):,} images")
     held = _counted(data.labels, data.holdout.labels)
     if absent := [name for name, count in held.items() if not count]:
         lines.append(

@@ -12,6 +12,8 @@ from pathlib import Path
 from dverge_serve.errors import UserError
 from dverge_serve.files import sha256
 from dverge_serve.image_folder import HIDDEN, LeftOut, find_images, is_hidden, told
+from training.data.groups import groups_by_name
+from training.data.holdout import whole_groups
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test set
 TEST_SHARE = 0.2  # of each class, where the folder has no parts
@@ -27,6 +29,8 @@ class ImageFolder:
         train, test: each class's files, classes sorted by name.
         left_out: files and folders that are not used.
         split: whether train and test were made here, of one part.
+        groups: each training file's group, and each test file's where it has one; empty where no
+            groups were asked for.
     """
 
     root: Path
@@ -34,6 +38,7 @@ class ImageFolder:
     test: Classes
     left_out: list[LeftOut] = field(default_factory=list)
     split: bool = False
+    groups: dict[Path, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -47,10 +52,19 @@ class ImageFolder:
             )
         if self.left_out:
             lines.append(f"{self.root}: {told(self.left_out)} (`dverge train --list-skipped`)")
+        train, test = (
+            {self.groups[file] for files in part.values() for file in files if file in self.groups}
+            for part in (self.train, self.test)
+        )
+        if both := sorted(train & test):
+            lines.append(
+                f"warning: group '{both[0]}' ({len(both)} such) is in the training part and in the "
+                "test part; figures on such test images are too good"
+            )
         return lines
 
 
-def read_folder(root: Path) -> ImageFolder:
+def read_folder(root: Path, group: str = "") -> ImageFolder:
     """Return the image files of a folder or of a CSV file.
 
     A folder has `train/<class>/` and `test/<class>/` (or `val/<class>/`); one with class folders
@@ -58,11 +72,17 @@ def read_folder(root: Path) -> ImageFolder:
     A CSV file has the columns `path` (from its own folder), `label` and, where it names the parts,
     `part` (train or test).
 
+    Args:
+        root: the folder or file.
+        group: what names an image's group, see `training.data.groups`: a pattern on a file's path
+            from the class folders on, or a column of the CSV file. A folder is split by groups.
+
     Raises:
         UserError: no such folder, fewer than two classes, a class without an image, classes that
-            differ between the parts, or that differ in case or Unicode form alone.
+            differ between the parts, or that differ in case or Unicode form alone, a file without
+            a group.
     """
-    found = _csv(root) if root.suffix.lower() == ".csv" else _folder(root)
+    found = (_csv if root.suffix.lower() == ".csv" else _folder)(root, group)
     _refuse_names_alike(found.train)
     if found.train.keys() != found.test.keys():
         odd = sorted(found.train.keys() ^ found.test.keys())
@@ -74,7 +94,7 @@ def read_folder(root: Path) -> ImageFolder:
     return found
 
 
-def _folder(root: Path) -> ImageFolder:
+def _folder(root: Path, group: str) -> ImageFolder:
     layout = f"{root}/train/<class>/ and {root}/test/<class>/ with PNG, JPEG or WebP images"
     tests = [name for name in TEST_FOLDERS if (root / name).is_dir()]
     above = root.absolute().parent
@@ -82,14 +102,21 @@ def _folder(root: Path) -> ImageFolder:
     left_out: list[LeftOut] = []
     whole = not is_part and not tests and not (root / "train").is_dir()
     if whole and len(_folders(root)) > 1:
-        return ImageFolder(root, *_parts(_classes(root, layout, left_out), root), left_out, True)
+        classes = _classes(root, layout, left_out)
+        groups = _groups(classes, root, group)
+        return ImageFolder(root, *_parts(classes, root, groups), left_out, True, groups)
     for part in ("train", tests[0] if tests else "test"):
         if not (root / part).is_dir():
             next_step = f"give `data` {above}" if is_part else ""
             raise UserError(f"no folder {root / part}", layout, next_step)
     train, test = (_classes(root / name, layout, left_out) for name in ("train", tests[0]))
     left_out += [LeftOut(root / name, f"beside {tests[0]}/, the test set") for name in tests[1:]]
-    return ImageFolder(root, train, test, left_out)
+    return ImageFolder(root, train, test, left_out, groups=_groups(train, root / "train", group))
+
+
+def _groups(classes: Classes, folder: Path, pattern: str) -> dict[Path, str]:
+    files = (file for each in classes.values() for file in each)
+    return groups_by_name(files, folder, pattern) if pattern else {}
 
 
 def _folders(root: Path) -> list[Path]:
@@ -123,10 +150,31 @@ def _classes(folder: Path, layout: str, left_out: list[LeftOut]) -> Classes:
     return classes
 
 
-def _parts(classes: Classes, root: Path) -> tuple[Classes, Classes]:
-    """Return a training and a test part of each class, drawn by the hash of the files' names."""
+def _parts(classes: Classes, root: Path, groups: dict[Path, str]) -> tuple[Classes, Classes]:
+    """Return a training and a test part of each class, drawn by the hash of the files' names.
+
+    Where there are groups, these are drawn, by the hash of theirs.
+    """
     train: Classes = {}
     test: Classes = {}
+    if groups:
+        order = sorted(set(groups.values()), key=lambda name: sha256(name.encode()))
+        every = [(name, file) for name, files in classes.items() for file in files]
+        places = {name: place for place, name in enumerate(classes)}
+        held = whole_groups(
+            [places[name] for name, _ in every],
+            [groups[file] for _, file in every],
+            TEST_SHARE,
+            order,
+        )
+        for (name, file), out in zip(every, held, strict=True):
+            (test if out else train).setdefault(name, []).append(file)
+        if lone := sorted(train.keys() - test.keys()):
+            raise UserError(
+                f"no group of class '{lone[0]}' in {root} for the test set ({len(lone)} such)",
+                "two groups or more of every class, to split them",
+            )
+        return train, test
     for name, files in classes.items():
         if len(files) < 2:
             raise UserError(
@@ -138,7 +186,7 @@ def _parts(classes: Classes, root: Path) -> tuple[Classes, Classes]:
     return train, test
 
 
-def _csv(path: Path) -> ImageFolder:
+def _csv(path: Path, group: str) -> ImageFolder:
     columns = "columns path, label and, if it names the parts, part (train or test)"
     try:
         with path.open(encoding="utf-8-sig", newline="") as text:
@@ -148,26 +196,34 @@ def _csv(path: Path) -> ImageFolder:
         raise UserError(f"cannot read {path} ({error})", f"a CSV file with {columns}") from error
     if not {"path", "label"} <= set(reader.fieldnames or ()):
         raise UserError(f"{path} has the columns {', '.join(reader.fieldnames or ())}", columns)
+    if group and group not in (reader.fieldnames or ()):
+        raise UserError(f"no column '{group}' in {path}", "a column that `data.group` names")
     parts: dict[str, Classes] = {}
+    groups: dict[Path, str] = {}
     for number, row in enumerate(rows, 2):
         file, label, part = path.parent / (row["path"] or ""), row["label"], row.get("part", "")
         if not file.is_file():
             raise UserError(f"line {number} of {path}: no file {file}", "paths from its own folder")
         if not label or part not in ("", "train", "test"):
             raise UserError(f"line {number} of {path}: label '{label}', part '{part}'", columns)
+        if group and not row[group]:
+            raise UserError(f"line {number} of {path}: no {group}", "a group for every image")
+        if group:
+            groups[file] = row[group]
         parts.setdefault(part, {}).setdefault(label, []).append(file)
     sorted_parts = {
         part: {label: sorted(classes[label]) for label in sorted(classes)}
         for part, classes in parts.items()
     }
     if sorted_parts.keys() == {""} and len(sorted_parts[""]) > 1:
-        return ImageFolder(path, *_parts(sorted_parts[""], path.parent), split=True)
+        both = _parts(sorted_parts[""], path.parent, groups)
+        return ImageFolder(path, *both, split=True, groups=groups)
     if sorted_parts.keys() != {"train", "test"} or len(sorted_parts["train"]) < 2:
         named = ", ".join(f"'{part}'" for part in parts)
         raise UserError(
             f"{path} has the parts {named}", "two classes or more, and both or no parts"
         )
-    return ImageFolder(path, sorted_parts["train"], sorted_parts["test"])
+    return ImageFolder(path, sorted_parts["train"], sorted_parts["test"], groups=groups)
 
 
 def _refuse_names_alike(names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from dverge_serve import images
 from dverge_serve.errors import UserError
 from dverge_serve.files import cache_folder
-from dverge_serve.progress import Progress, say
+from dverge_serve.progress import Progress
 from training.config import DOWNLOADED, Data
 from training.data.image_folder import read_folder
 from training.seeds import generator
@@ -113,15 +113,16 @@ def image_files(data: Data, part: str) -> tuple[tuple[str, ...], ImageFiles]:
     """
     if not data.path:
         raise UserError("no data folder", "`data` FOLDER with train/<class>/ and test/<class>/")
-    found = read_folder(Path(data.path))
-    if part == "train":
-        for line in found.notes:
-            say(line)
+    found = read_folder(Path(data.path), data.group)
     classes = found.train if part == "train" else found.test
     paths = [file for files in classes.values() for file in files]
     targets = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
     where = "train" if part == "train" else "test"
-    files = ImageFiles(found.root / where, paths, targets.astype(np.int64), data.preprocess)
+    groups = [found.groups[file] for file in paths] if part == "train" and found.groups else []
+    folder = found.root / where
+    files = ImageFiles(
+        folder, paths, targets.astype(np.int64), data.preprocess, groups, found.notes
+    )
     return tuple(classes), files.take(_chosen(len(paths), data, part))
 
 
@@ -134,16 +135,22 @@ class ImageFiles:
         paths: of `N` files.
         targets: classes, int64 `[N]`.
         preprocess: how they become the model's input.
+        groups: that belong together, of `N` files; or none.
+        notes: what a user must know of the folder, a line each.
     """
 
     folder: Path
     paths: list[Path]
     targets: npt.NDArray[np.int64]
     preprocess: images.Preprocess
+    groups: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def take(self, rows: npt.NDArray[np.int64]) -> ImageFiles:
         """Return the chosen rows."""
-        return replace(self, paths=[self.paths[at] for at in rows], targets=self.targets[rows])
+        paths = [self.paths[at] for at in rows]
+        groups = [self.groups[at] for at in rows] if self.groups else []
+        return replace(self, paths=paths, targets=self.targets[rows], groups=groups)
 
     def read(self) -> Arrays:
         """Decode all: images uint8 `[N, C, H, W]` and classes.

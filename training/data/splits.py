@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,11 @@ import torch
 from torch import Tensor
 
 from dverge_serve.errors import UserError
+from dverge_serve.progress import say
 from training.config import Data
 from training.data import sources
+from training.data.augmentation import jitter
+from training.data.holdout import parts
 from training.data.streaming import Streamed, streamed, streams
 from training.device import send
 from training.seeds import generator
@@ -83,11 +88,18 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images for training and held-out images for choosing; the test set is not among them."""
+    """Images for training and held-out images for choosing; the test set is not among them.
+
+    Args:
+        labels: names of the classes.
+        train, holdout: the images.
+        groups: how many groups of images each of the two has, where whole groups were held out.
+    """
 
     labels: tuple[str, ...]
     train: Split | Streamed
     holdout: Split
+    groups: tuple[int, int] | None = None
 
 
 def load_training(data: Data) -> TrainingData:
@@ -100,61 +112,37 @@ def load_training(data: Data) -> TrainingData:
     """
     if data.name != "imagefolder":
         labels, (pixels, targets) = sources.read(data, "train")
-        kept, out = _parts(targets, labels, data)
+        kept, out = parts(targets, labels, data)
         return TrainingData(
             labels, _split(pixels[kept], targets[kept]), _split(pixels[out], targets[out])
         )
     labels, files = sources.image_files(data, "train")
-    kept, out = _parts(files.targets, labels, data)
+    for line in files.notes:
+        say(line)
+    kept, out = parts(files.targets, labels, data, files.groups)
+    held = files.take(out)
+    groups = None
+    if files.groups:
+        groups = len({*files.groups} - {*held.groups}), len({*held.groups})
     if streams(files, data):
-        return TrainingData(
-            labels, streamed(files.take(kept), data), _split(*files.take(out).read())
-        )
+        return TrainingData(labels, streamed(files.take(kept), data), _split(*held.read()), groups)
     # Read in an order that makes both parts views: no second copy of the images.
     pixels, targets = files.take(np.concatenate([kept, out])).read()
     count = len(kept)
     return TrainingData(
-        labels, _split(pixels[:count], targets[:count]), _split(pixels[count:], targets[count:])
+        labels,
+        _split(pixels[:count], targets[:count]),
+        _split(pixels[count:], targets[count:]),
+        groups,
     )
 
 
-def _parts(
-    targets: npt.NDArray[np.int64], labels: tuple[str, ...], data: Data
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows for training and the rows held out.
-
-    They are drawn at random, and by class where that would leave a class out of either.
-    """
-    order = torch.randperm(len(targets), generator=generator("holdout")).numpy()
-    held = max(1, round(data.holdout * len(order)))
-    if len(order) - held < 2:
-        raise UserError(
-            f"{len(order)} training images in '{data.path or data.name}'",
-            "enough for training and a held-out part",
-        )
-    if any(len(np.unique(targets[part])) < len(labels) for part in (order[held:], order[:held])):
-        order = order[np.argsort(_places(targets[order]), kind="stable")]
-    kept, out = np.sort(order[held:]), np.sort(order[:held])
-    missing = [labels[index] for index in set(range(len(labels))) - set(targets[kept].tolist())]
-    if missing:
-        raise UserError(
-            f"no training image left of class '{sorted(missing)[0]}' ({len(missing)} such)",
-            "every class in the training part",
-            "raise data.train_limit or lower data.holdout",
-        )
-    return kept, out
-
-
-def _places(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return where each image stands within its class, from 0 to 1, in the order given.
-
-    By it, the first images of an order are as good as the same share of every class.
-    """
-    places = np.empty(len(targets))
-    for label in np.unique(targets):
-        rows = np.flatnonzero(targets == label)
-        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return places
+def training_images(data: Data) -> int:
+    """Return how many images `load_training` would train on; of a folder, none is decoded."""
+    if data.name == "imagefolder":
+        labels, files = sources.image_files(data, "train")
+        return len(parts(files.targets, labels, data, files.groups)[0])
+    return len(load_training(data).train)
 
 
 def load_test(data: Data) -> tuple[tuple[str, ...], Split]:
@@ -172,8 +160,11 @@ def image_files(data: Data, part: str) -> list[str]:
         return []
     labels, files = sources.image_files(data, part)
     if part == "train":
-        files = files.take(np.concatenate(_parts(files.targets, labels, data)))
-    return [path.relative_to(data.path).as_posix() for path in files.paths]
+        both = parts(files.targets, labels, data, files.groups)
+        files = files.take(np.concatenate(both))
+    root = Path(data.path)
+    folder = root if root.is_dir() else root.parent  # of a CSV file
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in files.paths]
 
 
 def load_rest(data: Data) -> Split:
@@ -218,9 +209,9 @@ def batches(
     """
     draw = generator(*seed_path)
     order = torch.randperm(len(split), generator=draw)
-    parts = [rows for rows in torch.split(order, batch_size) if len(rows) > 1]
-    for images, labels in split.fetch(parts):
-        yield to_float(augment(images, data, draw)), labels
+    rows = [part for part in torch.split(order, batch_size) if len(part) > 1]
+    for images, labels in split.fetch(rows):
+        yield jitter(to_float(augment(images, data, draw)), data.augment, draw), labels
 
 
 def augment(batch: Tensor, data: Data, draw: torch.Generator) -> Tensor:

@@ -185,7 +185,10 @@ def test_a_limit_decodes_no_more_images_than_it_asks_for(
     assert len(decoded) == 17
 
 
-def test_each_file_that_is_not_used_is_counted_by_its_reason(folder: Path) -> None:
+def test_each_file_that_is_not_used_is_counted_by_its_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dverge_serve.image_folder.find_spec", lambda name: None)
     ant = folder / "train" / "ant"
     (ant / "phone.heic").write_bytes(b"x")
     (ant / "old.jfif").write_bytes(picture(5, kind="JPEG"))
@@ -203,7 +206,7 @@ def test_each_file_that_is_not_used_is_counted_by_its_reason(folder: Path) -> No
     }
     reasons = {each.path.name: each.reason for each in found.left_out}
     assert reasons == {
-        "phone.heic": ".heic (save them as JPEG or PNG)",
+        "phone.heic": ".heic (install dverge-serve[heif], or save them as JPEG or PNG)",
         "notes.txt": ".txt (not PNG, JPEG or WebP)",
         "sound": "without a suffix (not PNG, JPEG or WebP)",
         "gone.png": "that links to nothing",
@@ -214,7 +217,19 @@ def test_each_file_that_is_not_used_is_counted_by_its_reason(folder: Path) -> No
     }
     (note,) = found.notes
     assert "3 hidden, or of the system" in note
-    assert "1 .heic (save them as JPEG or PNG)" in note
+    assert "1 .heic (install dverge-serve[heif]," in note
+
+
+def test_heic_photos_are_images_where_their_reader_is_installed(folder: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    ant = folder / "train" / "ant"
+    heif.from_pillow(Image.new("RGB", (64, 64), (40, 50, 60))).save(ant / "phone.HEIC")
+    data = load_training(from_folder(folder))
+    assert len(data.train) + len(data.holdout) == 10
+    (ant / "broken.heif").write_bytes((ant / "phone.HEIC").read_bytes()[:-20])
+    message = refusal(from_folder(folder))
+    assert "1 of 11 images" in message
+    assert "broken.heif (the image is truncated" in message
 
 
 def test_links_to_folders_are_followed_once_and_not_in_circles(tmp_path: Path) -> None:
