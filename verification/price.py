@@ -74,7 +74,7 @@ def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, ra
     total, whole = 0.0, rounds(suite)
     later = whole[len({each.loss for each in whole}) :]  # few images are left to them, or none
     for attack in suite:
-        if attack.threat == "queries" or attack in later:
+        if attack.asks or attack in later:
             continue
         one = source.get(attack.source, 0.0)
         if attack.source == "target" and attack.control:
@@ -125,7 +125,7 @@ def spent(
         sizes: how many networks each source has, see `passes`.
         outcomes: by target.
     """
-    by_name = {attack.name: attack for attack in suite if attack.threat != "queries"}
+    by_name = {attack.name: attack for attack in suite if not attack.asks}
     total = 0
     for name in ("model", "control"):
         for (run, _), images in outcomes[name].ran.items() if name in outcomes else ():
