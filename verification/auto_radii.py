@@ -15,8 +15,8 @@ from training.models.ensemble import Ensemble
 from training.pgd import Norm
 from training.runs.directory import Run
 from verification.attacks.gradient_attack import GradientAttack
-from verification.gradients import ready
-from verification.surrogates import Surrogate, attackable
+from verification.control import find_control
+from verification.surrogates import Surrogate
 
 MOST_IMAGES = 64
 MOST_STEPS = 127  # of 255: half the pixel range hides every image
@@ -27,18 +27,14 @@ def control_and_sources(
 ) -> tuple[Sequence[nn.Module], list[Sequence[nn.Module]]]:
     """Return an undefended control and the sources it is attacked from.
 
-    The control is the run's undefended members, without a run the first surrogate that another can
-    attack. The sources are all surrogates that share no network with it, or the control itself if
-    there are none.
+    The sources are all surrogates that share no network with it. If there are none, it is attacked
+    with its own weights; without a run it is then the first surrogate.
     """
-    if run is None:
-        first = attackable(surrogates) or surrogates[0]
-        control, weights, indices = first.members, first.run.weights_sha256, first.indices
-    else:
-        control = [ready(member, device) for member in run.members("standard")]
-        weights, indices = str(run.checkpoint["standard_sha256"]), tuple(range(len(control)))
-    others = [each.members for each in surrogates if not each.shares(weights, indices)]
-    return control, [*others] or [control]
+    control = find_control(run, surrogates)
+    if control is None:
+        return surrogates[0].members, [surrogates[0].members]
+    members = control.members(device)
+    return members, [each.members for each in control.strangers(surrogates)] or [members]
 
 
 def halving_radii(

@@ -59,10 +59,12 @@ class Price:
         }
 
 
-def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int) -> float:
+def gradient_cost(
+    suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int
+) -> float:
     """Return what all gradients of a suite cost, counted or timed.
 
-    Queries of a model's answers are no gradients and cost nothing here.
+    Answers of the model are no gradients and cost nothing here.
 
     Args:
         suite: the attacks.
@@ -98,7 +100,7 @@ def price(
 
     Args:
         suite: the attacks.
-        sizes: how many networks each source has, see `passes`.
+        sizes: how many networks each source has, see `gradient_cost`.
         configs: of the surrogates that belong to it, cached or not.
         model: how the model was trained.
         train_images, images: how many are trained on and attacked.
@@ -110,19 +112,19 @@ def price(
 
     return Price(
         surrogates=sum(map(trained, configs)),
-        attacks=round(passes(suite, sizes, images, radii)),
+        attacks=round(gradient_cost(suite, sizes, images, radii)),
         training=trained(model),
     )
 
 
-def spent(
+def gradients_spent(
     suite: Sequence[Attack], sizes: Mapping[str, int], outcomes: Mapping[str, Outcomes]
 ) -> int:
     """Count the gradients of attacks on the images that they ran on.
 
     Args:
         suite: the attacks.
-        sizes: how many networks each source has, see `passes`.
+        sizes: how many networks each source has, see `gradient_cost`.
         outcomes: by target.
     """
     by_name = {attack.name: attack for attack in suite if not attack.asks}
@@ -176,10 +178,10 @@ def forecast(
     told = "surrogates: none to train"
     if networks:
         told = f"surrogates: {networks} networks to train, about {duration(training)}"
-    attacks = passes(suite, seconds, len(split), radii)
+    attacks = gradient_cost(suite, seconds, len(split), radii)
     return (
         f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "
-        f"about {duration(attacks)}"
+        f"about {duration(attacks)} and what the model's answers take"
     )
 
 

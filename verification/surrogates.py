@@ -79,14 +79,6 @@ class Surrogate:
         }
 
 
-def attackable(surrogates: Sequence[Surrogate]) -> Surrogate | None:
-    """Return the first surrogate that another one, which shares no network with it, can attack."""
-    for each in surrogates:
-        if not all(other.shares(each.run.weights_sha256, each.indices) for other in surrogates):
-            return each
-    return None
-
-
 @dataclass(frozen=True)
 class SurrogateSet:
     """Networks that are trained at once, and the surrogates that are made of them.

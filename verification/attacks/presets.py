@@ -88,7 +88,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
     preset, norm = variant.preset, variant.norm
     chosen: list[Attack] = [
         Noise(name="noise", threat="transfer", source="none"),
-        UniversalPatterns(name="universal patterns", control=False),
+        UniversalPatterns(name="universal patterns"),
         replace(
             PGD,
             name="fgsm-ce on mean-logits",
