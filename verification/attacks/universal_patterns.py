@@ -21,13 +21,14 @@ from verification.attacks.attack import Attack, Crafted, Model, Threat
 from verification.attacks.perturbation import uint8_steps
 
 ORDER = 8  # of the Walsh-Hadamard matrix: patterns of 8 x 8 signs
-TRIED_ON = 40  # images that every pattern is tried on
+PERIODS = (2, 3, 4, 5, 6, 8)  # of stripes, pixels
+TRIED_ON = 32  # images that every pattern is tried on
 KEPT = 4  # patterns that are added to all images
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalPatterns(Attack, kind="patterns"):
-    """Signs times eps, added to every image: constants, stripes, checkerboards and their products.
+    """Signs times eps, added to every image: constants, stripes, checkerboards and products.
 
     The patterns are those of `patterns`. Every one is tried on a random sample of the images, and
     those that break most of it, each on what the ones before left, are added to all images.
@@ -78,16 +79,25 @@ def patterns(channels: int, height: int, width: int) -> Tensor:
     """Return the family of patterns, int8 `[patterns, C, H, W]` of -1 and 1.
 
     The 64 outer products of the Walsh-Hadamard functions of order 8, repeated every 8 pixels (high
-    frequencies: checkerboard, stripes of periods 2, 4 and 8) and stretched over the image (low
-    ones), equal in all channels; and one constant for each combination of signs of the channels.
-    All with both signs, none twice: 128 on grey images of 8 x 8 pixels, 260 on large colour ones.
+    frequencies, checkerboards) and stretched over the image (low ones), and stripes along rows,
+    columns and both diagonals, in all phases of small periods; all equal in all channels. And one
+    constant for each combination of signs of the channels. All with both signs, none twice: 232 on
+    grey images of 8 x 8 pixels, 364 on large colour ones.
     """
     waves = torch.from_numpy(hadamard(ORDER, dtype=np.int8))
     squares = torch.einsum("ia,jb->ijab", waves, waves).flatten(0, 1)
     rows, columns = torch.arange(height), torch.arange(width)
     tiled = squares[:, rows % ORDER][:, :, columns % ORDER]
     stretched = squares[:, rows * ORDER // height][:, :, columns * ORDER // width]
-    planes = torch.cat([tiled, stretched])[:, None].expand(-1, channels, -1, -1)
+    down, across = torch.meshgrid(rows, columns, indexing="ij")
+    stripes = [
+        ((line + shift) % period * 2 < period) * 2 - 1
+        for line in (down, across, down + across, down - across)
+        for period in PERIODS
+        for shift in range(0, period, max(1, period // 4))
+    ]
+    planes = torch.cat([tiled, stretched, torch.stack(stripes).to(torch.int8)])
+    planes = planes[:, None].expand(-1, channels, -1, -1)
     casts = torch.tensor([*itertools.product((1, -1), repeat=channels)], dtype=torch.int8)
     constants = casts[:, :, None, None].expand(-1, -1, height, width)
     return torch.cat([planes, -planes, constants]).unique(dim=0)
