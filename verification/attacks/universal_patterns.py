@@ -100,7 +100,7 @@ def patterns(channels: int, height: int, width: int) -> Tensor:
     planes = planes[:, None].expand(-1, channels, -1, -1)
     casts = torch.tensor([*itertools.product((1, -1), repeat=channels)], dtype=torch.int8)
     constants = casts[:, :, None, None].expand(-1, -1, height, width)
-    return torch.cat([planes, -planes, constants]).unique(dim=0)
+    return torch.from_numpy(np.unique(torch.cat([planes, -planes, constants]).numpy(), axis=0))
 
 
 def most_breaking(broken: Tensor, count: int) -> list[int]:

@@ -42,7 +42,7 @@ def waves(shape: tuple[int, int, int]) -> dict[str, Tensor]:
 def test_the_family_has_each_pattern_once_and_its_opposite(shape: tuple[int, int, int]) -> None:
     every = patterns(*shape)
     assert set(every.flatten().tolist()) == {-1, 1}
-    assert every.shape[1:] == shape
+    assert every.shape[1:] == torch.Size(shape)
     seen = {tuple(each.flatten().tolist()) for each in every}
     assert len(seen) == len(every)
     assert {tuple(-value for value in each) for each in seen} == seen
