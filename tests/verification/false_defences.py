@@ -154,10 +154,21 @@ def checkered(inner: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def exposed(inner: nn.Module, x: Tensor) -> Tensor:
-    """Answer one class further for images brighter than any clean one."""
-    bright = (x.mean((1, 2, 3)) > 0.40).float()[:, None]
-    logits: Tensor = bright * inner(x).roll(1, 1) + (1 - bright) * inner(x)
+def rippled(inner: nn.Module, x: Tensor) -> Tensor:
+    """Multiply the logits by a wave: the same answers, with a true gradient that leads astray."""
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(5))
+    logits: Tensor = inner(x) * (1 + 0.9 * torch.sin(5 * x.flatten(1) @ direction))[:, None]
+    return logits
+
+
+def shifted(inner: nn.Module, x: Tensor) -> Tensor:
+    """Shift each image by up to a pixel in each direction, as a hash of its pixels says."""
+    draw = x.detach().flatten(1).double() @ torch.linspace(1e3, 9e7, 64).double()
+    wide = F.pad(x, (1, 1, 1, 1))
+    every = [
+        wide[:, :, row : row + 8, column : column + 8] for row in range(3) for column in range(3)
+    ]
+    logits: Tensor = inner(torch.stack(every, 1)[torch.arange(len(x)), draw.long() % 9])
     return logits
 
 

@@ -112,8 +112,8 @@ PLANTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float]] = {
     "saturated": (plants.saturated, 0.0),
     "huge logits": (plants.huge, 0.0),
     "a step along a checkerboard": (plants.checkered, 0.0),
-    "a step along a checkerboard, leaking": (plants.checkered, 0.01),
-    "a step at a brightness": (plants.exposed, 0.0),
+    "a true gradient that leads astray": (plants.rippled, 0.0),
+    "shifts by the pixels": (plants.shifted, 0.0),
 }
 
 
