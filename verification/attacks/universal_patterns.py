@@ -60,18 +60,23 @@ class UniversalPatterns(Attack, kind="patterns"):
         def added(pattern: Tensor, x: Tensor) -> Tensor:
             return (x + size * pattern.to(x)).clamp(0, 1)
 
+        def wrong(x: Tensor, y: Tensor) -> Tensor:
+            return model(x).argmax(1).to(y.device) != y
+
         order = np.random.default_rng(derive(*seed)).permutation(len(images))[:TRIED_ON]
         sample = torch.from_numpy(np.sort(order)).to(images.device)
         x, y = images[sample], labels[sample]
-        broken = torch.stack([model(added(pattern, x)).argmax(1) != y for pattern in every])
+        broken = torch.stack([wrong(added(pattern, x), y) for pattern in every])
         chosen = [every[index] for index in most_breaking(broken, KEPT)]
         found = added(chosen[0], images)
         standing = torch.arange(len(images), device=images.device)
         for pattern in chosen:
+            if not len(standing):  # a model with noise may break the last ones early
+                break
             tried = added(pattern, images[standing])
-            wrong = model(tried).argmax(1) != labels[standing]
-            found[standing[wrong]] = tried[wrong]
-            standing = standing[~wrong]
+            fallen = wrong(tried, labels[standing])
+            found[standing[fallen]] = tried[fallen]
+            standing = standing[~fallen]
         return Crafted(found)
 
 
