@@ -8,9 +8,9 @@ attacks, by `run_suite`, nothing cached; and with foolbox, the Adversarial Robus
 pyautoattack (the reference AutoAttack), each on what the ones before it left. Whatever anybody
 makes is scored by the engine in the model file, as floats and rounded to 8 bits, and counts in
 both. `gap` is the share of the images that only the others broke, with its Wilson 95% interval; it
-must be at most one point. `--transfer` adds the same for attacks from our surrogates: there the
-others are torchattacks' MI-DI and VMI, and AutoAttack's APGD, from each surrogate and from all
-their members as one ensemble.
+must be at most one point. `--transfer` adds the same for attacks without the weights: noise,
+universal patterns and those from our surrogates; there the others are torchattacks' MI-DI and VMI,
+and AutoAttack's APGD, from each surrogate and from all their networks as one ensemble.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torchattacks
 from art.attacks.evasion import AutoProjectedGradientDescent
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from benchmarks.bench import bar, machine, say
 from benchmarks.report import busy_percent, finish, parser
 from dverge_serve import images
+from dverge_serve.engine.outputs import Scores
 from training import pgd
 from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
@@ -148,10 +150,22 @@ def theirs(
     return standing, broke
 
 
+@dataclass(frozen=True)
+class Unnamed:
+    """An engine without its hash: nothing that is made with it is cached."""
+
+    engine: Scorer
+
+    def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
+        """Return the scores of float32 images `[N, C, H, W]` in `[0,1]`."""
+        return self.engine.run_all(images)
+
+
 def ours(context: Context, target: Target, suite: Sequence[Attack]) -> tuple[list[Mask], float]:
     """Return what stands at each radius after the preset's attacks, and the seconds they took."""
     sources = {each.name: (each.members, "") for each in context.surrogates}  # no hash: no cache
-    if any(attack.source == "target" for attack in suite):
+    target = replace(target, engine=Unnamed(target.engine))
+    if all(attack.threat == "white_box" for attack in suite):
         target = replace(target, weights="")
     begun = time.perf_counter()
     found = run_suite(suite, sources, {"model": target}, context.split, context.eps, seed=0)
@@ -171,8 +185,10 @@ def compare(context: Context, threat: Threat, effort: Effort) -> Iterator[dict[s
         if threat == "white_box":
             attacks = white_box(Ensemble(target.members).eval(), eps, effort)
         else:
-            each = [surrogate.members for surrogate in context.surrogates]
-            sources = [*each, [member for members in each for member in members]]
+            sources = [surrogate.members for surrogate in context.surrogates]
+            every = list({id(member): member for members in sources for member in members}.values())
+            if len(every) > max(map(len, sources)):
+                sources.append(every)
             attacks = (
                 (f"{name} from {len(members)} members", craft)
                 for members in sources

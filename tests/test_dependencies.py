@@ -15,7 +15,7 @@ PATIENCE_S = 900  # a resolver that tries every old release takes longer, or giv
 
 
 def pip(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [folder / "bin" / "python", "-m", "pip", *arguments]
+    command: list[str | Path] = [folder / "bin" / "python", "-m", "pip", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 

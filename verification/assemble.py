@@ -20,7 +20,7 @@ from verification.taxonomies import IDENTIFIERS
 
 OUT_OF_SCOPE = (
     "attacks larger than the stated eps, other norms, patches, rotations and physical attacks",
-    "poisoned training data, privacy of the training images",
+    "poisoned training data, backdoors whose trigger nobody knows, privacy of the training images",
     "attackers who query for longer than the numbers stated",
     "attackers who adapt to more than the weights and the alarm of this model",
 )

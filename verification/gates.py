@@ -123,21 +123,36 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
 
 
 def control_falls(
-    control: Outcomes | None, suite: Sequence[Attack], eps: Sequence[float], what: str = "control"
+    control: Outcomes | None,
+    suite: Sequence[Attack],
+    eps: Sequence[float],
+    what: str = "control",
+    *,
+    searched: bool = False,
 ) -> Gate:
     """The transfer attacks break the undefended control.
 
-    If they do not, the surrogates are too unlike the model to say anything about it.
+    If they do not, the surrogates are too unlike the model to say anything about it. Universal
+    patterns do not count here: they would say nothing about the surrogates.
+
+    Args:
+        control: its outcomes; None without one.
+        suite: the attacks.
+        eps: the radii.
+        what: the control is.
+        searched: whether the radii are those at which it falls, found on some of these images.
     """
     name = "control-falls"
     if control is None:
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
-    transfer = [attack for attack in suite if attack.threat == "transfer"]
+    transfer = [attack for attack in suite if attack.threat == "transfer" and not attack.asks]
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
         f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
+    if searched:
+        detail += "; eps auto chose the radii so that it falls"
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
 
 

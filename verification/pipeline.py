@@ -27,7 +27,7 @@ from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
-from verification.price import spent
+from verification.price import gradients_spent
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.examples import examples
@@ -98,7 +98,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "gradient_evaluations": replace(
-                context.price, attacks=spent(context.suite, context.networks, outcomes)
+                context.price, attacks=gradients_spent(context.suite, context.networks, outcomes)
             ).to_json(),
         }
         report = Report.from_json(nulls(table))

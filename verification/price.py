@@ -61,10 +61,12 @@ class Price:
         }
 
 
-def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int) -> float:
+def gradient_cost(
+    suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int
+) -> float:
     """Return what all gradients of a suite cost, counted or timed.
 
-    Queries of a model's answers are no gradients and cost nothing here.
+    Answers of the model are no gradients and cost nothing here.
 
     Args:
         suite: the attacks.
@@ -76,7 +78,7 @@ def passes(suite: Sequence[Attack], source: Mapping[str, float], images: int, ra
     total, whole = 0.0, rounds(suite)
     later = whole[len({each.loss for each in whole}) :]  # few images are left to them, or none
     for attack in suite:
-        if attack.threat == "queries" or attack in later:
+        if attack.asks or attack in later:
             continue
         one = source.get(attack.source, 0.0)
         if attack.source == "target" and attack.control:
@@ -100,7 +102,7 @@ def price(
 
     Args:
         suite: the attacks.
-        sizes: how many networks each source has, see `passes`.
+        sizes: how many networks each source has, see `gradient_cost`.
         configs: of the surrogates that belong to it, cached or not.
         model: how the model was trained.
         train_images, images: how many are trained on and attacked.
@@ -112,22 +114,22 @@ def price(
 
     return Price(
         surrogates=sum(map(trained, configs)),
-        attacks=round(passes(suite, sizes, images, radii)),
+        attacks=round(gradient_cost(suite, sizes, images, radii)),
         training=trained(model),
     )
 
 
-def spent(
+def gradients_spent(
     suite: Sequence[Attack], sizes: Mapping[str, int], outcomes: Mapping[str, Outcomes]
 ) -> int:
     """Count the gradients of attacks on the images that they ran on.
 
     Args:
         suite: the attacks.
-        sizes: how many networks each source has, see `passes`.
+        sizes: how many networks each source has, see `gradient_cost`.
         outcomes: by target.
     """
-    by_name = {attack.name: attack for attack in suite if attack.threat != "queries"}
+    by_name = {attack.name: attack for attack in suite if not attack.asks}
     total = 0
     for name in ("model", "control"):
         for (run, _), images in outcomes[name].ran.items() if name in outcomes else ():
@@ -178,10 +180,10 @@ def forecast(
     told = "surrogates: none to train"
     if networks:
         told = f"surrogates: {networks} networks to train, about {duration(training)}"
-    attacks = passes(suite, seconds, len(split), radii)
+    attacks = gradient_cost(suite, seconds, len(split), radii)
     return (
         f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "
-        f"about {duration(attacks)}"
+        f"about {duration(attacks)} and what the model's answers take"
     )
 
 

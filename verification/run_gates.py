@@ -67,7 +67,13 @@ def check(
         gates.iterative_beats_single(mine, context.suite, context.eps),
         gates.converged(mine, context.suite, context.eps),
         gates.weaker_never_beats(mine, context.suite, context.eps),
-        gates.control_falls(outcomes.get("control"), context.suite, context.eps, named),
+        gates.control_falls(
+            outcomes.get("control"),
+            context.suite,
+            context.eps,
+            named,
+            searched=context.config.auto_eps,
+        ),
         gates.surrogates_close(_best_surrogate(context), float(mine.clean.mean())),
         gates.self_test_found(*self_test(context.split, context.config.seed)),
     ]

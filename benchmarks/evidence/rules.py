@@ -61,9 +61,9 @@ def under_attack(
 
     The gradient attacks that aim at the mean of logits and at the mean of softmax are pooled, so
     that no rule meets weaker attacks than another; none aims at the vote, which has no gradient.
-    Attacks that query the model are left out: each rule would be sent other images.
+    Attacks that ask the model are left out: each rule would be sent other images.
     """
-    pooled = [each for each in suite if each.threat != "queries" and each.only_eps is None]
+    pooled = [each for each in suite if not each.asks and each.only_eps is None]
     found = {}
     for name, rule in RULES.items():  # one by one: the first target alone meets every attack
         target = Target(Combined(engine, rule), model.members, model.weights)

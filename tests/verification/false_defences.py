@@ -146,6 +146,32 @@ def next_class(inner: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
+def checkered(inner: nn.Module, x: Tensor) -> Tensor:
+    """Answer one class further where a checkerboard is stronger than in any clean image."""
+    sign = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    strong = ((x * sign).mean((1, 2, 3)) > 0.032).float()[:, None]
+    logits: Tensor = strong * inner(x).roll(1, 1) + (1 - strong) * inner(x)
+    return logits
+
+
+def rippled(inner: nn.Module, x: Tensor) -> Tensor:
+    """Multiply the logits by a wave: the same answers, with a true gradient that leads astray."""
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(5))
+    logits: Tensor = inner(x) * (1 + 0.9 * torch.sin(5 * x.flatten(1) @ direction))[:, None]
+    return logits
+
+
+def shifted(inner: nn.Module, x: Tensor) -> Tensor:
+    """Shift each image by up to a pixel in each direction, as a hash of its pixels says."""
+    draw = x.detach().flatten(1).double() @ torch.linspace(1e3, 9e7, 64).double()
+    wide = F.pad(x, (1, 1, 1, 1))
+    every = [
+        wide[:, :, row : row + 8, column : column + 8] for row in range(3) for column in range(3)
+    ]
+    logits: Tensor = inner(torch.stack(every, 1)[torch.arange(len(x)), draw.long() % 9])
+    return logits
+
+
 def winner_takes_all(_: nn.Module, x: Tensor) -> Tensor:
     """Return the logits of a network trained with k-WTA."""
     logits: Tensor = trained(3, winners)(x)

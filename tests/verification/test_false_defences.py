@@ -111,6 +111,9 @@ PLANTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float]] = {
     "training labels for perturbed images, leaking": (plants.remembered, 0.01),
     "saturated": (plants.saturated, 0.0),
     "huge logits": (plants.huge, 0.0),
+    "a step along a checkerboard": (plants.checkered, 0.0),
+    "a true gradient that leads astray": (plants.rippled, 0.0),
+    "shifts by the pixels": (plants.shifted, 0.0),
 }
 
 
@@ -140,6 +143,16 @@ def test_images_on_the_datas_own_values_walk_past_a_defence_of_the_others() -> N
     model = Wrapped(plants.off_grid, 0.01)
     assert judged(model, split)[1] <= truth(model, split) + 0.02
     assert coarse_levels(split.images) == tuple((LEVELS * 255).round().int().tolist())
+
+
+def test_a_weakness_along_a_fixed_pattern_shows_in_the_transfer_figure() -> None:
+    split = digits(120)
+    model = Wrapped(plants.checkered)
+    x = splits.to_float(split.images)
+    assert float((model(x).argmax(1) == trained(1)(x).argmax(1)).float().mean()) == 1  # as clean
+    found, robust = judged(model, split)
+    assert failed(found) == {"weaker-never-beats"}
+    assert robust == 0
 
 
 def test_data_with_all_levels_has_no_grid_of_its_own() -> None:

@@ -32,6 +32,7 @@ from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
+from verification.attacks.universal_patterns import UniversalPatterns
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import comparison
 from verification.next_steps import FAILED, NOT_RUN, advised
@@ -288,6 +289,11 @@ def test_a_control_that_stands_makes_it_inconclusive() -> None:
     assert gates.control_falls(robust, chosen, [EPS]).passed is False
     falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
     assert gates.control_falls(falling, chosen, [EPS]).passed
+    assert "auto" not in gates.control_falls(falling, chosen, [EPS]).detail
+    searched = gates.control_falls(falling, chosen, [EPS], searched=True)
+    assert searched.detail.endswith("; eps auto chose the radii so that it falls")
+    (patterns,) = [each for each in chosen if isinstance(each, UniversalPatterns)]
+    assert gates.control_falls(falling, [patterns], [EPS]).passed is False  # say nothing about it
     assert gates.control_falls(None, chosen, [EPS]).passed is None
 
 

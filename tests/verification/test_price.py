@@ -18,7 +18,7 @@ from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.config import PRESETS
-from verification.price import forecast, passes, price, spent
+from verification.price import forecast, gradient_cost, gradients_spent, price
 from verification.surrogates import surrogate_sets
 
 
@@ -51,8 +51,8 @@ def test_counted_gradients_are_those_that_are_computed() -> None:
     outcomes = run_suite(chosen, {"s": (members, "")}, targets, split, [0.05, 0.1], seed=0)
     sizes = {"s": 2, "target": 2, "control": 1}
     seen = sum(each.seen for each in (*members, *other, *own))
-    assert passes(chosen, sizes, images=3, radii=2) == seen
-    assert spent(chosen, sizes, outcomes) == seen
+    assert gradient_cost(chosen, sizes, images=3, radii=2) == seen
+    assert gradients_spent(chosen, sizes, outcomes) == seen
 
 
 def test_broken_images_cost_nothing_more() -> None:
@@ -61,7 +61,7 @@ def test_broken_images_cost_nothing_more() -> None:
     chosen = [attack, replace(attack, name="b", skip_broken=True)]
     target = {"model": Target(TorchEngine([*own]), own, "model")}
     outcomes = run_suite(chosen, {}, target, linear_split([10, 120, 140]), [0.1], seed=0)
-    assert spent(chosen, {"target": 1}, outcomes) == own[0].seen == 3 * 3 + 3 * 1
+    assert gradients_spent(chosen, {"target": 1}, outcomes) == own[0].seen == 3 * 3 + 3 * 1
 
 
 @pytest.mark.parametrize("preset", ["digits", "images"])
@@ -75,7 +75,7 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     transfer = [each for each in suite(variant, list(names)) if each.threat == "transfer"]
     whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293
-    assert whole.attacks == round(passes(transfer, names, 360, 3))
+    assert whole.attacks == round(gradient_cost(transfer, names, 360, 3))
     assert whole.share < 0.8  # the rest is for the other attacks
     assert str(whole).startswith("about 0.")
     assert whole.to_json()["model_training"] == whole.training

@@ -190,10 +190,10 @@ class Attack(ABC):
     def access(self, target: Target) -> tuple[Model, str] | None:
         """Return what an attack on the target itself is run on, and a hash of it.
 
-        That is the answers of its engine, as a plain function, for the threat `queries`, else its
+        That is the answers of its engine, as a plain function, for an attack that `asks`, else its
         weights. None where those are not known; an empty hash where nothing identifies it.
         """
-        if self.threat != "queries":
+        if not self.asks:
             return (Ensemble(target.members).eval(), target.weights) if target.members else None
 
         def answers(images: Tensor) -> Tensor:
@@ -205,6 +205,11 @@ class Attack(ABC):
         return self.seen(
             answers
         ), f"{digest} {card.weights_sha256 if card else ''}" if digest else ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether, run on the target itself, it is given its answers and not its weights."""
+        return self.threat == "queries"
 
     @property
     def cacheable(self) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dverge_serve.engine.outputs import Scores, softmax
+from verification.attacks import losses
 from verification.attacks.attack import Attack
 
 VERSIONS = ("float", "delivered")
@@ -85,10 +87,7 @@ class Outcomes:
         self, eps: float, threat: str, scores: Scores, labels: npt.NDArray[np.int64]
     ) -> None:
         """Keep how near each image's answer came to another one under this threat."""
-        right = np.take_along_axis(scores.logits, labels[:, None], 1)[:, 0]
-        others = scores.logits.copy()
-        np.put_along_axis(others, labels[:, None], -np.inf, 1)
-        found = right - others.max(1)
+        found = -losses.margins(torch.from_numpy(scores.logits), torch.from_numpy(labels)).numpy()
         self.margins[eps, threat] = np.fmin(found, self.margins.get((eps, threat), np.inf))
 
     def nearest(self, standing: Mask, eps: float, threat: str, share: float) -> Mask:

@@ -17,6 +17,7 @@ from verification.attacks.query_presets import query_attacks
 from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.attacks.transfer_presets import NEAREST, transfer_attacks
+from verification.attacks.universal_patterns import UniversalPatterns
 from verification.attacks.value_grid import GridAttack
 from verification.attacks.white_box_presets import PGD, white_box_attacks
 from verification.config import PRESETS
@@ -24,6 +25,7 @@ from verification.config import PRESETS
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 ATTACK_KINDS: tuple[type[Attack], ...] = (
     Noise,
+    UniversalPatterns,
     GradientAttack,
     AdaptivePGD,
     GridAttack,
@@ -86,6 +88,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
     preset, norm = variant.preset, variant.norm
     chosen: list[Attack] = [
         Noise(name="noise", threat="transfer", source="none"),
+        UniversalPatterns(name="universal patterns"),
         replace(
             PGD,
             name="fgsm-ce on mean-logits",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.seeds import derive
+from verification.attacks import losses
 from verification.attacks.attack import Crafted, Model
 from verification.attacks.query_attack import QueryAttack
 
@@ -134,11 +135,8 @@ def _margins(
     logits: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     """Return right less best wrong score; an output that is not finite is no success."""
-    scores = logits.astype(np.float64)
-    rows = np.arange(len(labels))
-    right = scores[rows, labels]
-    scores[rows, labels] = -np.inf
-    margin = right - scores.max(axis=1)
+    scores = torch.from_numpy(logits.astype(np.float64))
+    margin = -losses.margins(scores, torch.from_numpy(labels)).numpy()
     wrong = ~np.isfinite(logits).all(axis=1)
     margin[wrong] = np.inf
     return np.asarray(np.where(margin == 0, _tie(logits, labels), margin))
