@@ -227,7 +227,8 @@ def step(
     made = topology.exchange(distil(layer, (source, target)), len(members))
     partners = partners or all_others(len(members))
     mine = topology.local_members(len(members))
-    (losses,) = update(0, (labels, *(made[other] for index in mine for other in partners[index])))
+    learned = (made[other] for index in mine for other in partners[index])
+    (losses,) = update(0, (source, labels, *learned))
     return losses
 
 
@@ -243,8 +244,8 @@ def halves(
 
     Returns:
         what distils, given a layer, source and target: what each of this process's members makes;
-        what updates, given any layer, labels and, for each of this process's members in turn, the
-        images of its partners: the losses.
+        what updates, given any layer, source, labels and, for each of this process's members in
+        turn, the images of its partners: the losses.
     """
     mine = topology.local_members(len(members))
 
@@ -260,7 +261,7 @@ def halves(
         )
 
     def update(_: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        labels, *images = inputs
+        source, labels, *images = inputs
         drawn = len(images) // len(mine)
 
         def learn(place: int) -> Tensor:
@@ -269,6 +270,8 @@ def halves(
             # Made before the member learns anything: learning moves its BatchNorm statistics.
             own = None if adversary is None else adversary(index, member)
             loss = member_loss(member, learned, labels, len(members) - 1)
+            if settings.clean_weight:
+                loss = loss + settings.clean_weight * F.cross_entropy(member(source), labels)
             if own is not None:
                 loss = settings.weight * loss + F.cross_entropy(member(own), labels)
             return descend([optimizers[index]], loss, topology)

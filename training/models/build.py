@@ -57,4 +57,5 @@ def build_members(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(config.seed, draw, index))
             members.append(build(config, architecture, classes, mean, std))
+        members[-1].freeze_batchnorm = config.freeze_batchnorm and config.pretrained
     return members

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
 from training.config import Config
 from training.models.member import Member
 from training.models.state_dict import fit, parse
+from training.published_weights import paths
 
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin
 CONVERT = "where you trust it, convert it with safetensors.torch.save_file(torch.load(FILE), OUT)"
@@ -49,7 +52,7 @@ class Start:
 
     @classmethod
     def read(cls, config: Config) -> Start | None:
-        """Read what `config.start` names: None where it names nothing.
+        """Read what `config.start` or else `config.weights` names: None where neither is set.
 
         Raises:
             UserError: a missing or damaged file, one that is not safetensors, or one that holds
@@ -57,7 +60,9 @@ class Start:
         """
         named = (config.start,) if isinstance(config.start, str) else config.start
         if not any(named):
-            return None
+            if not config.weights:
+                return None
+            named = paths(config.architectures, config.weights)
         files, networks = [], []
         for name in named:
             content = _content(Path(name))
@@ -111,15 +116,20 @@ class Start:
 
     def complete(self, members: Sequence[Member]) -> bool:
         """Return whether every member gets all of its weights, its last layer's among them."""
+        return not any(self.drawn(members))
+
+    def drawn(self, members: Sequence[Member]) -> list[bool]:
+        """Return of each member whether its last layer is its own random draw."""
         pairs = zip(members, self.weights, strict=True)
-        return not any(_drawn(weights, member) for member, weights in pairs)
+        return [bool(_drawn(weights, member)) for member, weights in pairs]
 
     def describe(self, config: Config, members: Sequence[Member]) -> str:
         """Return a line that says what the weights are used for."""
         names = " and ".join(file["file"] for file in self.files)
         if skipped(config, members, self):
             return f"the weights in {names} stand for standard training, which is skipped"
-        last = "" if self.complete(members) else "; last layers are drawn at random"
+        drawn = "fitted to their features" if config.head_views else "drawn at random"
+        last = "" if self.complete(members) else f"; last layers are {drawn}"
         return f"standard training begins from {names}{last}"
 
 
@@ -139,13 +149,18 @@ def _drawn(weights: Weights, member: Member) -> set[str]:
     return last if weights.shared or other_classes else set()
 
 
-def _last_layer(member: Member) -> set[str]:
-    """Return the names of the tensors of the layer that gives the logits: the last registered."""
-    name, layer = [
+def last_layer(member: Member) -> tuple[str, nn.Module]:
+    """Return the layer that gives the logits, the last that is registered, with its name."""
+    return [
         (name, module)
         for name, module in member.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ][-1]
+
+
+def _last_layer(member: Member) -> set[str]:
+    """Return the names of the tensors of the layer that gives the logits."""
+    name, layer = last_layer(member)
     return {f"{name}.{key}" for key in layer.state_dict()}
 
 
@@ -186,10 +201,16 @@ def _parse(content: bytes, name: str) -> dict[str, Tensor]:
     try:
         return parse(content, name)
     except UserError as error:
-        if content.startswith(PICKLES):  # only now: a safetensors file may begin so, too
+        if not content.startswith(PICKLES):  # only now: a safetensors file may begin so, too
+            raise
+        try:
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as refused:  # torch raises many kinds
             raise UserError(
-                f"{name} is a pickle, and loading one runs whatever code it holds",
-                "a safetensors file",
+                f"{name} is a pickle that holds more than tensors, and loading it would run code",
+                "a safetensors file, or a state dict saved by torch.save",
                 CONVERT,
-            ) from error
-        raise
+            ) from refused
+        if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+            raise UserError(f"{name} is no state dict", "tensors by name") from error
+        return found
