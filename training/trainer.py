@@ -222,11 +222,10 @@ def _run_stage(
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
     surrogates = config.seed > MAX_SEED
-    named = f"{'surrogates, ' if surrogates else ''}{stage.name} training"
+    label = f"{'surrogates, ' if surrogates else ''}{stage.name} training"
+    label += f", {config.members} members"
     count = -(-images // config.batch_size)
-    with Progress(
-        f"{named}, {config.members} members", settings.epochs * count, start=done * count
-    ) as progress:
+    with Progress(label, settings.epochs * count, start=done * count) as progress:
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
             losses = Losses(stage.name, epoch, config.members, topology)

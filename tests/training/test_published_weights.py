@@ -15,7 +15,7 @@ from torchvision.models import WeightsEnum
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config
-from tests.training.stopping import StoppedError
+from tests.training.stopping import stopped_at_its_first_state
 from training import published_weights
 from training.config import Config
 from training.data.splits import load_training
@@ -26,7 +26,6 @@ from training.models.member import Member
 from training.models.pretrained import Start, last_layer
 from training.published_weights import find, preprocessing
 from training.recipe import load_recipe, recipe_for
-from training.runs.directory import Run
 from training.trainer import train
 from verification.surrogates import surrogate_config, with_known_start
 
@@ -186,20 +185,12 @@ def test_a_run_fits_last_layers_once_and_keeps_the_statistics(
         fitted.append(arguments)
         fit_last_layers(*arguments)
 
-    def saved(run: Run, *state: Any) -> None:
-        save(run, *state)
-        raise StoppedError
-
     monkeypatch.setattr("training.trainer.fit_last_layers", counted)
     monkeypatch.setattr("training.trainer.SAVE_EVERY_S", 0.0)
     one = {"members": 1, "method": "standard", "standard__epochs": 2, "data__train_limit": 20}
     config = tiny(head_views=1, freeze_batchnorm=True, **one)
     whole = train(config, tmp_path / "whole", device=CPU)
-    save = Run.save_state
-    with monkeypatch.context() as stopping:
-        stopping.setattr(Run, "save_state", saved)
-        with pytest.raises(StoppedError):
-            train(config, tmp_path / "run", device=CPU)
+    stopped_at_its_first_state(config, tmp_path / "run", monkeypatch)
     run = train(config, tmp_path / "run", device=CPU, resume=True)
     assert run.weights_sha256 == whole.weights_sha256
     assert len(fitted) == 2
