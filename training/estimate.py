@@ -9,7 +9,9 @@ from itertools import count, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dverge_serve.progress import duration
 from training.config import Config
 from training.data.class_counts import balance
 from training.data.splits import TrainingData, load_training
@@ -63,6 +65,10 @@ def estimate(
     if skipped(config, members, start):
         evaluations.pop(plan.pop(0).name)
     seconds: dict[str, float] = {}
+    if start and config.head_views and (drawn := sum(start.drawn(members))):
+        source = next(epoch_batches(split, config, plan[0], 0))[0]
+        told = duration(config.head_views * steps * drawn * _forward_seconds(members[0], source))
+        notes.append(f"{drawn} last layers: fitted to features first, about {told} on {device}")
     for stage in plan:
         batches = list(islice(epoch_batches(split, config, stage, 0), TIMED_STEPS))
         epochs = _epochs_to_time(config, stage, members)
@@ -86,6 +92,15 @@ def estimate(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "notes": notes,
     }
+
+
+@torch.no_grad()
+def _forward_seconds(member: Member, images: Tensor) -> float:
+    """Return what the second of two passes in evaluation mode takes."""
+    for _ in range(2):
+        begun = time.monotonic()
+        float(member.eval()(images).sum())
+    return time.monotonic() - begun
 
 
 def _epochs_to_time(config: Config, stage: TrainingStage, members: Sequence[Member]) -> list[int]:

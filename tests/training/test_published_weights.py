@@ -19,6 +19,7 @@ from tests.training.stopping import stopped_at_its_first_state
 from training import published_weights
 from training.config import Config
 from training.data.splits import load_training
+from training.estimate import estimate
 from training.methods import dverge
 from training.methods.last_layers import RIDGE, fit, fit_last_layers
 from training.models.build import build_members
@@ -157,6 +158,13 @@ def test_each_architecture_of_a_list_has_its_own_file(
     named = "ResNet18_Weights.IMAGENET1K_V1", "MobileNet_V3_Small_Weights.IMAGENET1K_V1"
     assert published_weights.paths(mixed, "DEFAULT") == named
     assert published_weights.paths((NAME, NAME), "DEFAULT") == named[1:]
+
+
+def test_a_dry_run_says_what_fitting_takes(published: Path) -> None:
+    one = {"members": 1, "method": "standard", "data__train_limit": 20}
+    for views, count in ((2, 1), (0, 0)):
+        notes = estimate(tiny(head_views=views, **one), CPU)["notes"]
+        assert sum("1 last layers: fitted to features first, about" in n for n in notes) == count
 
 
 def test_surrogates_begin_from_the_same_weights(published: Path) -> None:
