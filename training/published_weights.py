@@ -97,7 +97,8 @@ def paths(architectures: Sequence[str], weights: str) -> tuple[str, ...]:
 
 
 def _file(entry: WeightsEnum) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
+    name = str(entry.url).rpartition("/")[2]
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.exists():
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where torch says that it downloads

@@ -10,7 +10,8 @@ from torch import nn
 from training.config import Config
 from training.models.member import Member
 from training.models.resnet import resnet_stages
-from training.models.torchvision_member import PREFIX, build_torchvision
+from training.models.torchvision_member import build_torchvision
+from training.published_weights import PREFIX
 from training.seeds import derive
 
 
