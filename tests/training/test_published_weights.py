@@ -9,7 +9,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
@@ -240,6 +240,8 @@ def test_a_fitted_layer_is_the_minimum_near_its_random_draw() -> None:
 def test_only_last_layers_are_fitted_and_each_to_views_of_its_own(published: Path) -> None:
     drawn, members = fitted_members(published, 0), fitted_members(published, 1)
     one, other = (last_layer(member)[1].weight for member in members)
+    assert isinstance(one, Tensor)
+    assert isinstance(other, Tensor)
     assert not torch.equal(one, other)
     for before, after in zip(drawn, members, strict=True):
         changed = {
