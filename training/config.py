@@ -155,6 +155,14 @@ class Config:
     # ordinary training; one of a single model, from which all begin it; or a list of such.
     # Empty: random
     start: str | tuple[str, ...] = ""
+    # torchvision's name for published weights of `architecture`, e.g. DEFAULT or IMAGENET1K_V1: all
+    # members begin from them unless `start` names files, and `data` follows their preprocessing
+    weights: str = ""
+    # With starting weights: BatchNorm keeps their statistics all through training
+    freeze_batchnorm: bool = False
+    # With starting weights for other classes: new last layers are fitted to the features of so many
+    # augmented views of each training image, before training begins. 0: they stay a random draw
+    head_views: int = 0
     width: int = 16  # channels of the first third
     members: int = 3
     batch_size: int = 128
@@ -190,6 +198,13 @@ class Config:
         check("members", self.members, least <= self.members <= 1000, f"{least} to 1000")
         check("batch_size", self.batch_size, 2 <= self.batch_size < 2**31, "2 or more, below 2**31")
         check("seed", self.seed, self.seed >= 0, "0 or more")
+        check("head_views", self.head_views, self.head_views >= 0, "0 or more")
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether members begin from weights that were trained before."""
+        named = (self.start,) if isinstance(self.start, str) else self.start
+        return bool(self.weights) or any(named)
 
     @property
     def architectures(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from itertools import count, islice, repeat
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dverge_serve.errors import UserError
 from dverge_serve.progress import duration
@@ -59,6 +60,10 @@ def estimate(
     if skipped(config, members, start):
         evaluations.pop(plan.pop(0).name)
     seconds: dict[str, float] = {}
+    if start and config.head_views and (drawn := sum(start.drawn(members))):
+        source = next(epoch_batches(split, config, plan[0], 0))[0]
+        told = duration(config.head_views * steps * drawn * _forward_seconds(members[0], source))
+        notes.append(f"{drawn} last layers: fitted to features first, about {told} on {device}")
     for stage in plan:
         batches = list(islice(epoch_batches(split, config, stage, 0), TIMED_STEPS))
         epochs = _epochs_to_time(config, stage, members)
@@ -121,6 +126,15 @@ def fit_to_time(
         "gradient_evaluations": {stage: evaluations[stage] for stage in epochs},
         "seconds": {stage: round(count * per_epoch[stage], 1) for stage, count in epochs.items()},
     }
+
+
+@torch.no_grad()
+def _forward_seconds(member: Member, images: Tensor) -> float:
+    """Return what the second of two passes in evaluation mode takes."""
+    for _ in range(2):
+        begun = time.monotonic()
+        float(member.eval()(images).sum())
+    return time.monotonic() - begun
 
 
 def _epochs_to_time(config: Config, stage: TrainingStage, members: Sequence[Member]) -> list[int]:

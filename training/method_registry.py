@@ -63,7 +63,8 @@ class Method:
 
 
 def _distilled(config: RunSettings) -> int:
-    return config.dverge.steps + config.dverge.partners_of(config.members)
+    clean = int(config.dverge.clean_weight > 0)
+    return config.dverge.steps + config.dverge.partners_of(config.members) + clean
 
 
 def _attacked(config: RunSettings) -> int:

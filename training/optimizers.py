@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, Optimizer
 
 from training.models.member import Member
 from training.schedules import Schedule
@@ -87,6 +88,14 @@ def set_rate(optimizers: Sequence[SGD], settings: Schedule, epoch: int, progress
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.update(lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+            group["clip_norm"] = settings.clip_norm
+
+
+def clip(optimizer: Optimizer) -> None:
+    """Scale an optimiser's gradients down to the norm that its stage allows, if they exceed it."""
+    for group in optimizer.param_groups:
+        if group.get("clip_norm"):
+            clip_grad_norm_(group["params"], group["clip_norm"])
 
 
 def momentum_tensors(optimizers: Sequence[SGD]) -> dict[str, Tensor]:

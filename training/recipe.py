@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dverge_serve.errors import UserError, nearest
-from training.config import DATASETS, Config
+from training.config import DATASETS, NATIVE, Config
 from training.config_parsing import assign
 
 # A data set's recipe, and what differs from it. No published recipe is for the last three; they are
@@ -73,16 +73,32 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
             changes.setdefault(f"{stage}.budget", 0)
     for key, value in changes.items():
         assign(table, key, value, f"`overrides` {key}")
+    _complete(table)
     return Config.from_json(table, where)
 
 
-def recipe_for(data: str | None) -> tuple[str, dict[str, Any]]:
+def _complete(table: dict[str, Any]) -> None:
+    """Complete a recipe's `data` by the preprocessing of the published weights it names, if any."""
+    weights, data = table.get("weights"), table.setdefault("data", {})
+    if not weights or not isinstance(weights, str) or not isinstance(data, dict):
+        return  # what is of the wrong type is refused later
+    from training.published_weights import find, preprocessing
+
+    named = table.get("architecture", Config.architecture)
+    first = named if isinstance(named, str) else str(next(iter(named), ""))
+    table["data"] = preprocessing(
+        find(first, weights), data, resized=data.get("name") not in NATIVE
+    )
+
+
+def recipe_for(data: str | None, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the recipe that suits what `--data` names, and what it changes there.
 
     Args:
         data: a data set by name, or a folder of images; none: the embedded digits.
+        weights: published ones are named, too.
     """
-    return SUITED.get(data or "digits", ("images", {}))
+    return SUITED.get(data or "digits", ("photographs" if weights else "images", {}))
 
 
 def data_overrides(data: str | Path) -> dict[str, Any]:

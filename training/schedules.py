@@ -24,6 +24,7 @@ class Schedule:
     milestones: tuple[float, ...] = (0.5, 0.75)  # step: shares of the epochs where lr falls
     gamma: float = 0.1  # step: by this factor
     warmup: float = 0.25  # one-cycle: share of the steps with rising lr
+    clip_norm: float = 0.0  # most that the norm of a member's gradient may be; 0: any
     average: float = 0.0  # share of the epochs, the last ones, whose weights are averaged; 0: none
 
     def __post_init__(self) -> None:
@@ -36,6 +37,7 @@ class Schedule:
             ("milestones", all(0 <= share <= 1 for share in self.milestones), "shares in [0, 1]"),
             ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("clip_norm", self.clip_norm >= 0, "0 or more"),
             ("average", 0 <= self.average <= 1, "a share in [0, 1]"),
         ):
             check(f"{self.table}.{key}", getattr(self, key), holds, expected)
@@ -64,6 +66,7 @@ class Dverge(Schedule):
     weight: float = (
         1.0  # dverge+adversarial, dverge+transfer: of DVERGE's sum beside the other loss
     )
+    clean_weight: float = 0.0  # of the loss on clean images, beside DVERGE's sum; 0: none
     layer_every: Literal["epoch", "batch"] = "epoch"  # how often a layer is drawn
     # How many others each member learns from in a step, drawn anew each time; 0: from all of them
     partners: int = 0
@@ -77,6 +80,7 @@ class Dverge(Schedule):
         check("dverge.step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
         check("dverge.steps", self.steps, self.steps >= 1, "1 or more")
         check("dverge.decay", self.decay, self.decay >= 0, "0 or more")
+        check("dverge.clean_weight", self.clean_weight, self.clean_weight >= 0, "0 or more")
         check("dverge.partners", self.partners, self.partners >= 0, "0 or more")
 
     def partners_of(self, members: int) -> int:

@@ -25,6 +25,7 @@ from training.device import autocast_dtype, pick_device
 from training.loss_meter import Losses
 from training.methods import TrainingStage, epoch_batches, stage_names, stages
 from training.methods.diversity import diversity
+from training.methods.last_layers import fit_last_layers
 from training.methods.overlap import step_losses
 from training.methods.stored_images import StoredImages, check_sources, keep_images
 from training.models.build import build_members
@@ -124,7 +125,10 @@ def train(
             run.keep_to(sha256(canonical_json(images)), start.sha256 if start else "")
             run.save_probe(data.holdout.images)
             done = skipped(config, members, start)
-            return run.load_state() or (0, done, members_tensors(members))
+            if (saved := run.load_state()) is not None:
+                return saved
+            fit_last_layers(config, members, start, data.train.to(device), "weights")
+            return 0, done, members_tensors(members)
 
         state = topology.broadcast_from_rank0(begin)
         if state is None:
@@ -206,6 +210,7 @@ def _run_stages(
                 if plan[position + 1].method.fresh:
                     device = members[0].mean.device
                     new, _ = prepare(config, data, device, "fresh", start=training.start)
+                    fit_last_layers(config, new, training.start, training.train, "fresh")
                     load_members(members, members_tensors(new))
                 run.save_state(position + 1, 0, members_tensors(members))
 
@@ -265,9 +270,8 @@ def _run_stage(
 
 
 def _note(record: dict[str, Any]) -> str:
-    loss = sum(record["losses"]) / len(record["losses"])
-    held, speed = record["holdout_accuracy"], record["images_per_s"]
-    return f"loss {loss:.3f}, held-out {held:.3f}, {speed:.0f} img/s"
+    losses, held, speed = (record[key] for key in ("losses", "holdout_accuracy", "images_per_s"))
+    return f"loss {sum(losses) / len(losses):.3f}, held-out {held:.3f}, {speed:.0f} img/s"
 
 
 def _measures_diversity(epoch: int, epochs: int) -> bool:

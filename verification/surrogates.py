@@ -95,12 +95,12 @@ def surrogate_config(config: Config, kind: str) -> Config | None:
     if method == "standard":
         return base
     if method == "mixed":
-        relatives = [] if config.start else [other for each in own for other in family(each)]
+        relatives = [] if config.pretrained else [other for each in own for other in family(each)]
         chosen = tuple(dict.fromkeys([*own, *relatives]))
         return replace(base, architecture=_each(chosen, int(size)))
     if method == "deeper":
         other = deeper(own[0])
-        return replace(base, architecture=other, start="") if other else None
+        return replace(base, architecture=other, start="", weights="") if other else None
     if method == "dverge":
         return replace(base, method="dverge", dverge=config.dverge)
     if method == "adversarial":
@@ -126,20 +126,21 @@ def with_known_start(config: Config, run: Run | None) -> tuple[Config, str]:
         run: the model's, which knows what the files held.
 
     Returns:
-        the settings, without `start` where surrogates begin at random; and why they do, if the
-        model did not.
+        the settings, without `start` and `weights` where surrogates begin at random; and why they
+        do, if the model did not.
     """
-    if not config.start:
+    if not config.pretrained:
         return config, ""
+    bare = replace(config, start="", weights="")
     try:
         start = Start.read(config)
     except UserError as error:
-        return replace(config, start=""), f"{error.found}"
+        return bare, f"{error.found}"
     if start is None or not start.published:
         told = "the file holds an ensemble: where attackers have it, give it as one of `surrogates`"
-        return replace(config, start=""), told
+        return bare, told
     if run is not None and run.checkpoint.get("start", start.files) != start.files:
-        return replace(config, start=""), "the files hold other weights by now"
+        return bare, "the files hold other weights by now"
     return config, ""
 
 

@@ -188,7 +188,7 @@ def _config(
         return begun.overridden(overrides)
     if recipe is not None:
         return load_recipe(recipe, overrides)
-    suited, own = recipe_for(data)
+    suited, own = recipe_for(data, weights=bool(overrides.get("weights")))
     return load_recipe(suited, own | overrides)
 
 

@@ -216,6 +216,7 @@ def test_the_walk_through_of_your_own_images(
     assert verbs == ["train", "export", "verify-robustness", "inspect", "predict", "serve"]
     smaller = ["architecture=resnet8", "width=8", "standard.epochs=1", "dverge.epochs=1"]
     smaller += [
+        "weights=",  # nothing is downloaded
         "data.crop=[8,8]",
         "data.pad=1",
         "batch_size=64",

@@ -25,6 +25,7 @@ SCHEDULE: dict[str, Any] = {
     "milestones": (0.5, 0.75),
     "gamma": 0.1,
     "warmup": 0.25,
+    "clip_norm": 0.0,
     "average": 0.0,
 }
 
@@ -33,6 +34,9 @@ PUBLISHED = {
     "method": "dverge",
     "architecture": "resnet20",
     "start": "",
+    "weights": "",
+    "freeze_batchnorm": False,
+    "head_views": 0,
     "width": 16,
     "members": 3,
     "batch_size": 128,
@@ -67,6 +71,7 @@ PUBLISHED = {
         "steps": 10,
         "decay": 1.0,
         "weight": 1.0,
+        "clean_weight": 0.0,
         "layer_every": "epoch",
         "partners": 0,
         "batchnorm": "batch",

@@ -186,7 +186,8 @@ def step(
     made = topology.exchange(distil(layer, (source, target)), len(members))
     partners = partners or all_others(len(members))
     mine = topology.local_members(len(members))
-    (losses,) = update(0, (labels, *(made[other] for index in mine for other in partners[index])))
+    learned = (made[other] for index in mine for other in partners[index])
+    (losses,) = update(0, (source, labels, *learned))
     return losses
 
 
@@ -202,8 +203,8 @@ def halves(
 
     Returns:
         what distils, given a layer, source and target: what each of this process's members makes;
-        what updates, given any layer, labels and, for each of this process's members in turn, the
-        images of its partners: the losses.
+        what updates, given any layer, source, labels and, for each of this process's members in
+        turn, the images of its partners: the losses.
     """
     mine = topology.local_members(len(members))
 
@@ -219,12 +220,12 @@ def halves(
         )
 
     def update(_: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        labels, *images = inputs
+        source, labels, *images = inputs
         drawn = len(images) // len(mine)
 
         def learn_at(place: int) -> Tensor:
             learned = images[place * drawn : (place + 1) * drawn]
-            return learn(mine[place], learned, labels)
+            return learn(mine[place], source, learned, labels)
 
         return [torch.stack(side_by_side(learn_at, range(len(mine)), labels.device))]
 
@@ -238,14 +239,16 @@ def learner(
     settings: Dverge,
     adversary: Adversary | None,
     topology: ProcessTopology,
-) -> Callable[[int, Sequence[Tensor], Tensor], Tensor]:
-    """Return what updates one member: index, partners' images, labels -> its loss, detached."""
+) -> Callable[[int, Tensor, Sequence[Tensor], Tensor], Tensor]:
+    """Return what updates one member: index, source, partners' images, labels -> its loss."""
 
-    def learn(index: int, learned: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def learn(index: int, source: Tensor, learned: Sequence[Tensor], labels: Tensor) -> Tensor:
         member = members[index].train()
         # Made before the member learns anything: learning moves its BatchNorm statistics.
         own = None if adversary is None else adversary(index, member)
         loss = member_loss(member, learned, labels, len(members) - 1)
+        if settings.clean_weight:
+            loss = loss + settings.clean_weight * F.cross_entropy(member(source), labels)
         if own is not None:
             loss = settings.weight * loss + F.cross_entropy(member(own[0]), own[1])
         return descend([optimizers[index]], loss, topology)

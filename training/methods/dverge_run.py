@@ -117,7 +117,7 @@ def begin_step(
         made.append(tasks.add(distil, uses=[network], needs=[prepared]))
 
     def learn_from(index: int, *learned: Tensor) -> Tensor:
-        return learn(index, learned, labels)
+        return learn(index, source, learned, labels)
 
     return [
         tasks.add(partial(learn_from, index), uses=[index], needs=[made[other] for other in others])

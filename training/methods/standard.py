@@ -16,6 +16,7 @@ from training.config import Config
 from training.methods import Step
 from training.methods.overlap import each_alone
 from training.models.member import Member
+from training.optimizers import clip
 from training.parallel import cuda_graphs
 from training.parallel.topology import Batch, ProcessTopology
 
@@ -27,6 +28,7 @@ def descend(optimizers: Sequence[Optimizer], loss: Tensor, topology: ProcessTopo
     loss.backward()  # type: ignore[no-untyped-call]
     for optimizer in optimizers:
         topology.average_gradients(optimizer)
+        clip(optimizer)
         optimizer.step()
     return loss.detach()
 

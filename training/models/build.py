@@ -10,7 +10,8 @@ from torch import nn
 from training.config import Config
 from training.models.member import Member
 from training.models.resnet import resnet_stages
-from training.models.torchvision_member import PREFIX, build_torchvision
+from training.models.torchvision_member import build_torchvision
+from training.published_weights import PREFIX
 from training.seeds import derive
 
 
@@ -57,4 +58,5 @@ def build_members(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(config.seed, draw, index))
             members.append(build(config, architecture, classes, mean, std))
+        members[-1].freeze_batchnorm = config.freeze_batchnorm and config.pretrained
     return members

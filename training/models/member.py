@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Member(nn.Module):
     mean: Tensor
     std: Tensor
     compute: torch.dtype | None = None  # autocast to this; results are float32 all the same
+    freeze_batchnorm: bool = False  # in training mode, too, BatchNorm uses its running statistics
 
     def __init__(
         self, stages: Sequence[nn.Module], mean: Sequence[float], std: Sequence[float]
@@ -42,6 +44,15 @@ class Member(nn.Module):
     def layer_at(self, layer: int, deepest: int) -> int:
         """Return the layer at the same share of this member's depth as `layer` is of `deepest`."""
         return -(-layer * self.depth // deepest)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything in it, frozen BatchNorm excepted."""
+        super().train(mode)
+        if self.freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     def modules_upto(self, layer: int) -> list[nn.Module]:
         """Return the modules that computing `layer` passes through."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dverge_serve.errors import UserError
 from dverge_serve.files import canonical_json, sha256
@@ -17,6 +17,7 @@ from training.models.member import Member
 from training.models.published_resnet import PublishedResNet, is_published, published_names
 from training.models.state_dict import fit
 from training.models.weights_file import Network, WeightsFile
+from training.published_weights import paths
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Start:
 
     @classmethod
     def read(cls, config: Config) -> Start | None:
-        """Read what `config.start` names: None where it names nothing.
+        """Read what `config.start` or else `config.weights` names: None where neither is set.
 
         Raises:
             UserError: a file that `WeightsFile.read` refuses, another number of members in it, or
@@ -56,7 +57,9 @@ class Start:
         """
         named = (config.start,) if isinstance(config.start, str) else config.start
         if not any(named):
-            return None
+            if not config.weights:
+                return None
+            named = paths(config.architectures, config.weights)
         files, networks = [], []
         for name in named:
             found = WeightsFile.read(Path(name))
@@ -113,15 +116,20 @@ class Start:
 
     def complete(self, members: Sequence[Member]) -> bool:
         """Return whether every member gets all of its weights, its last layer's among them."""
+        return not any(self.drawn(members))
+
+    def drawn(self, members: Sequence[Member]) -> list[bool]:
+        """Return of each member whether its last layer is its own random draw."""
         pairs = zip(members, self.weights, strict=True)
-        return not any(_drawn(weights, member) for member, weights in pairs)
+        return [bool(_drawn(weights, member)) for member, weights in pairs]
 
     def describe(self, config: Config, members: Sequence[Member]) -> str:
         """Return a line that says what the weights are used for."""
         names = " and ".join(file["file"] for file in self.files)
         if skipped(config, members, self):
             return f"the weights in {names} stand for standard training, which is skipped"
-        last = "" if self.complete(members) else "; last layers are drawn at random"
+        drawn = "fitted to their features" if config.head_views else "drawn at random"
+        last = "" if self.complete(members) else f"; last layers are {drawn}"
         return f"standard training begins from {names}{last}"
 
 
@@ -143,13 +151,18 @@ def _drawn(weights: Weights, member: Member) -> set[str]:
     return last if weights.shared or other_classes else set()
 
 
-def _last_layer(member: Member) -> set[str]:
-    """Return the names of the tensors of the layer that gives the logits: the last registered."""
-    name, layer = [
+def last_layer(member: Member) -> tuple[str, nn.Module]:
+    """Return the layer that gives the logits, the last that is registered, with its name."""
+    return [
         (name, module)
         for name, module in member.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ][-1]
+
+
+def _last_layer(member: Member) -> set[str]:
+    """Return the names of the tensors of the layer that gives the logits."""
+    name, layer = last_layer(member)
     return {f"{name}.{key}" for key in layer.state_dict()}
 
 

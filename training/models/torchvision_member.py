@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from dverge_serve.errors import UserError, nearest
 from training.models.dropout import NamedDropout, name_dropout
 from training.models.member import Member
+from training.published_weights import PREFIX
 
-PREFIX = "torchvision:"
 AUXILIARY = ("googlenet", "inception_v3")
 TRACER = {"leaf_modules": [NamedDropout]}  # modules that it must not look into
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
@@ -54,12 +54,11 @@ class TorchvisionMember(Member):
         found: Tensor = self._network_upto(layer)(scaled)["features"]
         return found
 
-    def train(self, mode: bool = True) -> TorchvisionMember:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode of the network and of what was cut from it."""
-        super().train(mode)
         for part in self._upto.values():
             part.train(mode)
-        return self
+        return super().train(mode)  # last: frozen BatchNorm is in the parts, too
 
     def modules_upto(self, layer: int) -> list[nn.Module]:
         """Return the modules that computing `layer` passes through."""
@@ -77,7 +76,7 @@ class TorchvisionMember(Member):
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchvisionMember:
         copy = TorchvisionMember(deepcopy(self.network, memo), self._layers, [0.0], [1.0])
         copy.mean, copy.std = self.mean.clone(), self.std.clone()
-        copy.compute = self.compute
+        copy.compute, copy.freeze_batchnorm = self.compute, self.freeze_batchnorm
         return copy.train(self.training)
 
     def _network_upto(self, layer: int) -> nn.Module:
@@ -85,7 +84,8 @@ class TorchvisionMember(Member):
             wanted = {self._layers[layer - 1]: "features"}
             part = create_feature_extractor(self.network, wanted, tracer_kwargs=TRACER)
             # Held beside the network, not inside it: they share every parameter.
-            self._upto[layer] = part.train(self.training)
+            self._upto[layer] = part
+            self.train(self.training)
         return self._upto[layer]
 
 
