@@ -123,16 +123,24 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
 
 
 def control_falls(
-    control: Outcomes | None, suite: Sequence[Attack], eps: Sequence[float], what: str = "control"
+    model: Outcomes,
+    control: Outcomes | None,
+    suite: Sequence[Attack],
+    eps: Sequence[float],
+    what: str = "control",
 ) -> Gate:
-    """The transfer attacks break the undefended control.
+    """The transfer attacks break the undefended control, or the model itself.
 
-    If they do not, the surrogates are too unlike the model to say anything about it.
+    If they break neither, the surrogates are too unlike the model to say anything about it. A low
+    figure of the model needs no control to be believed.
     """
     name = "control-falls"
+    transfer = [attack for attack in suite if attack.threat == "transfer"]
+    kept, clean = model.robust(transfer, max(eps)).mean(), model.clean.mean()
+    if kept <= CONTROL_KEEPS * clean:
+        control, what = model, "model itself"
     if control is None:
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
-    transfer = [attack for attack in suite if attack.threat == "transfer"]
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
         f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "

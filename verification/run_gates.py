@@ -24,6 +24,8 @@ from verification.next_steps import advised
 from verification.path_integrals import unexplained
 from verification.self_test import CHECKING, self_test
 
+HIDDEN = 120  # images, at most, that a large radius must hide
+
 
 def check(
     context: Context,
@@ -68,7 +70,7 @@ def check(
         gates.iterative_beats_single(mine, context.suite, context.eps),
         gates.converged(mine, context.suite, context.eps),
         gates.weaker_never_beats(mine, context.suite, context.eps),
-        gates.control_falls(outcomes.get("control"), context.suite, context.eps, named),
+        gates.control_falls(mine, outcomes.get("control"), context.suite, context.eps, named),
         gates.surrogates_close(_best_surrogate(context), float(mine.clean.mean())),
         gates.self_test_found(*self_test(context.split, context.config.seed)),
     ]
@@ -88,11 +90,12 @@ def _gradient_is_the_models(context: Context, model: Target, outcome: Outcomes) 
 def _reaches_chance(context: Context, model: Target) -> Gate:
     """Attack at a radius that can hide the whole image."""
     attack, eps = presets.large(context.config.norm, context.split.images[0].numel())
+    rows = torch.linspace(0, len(context.split) - 1, HIDDEN).round().long().unique()
     outcome = run_suite(
         [attack],
         {},
         {"model": model},
-        context.split,
+        context.split.take(rows.to(context.split.device)),
         [eps],
         seed=context.config.seed,
         label=CHECKING,

@@ -72,6 +72,7 @@ class Surrogate:
             "members": len(self.members),
             "of": {"run": config.name, "members": list(self.indices)},
             "seed": config.seed,
+            "epochs": config.standard.epochs,
             "start": self.run.checkpoint.get("start", []),
             "weights_sha256": self.weights,
             # Measured in training, of all networks together.

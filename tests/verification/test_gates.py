@@ -285,10 +285,19 @@ def test_attacks_by_queries_are_allowed_few_of_the_images_they_saw() -> None:
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:
     robust, chosen = attack_linear(Linear(), [0, 255, 10, 240])
-    assert gates.control_falls(robust, chosen, [EPS]).passed is False
+    assert gates.control_falls(robust, robust, chosen, [EPS]).passed is False
     falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
-    assert gates.control_falls(falling, chosen, [EPS]).passed
-    assert gates.control_falls(None, chosen, [EPS]).passed is None
+    assert gates.control_falls(robust, falling, chosen, [EPS]).passed
+    assert gates.control_falls(robust, None, chosen, [EPS]).passed is None
+
+
+def test_a_model_that_falls_itself_needs_no_control() -> None:
+    robust, _ = attack_linear(Linear(), [0, 255, 10, 240])
+    falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
+    for control in (robust, falling, None):
+        gate = gates.control_falls(falling, control, chosen, [EPS])
+        assert gate.passed
+        assert "the model itself keeps 0.250" in gate.detail
 
 
 def test_the_self_test_finds_the_breakable_images_and_no_others() -> None:
