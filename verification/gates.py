@@ -54,11 +54,20 @@ def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
 
 
 def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
-    """A larger ball breaks at least as many images (those of one attack too many aside)."""
+    """A larger ball breaks at least as many images, and by white-box attacks the same ones.
+
+    The second is what leaving out of smaller balls the images that stood in a larger one rests on.
+    """
     kept = [int(outcome.clean.sum()), *(int(outcome.robust(suite, e).sum()) for e in sorted(eps))]
     rises = max((after - before for before, after in pairwise(kept)), default=0)
-    detail = f"images that stand as eps grows: {', '.join(map(str, kept))}"
-    ok = rises <= allowed(len(outcome.clean))
+    white_box = [attack for attack in suite if attack.threat == "white_box"]
+    standing = [outcome.robust(white_box, e) for e in sorted(eps)]
+    missed = max((int((large & ~small).sum()) for small, large in pairwise(standing)), default=0)
+    detail = (
+        f"images that stand as eps grows: {', '.join(map(str, kept))}; {missed} that white-box "
+        "attacks broke in a ball stood in the next larger one"
+    )
+    ok = max(rises, missed) <= allowed(len(outcome.clean))
     return Gate("grows-with-eps", ok, "INCONCLUSIVE", detail)
 
 

@@ -27,7 +27,7 @@ from tests.verification.models import (
 from tests.verification.report.schema import REPORT_SCHEMA
 from verification import gates, model_gates
 from verification.attacks import rounds
-from verification.attacks.gradient_attack import Noise
+from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
@@ -162,6 +162,20 @@ def test_robustness_that_rises_with_eps_is_not_believed() -> None:
     outcome.survived = falling
     assert gates.grows_with_eps(outcome, noise, [EPS]).passed
     assert gates.grows_with_eps(outcome, noise, [EPS, 0.1]).passed is False
+
+
+def test_a_larger_ball_breaks_the_images_that_a_smaller_one_did() -> None:
+    pgd = [GradientAttack(name="pgd", threat="white_box", source="target")]
+    outcome = outcome_of([1] * 10)
+    for version in ("float", "delivered"):
+        outcome.survived["pgd", EPS, version] = np.arange(10) != 0
+        outcome.survived["pgd", 0.1, version] = np.arange(10) > 1
+    assert gates.grows_with_eps(outcome, pgd, [EPS, 0.1]).passed
+    for version in ("float", "delivered"):  # as many, but others
+        outcome.survived["pgd", 0.1, version] = np.arange(10) != 1
+    gate = gates.grows_with_eps(outcome, pgd, [EPS, 0.1])
+    assert gate.passed is False
+    assert "1 that white-box attacks broke" in gate.detail
 
 
 def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:

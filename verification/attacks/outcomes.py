@@ -143,7 +143,8 @@ class Outcomes:
         """Return the per-image matrix: one character an image, in test order.
 
         1 right, 0 wrong, - not run (another attack had already broken it, it stood in a larger
-        ball, or it is not in the sample). `spent` are the queries for each image that an attack was run on.
+        ball, or it is not in the sample). `spent` are the queries for each image that an attack was
+        run on.
         """
         return {
             "clean": line(self.clean),
