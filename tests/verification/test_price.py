@@ -11,6 +11,7 @@ import torch
 
 from tests.conftest import TINY
 from tests.verification.models import Linear, TorchEngine, linear_split
+from training.config import Data
 from training.data.splits import load_test, load_training
 from training.recipe import load_recipe
 from verification.attacks.gradient_attack import GradientAttack
@@ -18,7 +19,8 @@ from verification.attacks.presets import Variant, suite
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
-from verification.config import PRESETS
+from verification.config import PRESETS, VerificationConfig
+from verification.context import default_images
 from verification.price import forecast, passes, price
 from verification.surrogate_budget import FEWEST, MOST, PIXELS, within_budget
 from verification.surrogates import surrogate_sets
@@ -93,6 +95,15 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     assert whole.whole < 0.9 * (whole.training or 0)  # the rest is for the other attacks
     assert str(whole).startswith("about 0.")
     assert whole.to_json()["model_training"] == whole.training
+
+
+def test_quick_attacks_as_many_images_as_fit_its_pixels() -> None:
+    def images(preset: str, size: int) -> int:
+        config = VerificationConfig(model=Path("model.onnx"), preset=preset)
+        return default_images(config, Data(crop=(size, size)))
+
+    assert [images("quick", size) for size in (8, 32, 48, 224)] == [6250, 390, 173, 120]
+    assert images("standard", 32) == 0  # all of them
 
 
 def test_surrogates_of_unknown_training_see_as_many_pixels_whatever_their_number() -> None:

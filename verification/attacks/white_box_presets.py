@@ -54,7 +54,7 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
     """Return cycles of Auto-PGD over the losses, on what still stands.
 
     The later cycles go on with the images that came nearest to a wrong answer. A cycle that breaks
-    almost nothing is the last. The control, which falls early, gets the first two rounds.
+    almost nothing is the last. The control, which falls early, gets the first round.
     """
     one = AdaptivePGD(
         name="apgd",
@@ -71,7 +71,7 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
     if classes >= 4:
         chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
     first = [
-        replace(each, name=f"apgd-{each.loss}, cycle 1", control=each.loss in ("ce", "cw"))
+        replace(each, name=f"apgd-{each.loss}, cycle 1", control=each.loss == "ce")
         for each in chosen
     ]
     later = {"steps": nearest_steps, "nearest_steps": 0, "nearest": NEAREST, "control": False}
