@@ -92,7 +92,7 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293
     assert whole.attacks == round(passes(transfer, names, 360, 3))
-    assert whole.whole < 0.9 * (whole.training or 0)  # the rest is for the other attacks
+    assert whole.whole < 0.6 * (whole.training or 0)  # the rest is for the other attacks
     assert str(whole).startswith("about 0.")
     assert whole.to_json()["model_training"] == whole.training
 

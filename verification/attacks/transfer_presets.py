@@ -63,7 +63,8 @@ def _nearest(ensembles: Sequence[str], share: float) -> list[GradientAttack]:
     mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)
     return [
-        *_from_each(ensembles, replace(one, name="mpgd-nearest", steps=20)),
+        *_from_each(ensembles, replace(one, name="mpgd-nearest", steps=20), ["ce"]),
+        *_from_each(ensembles, replace(one, name="mpgd-nearest", steps=20, restarts=2), ["cw"]),
         *_from_each(ensembles, replace(one, name="m-di2-nearest", steps=20, diversity=0.5)),
         *_from_each(ensembles, bsr, ["cw"]),
         *_from_each(ensembles, mef, ["cw"]),
