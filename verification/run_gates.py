@@ -90,7 +90,9 @@ def _gradient_is_the_models(context: Context, model: Target, outcome: Outcomes) 
 def _reaches_chance(context: Context, model: Target) -> Gate:
     """Attack at a radius that can hide the whole image."""
     attack, eps = presets.large(context.config.norm, context.split.images[0].numel())
-    rows = torch.linspace(0, len(context.split) - 1, HIDDEN).round().long().unique()
+    rows = torch.from_numpy(
+        np.unique(np.linspace(0, len(context.split) - 1, HIDDEN).round().astype(np.int64))
+    )
     outcome = run_suite(
         [attack],
         {},

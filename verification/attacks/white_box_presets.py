@@ -74,9 +74,15 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
         replace(each, name=f"apgd-{each.loss}, cycle 1", control=each.loss == "ce")
         for each in chosen
     ]
-    later = {"steps": nearest_steps, "nearest_steps": 0, "nearest": NEAREST, "control": False}
     return first + [
-        replace(each, name=f"apgd-{each.loss}, cycle {cycle}", **later)
+        replace(
+            each,
+            name=f"apgd-{each.loss}, cycle {cycle}",
+            steps=nearest_steps,
+            nearest_steps=0,
+            nearest=NEAREST,
+            control=False,
+        )
         for cycle in range(2, CYCLES + 1)
         for each in chosen
     ]
