@@ -6,7 +6,6 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +15,13 @@ from dverge_serve.files import canonical_json, sha256
 from dverge_serve.progress import Progress, say
 from training.accuracy import accuracy
 from training.budget import planned, within_budget
-from training.config import MAX_SEED, SOURCE_SEED, Config, check_seed
+from training.config import Config, check_seed
 from training.data.class_counts import balance, class_counts
 from training.data.near_duplicates import crossing
 from training.data.splits import Split, TrainingData, load_training, normalisation
 from training.data.streaming import Streamed
 from training.device import autocast_dtype, pick_device
+from training.epoch_record import label, measures_diversity, note
 from training.loss_meter import Losses
 from training.methods import TrainingStage, epoch_batches, stage_names, stages
 from training.methods.diversity import diversity
@@ -227,11 +227,10 @@ def _run_stage(
     settings, images = stage.settings, len(training.train)
     average = Average(settings, training.members, tensors)
     saved = time.monotonic()
-    surrogates = config.seed > MAX_SEED
-    named = "" if not surrogates else "sources, " if config.seed > SOURCE_SEED else "surrogates, "
-    label = f"{named}{stage.name} training, {config.members} members"
     count = -(-images // config.batch_size)
-    with Progress(label, settings.epochs * count, start=done * count) as progress:
+    with Progress(
+        label(config, stage.name), settings.epochs * count, start=done * count
+    ) as progress:
         for epoch in range(done, settings.epochs):
             begun = time.monotonic()
             losses = Losses(stage.name, epoch, config.members, topology)
@@ -254,29 +253,18 @@ def _run_stage(
                 "lr": settings.lr_at(epoch, (count - 1) / count),  # its last step's
                 "images_per_s": round(images / (time.monotonic() - begun), 1),
             }
-            measured = config.members > 1 and not surrogates  # of those nobody asks for it
-            if measured and _measures_diversity(epoch, settings.epochs):
+            if measures_diversity(config, epoch, settings.epochs):
                 few = training.holdout.take(slice(DIVERSITY_IMAGES))
                 found = diversity(training.members, few, config.dverge, config.seed)
                 record["diversity"] = found["nats"]
             log(record)
-            progress.advance(0, _note(record))
+            progress.advance(0, note(record))
             if time.monotonic() - saved >= SAVE_EVERY_S and epoch + 1 < settings.epochs:
                 momentum = momentum_tensors(training.optimizers)
                 now = members_tensors(training.members) | momentum | average.tensors()
                 run.save_state(position, epoch + 1, now)
                 saved = time.monotonic()
     average.put_into(training.members)
-
-
-def _note(record: dict[str, Any]) -> str:
-    losses, held, speed = (record[key] for key in ("losses", "holdout_accuracy", "images_per_s"))
-    return f"loss {sum(losses) / len(losses):.3f}, held-out {held:.3f}, {speed:.0f} img/s"
-
-
-def _measures_diversity(epoch: int, epochs: int) -> bool:
-    """Whether the pairs' diversity is measured after this epoch: ten times a stage, and last."""
-    return epoch + 1 == epochs or (epoch + 1) * 10 // epochs > epoch * 10 // epochs
 
 
 def _finish(training: Training, data: TrainingData, begun: float) -> None:

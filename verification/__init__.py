@@ -57,11 +57,12 @@ def verify(
             the one with these weights, under `runs/` or beside the file.
         preset: the attack suite: `quick`, `standard` (the paper's protocol) or `full`.
         eps: one radius or several, pixels in `[0,1]`, as numbers or as text such as `8/255`; by
-            default the recipe's. `auto` finds the radius at which the undefended control is
-            halved, and takes half and twice of it as well.
+            default the recipe's, for a foreign classifier `auto`. That finds the radius at which
+            the undefended control is halved, and takes half and twice of it as well.
         norm: of the radii: `linf` or `l2`.
         data: a folder of images or a data set's name; by default the run's own.
-        images: number of test images; by default the recipe's limit.
+        images: number of test images; by default the recipe's limit, else all; for `quick` as many
+            as have 0.4 million pixels, at least 120.
         checkpoint: the weights file that the model was exported from, for gradients instead of a
             run.
         labels: file with the class names of a foreign classifier, in the order of its scores.

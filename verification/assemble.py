@@ -67,7 +67,9 @@ def assemble(
             "eps": list(context.eps),
             "eps_given": list(context.eps_given),
             "eps_auto": config.auto_eps,  # found where the control falls, on some of these images
-            "transfer": "knows the training data, architecture and schedule, not the weights",
+            "transfer": "knows the training data alone"
+            if config.labels is not None
+            else "knows the training data, architecture and schedule, not the weights",
             "queries": "asks the model, for scores or for labels alone, or trains a substitute "
             "on its answers; on a random sample of the images",
             "white_box": "knows the weights",

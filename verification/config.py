@@ -30,6 +30,7 @@ class Preset:
         budgets: queries an image.
         substitute: queries for a substitute trained on the model's answers.
         aware_steps: steps of the attack that knows the detector.
+        pixels: that the test images have together which are attacked by default; 0: all images.
     """
 
     surrogates: tuple[str, ...]
@@ -38,6 +39,7 @@ class Preset:
     substitute: int
     aware_steps: int
     hop_skip_jump: bool = True
+    pixels: int = 0
 
 
 SUBSTITUTE = "substitute"  # the source of attacks from a stolen model
@@ -54,6 +56,7 @@ PRESETS = {
         substitute=1000,
         aware_steps=20,
         hop_skip_jump=False,
+        pixels=400_000,
     ),
     "standard": Preset(
         PAPER, sample=100, budgets=(100, 1000, 5000), substitute=2000, aware_steps=50

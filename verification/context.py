@@ -27,7 +27,7 @@ from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
 from verification.attacks.value_grid import coarse_levels, grid_attacks
 from verification.auto_radii import control_and_sources, halving_radii
-from verification.config import PRESETS, VerificationConfig
+from verification.config import AUTO, PRESETS, SUBSTITUTE, VerificationConfig
 from verification.contract import Contract
 from verification.foreign_model import ForeignEngine, gives_scores, open_engine
 from verification.foreign_network import find_foreign_gradients
@@ -38,7 +38,9 @@ from verification.oip_client import client
 from verification.price import Price, forecast, price
 from verification.service_client import Service
 from verification.source_models import refuse_sources
+from verification.substitute import MEMBERS
 from verification.surrogate import Surrogate, clean_accuracies
+from verification.surrogate_budget import within_pixels
 from verification.surrogates import (
     SurrogateSet,
     surrogate_config,
@@ -48,6 +50,7 @@ from verification.surrogates import (
 )
 
 RECORDED = ("train_sha256", "source_models")  # what a card says of training beside its settings
+FEWEST = 120  # test images that `quick` attacks by default, if there are so many
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
 
@@ -70,7 +73,6 @@ class Context:
     surrogates: Sequence[Surrogate]
     surrogate_accuracy: Mapping[str, float]  # of each by its name, on the clean test images
     suite: Sequence[Attack]
-    networks: Mapping[str, int]  # of each source: a surrogate's name, `target`, `control`
     price: Price
     left_out: Sequence[dict[str, str]]  # what of the preset was not run, and why
     against: Engine | None
@@ -92,6 +94,8 @@ def find_context(config: VerificationConfig) -> Context:
     gradients, no_gradients = None, NO_WEIGHTS
     if config.labels is not None and config.data is not None:
         engine = open_engine(config.model, read_labels(config.labels), config.data, config.contract)
+        if not config.eps and config.at_eps is None:  # nobody knows which radii are right for it
+            config = replace(config, eps_given=(AUTO,))
     else:
         engine = Engine(config.model, device="cpu")
         gradients = find_gradients(
@@ -110,13 +114,15 @@ def find_context(config: VerificationConfig) -> Context:
     data = load_training(training.data)
     training = within_budget(training, data)
     if isinstance(engine, ForeignEngine):
+        if not config.surrogates and training.data.name == "imagefolder":
+            training = within_pixels(training, len(data.train))
         engine = engine.settled(data, config.contract, search=config.search_contract)
         gradients, no_gradients = find_foreign_gradients(engine, device)
         if gradients is None:
             say(f"no white-box attacks: {no_gradients}")
     attacked = training.data
-    if config.images is not None:
-        attacked = replace(attacked, test_limit=config.images)
+    if (limit := config.images or attacked.test_limit or default_images(config, attacked)) > 0:
+        attacked = replace(attacked, test_limit=limit)
     split = _test_split(attacked, engine.card).to(device)
     known = engine.card.training.get("train_sha256") == data.train.sha256
     holdout = data.holdout if known else load_rest(attacked)
@@ -152,13 +158,13 @@ def find_context(config: VerificationConfig) -> Context:
     members = gradients.members if gradients else ()
     radii = 3 if config.auto_eps else len(eps)
     networks = {name: size for name, (size, _) in sizes.items()}
-    networks |= dict.fromkeys(("target", "control"), len(members))
+    networks |= dict.fromkeys(("target", "control"), len(members)) | {SUBSTITUTE: MEMBERS}
     cost = price(
         suite,
         networks,
         [each.config for each in sets]
         or list(dict.fromkeys(each.origin.config for each in made if each.origin.config)),
-        training,
+        None if isinstance(engine, ForeignEngine) else training,
         train_images=len(data.train),
         images=len(split),
         radii=radii,
@@ -189,7 +195,6 @@ def find_context(config: VerificationConfig) -> Context:
         surrogates=made,
         surrogate_accuracy=clean_accuracies(made, split),
         suite=suite,
-        networks=networks,
         price=cost,
         left_out=_left_out(
             config, variant, training, no_gradients if gradients is None else None, no_start
@@ -197,6 +202,13 @@ def find_context(config: VerificationConfig) -> Context:
         against=against,
         service=service,
     )
+
+
+def default_images(config: VerificationConfig, data: Data) -> int:
+    """Return how many test images are attacked if nobody says it; 0: all of them."""
+    pixels = PRESETS[config.preset].pixels
+    height, width = data.crop
+    return max(FEWEST, pixels // (height * width)) if pixels else 0
 
 
 def _opponent(path: Path | None, card: Card) -> Engine | None:

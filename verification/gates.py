@@ -54,11 +54,20 @@ def eps_8bit(outcomes: Sequence[Outcomes]) -> Gate:
 
 
 def grows_with_eps(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
-    """A larger ball breaks at least as many images (those of one attack too many aside)."""
+    """A larger ball breaks at least as many images, and by white-box attacks the same ones.
+
+    The second is what leaving out of smaller balls the images that stood in a larger one rests on.
+    """
     kept = [int(outcome.clean.sum()), *(int(outcome.robust(suite, e).sum()) for e in sorted(eps))]
     rises = max((after - before for before, after in pairwise(kept)), default=0)
-    detail = f"images that stand as eps grows: {', '.join(map(str, kept))}"
-    ok = rises <= allowed(len(outcome.clean))
+    white_box = [attack for attack in suite if attack.threat == "white_box"]
+    standing = [outcome.robust(white_box, e) for e in sorted(eps)]
+    missed = max((int((large & ~small).sum()) for small, large in pairwise(standing)), default=0)
+    detail = (
+        f"images that stand as eps grows: {', '.join(map(str, kept))}; {missed} that white-box "
+        "attacks broke in a ball stood in the next larger one"
+    )
+    ok = max(rises, missed) <= allowed(len(outcome.clean))
     return Gate("grows-with-eps", ok, "INCONCLUSIVE", detail)
 
 
@@ -123,6 +132,7 @@ def weaker_never_beats(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence
 
 
 def control_falls(
+    model: Outcomes,
     control: Outcomes | None,
     suite: Sequence[Attack],
     eps: Sequence[float],
@@ -130,22 +140,26 @@ def control_falls(
     *,
     searched: bool = False,
 ) -> Gate:
-    """The transfer attacks break the undefended control.
+    """The transfer attacks break the undefended control, or the model itself.
 
-    If they do not, the surrogates are too unlike the model to say anything about it. Universal
-    patterns do not count here: they would say nothing about the surrogates.
+    If they break neither, the surrogates are too unlike the model to say anything about it. A low
+    figure of the model needs no control to be believed. Universal patterns do not count here: they
+    would say nothing about the surrogates.
 
     Args:
-        control: its outcomes; None without one.
+        model, control: their outcomes; None without a control.
         suite: the attacks.
         eps: the radii.
         what: the control is.
         searched: whether the radii are those at which it falls, found on some of these images.
     """
     name = "control-falls"
+    transfer = [attack for attack in suite if attack.threat == "transfer" and not attack.asks]
+    kept, clean = model.robust(transfer, max(eps)).mean(), model.clean.mean()
+    if kept <= CONTROL_KEEPS * clean:
+        control, what = model, "model itself"
     if control is None:
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
-    transfer = [attack for attack in suite if attack.threat == "transfer" and not attack.asks]
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
         f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "

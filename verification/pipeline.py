@@ -19,6 +19,7 @@ from training.runs.lock import held
 from verification.assemble import assemble, nulls
 from verification.attacked_models import find_targets
 from verification.attacks.cache import prune
+from verification.attacks.gradient_count import counted
 from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
 from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
@@ -27,7 +28,6 @@ from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
-from verification.price import gradients_spent
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.examples import examples
@@ -66,8 +66,14 @@ def _attack_and_report(config: VerificationConfig) -> Report:
         )
         outcome = outcomes["model"]
         leakage = known_leakage([context.data.train, context.data.holdout], split)
-        checks = check(context, model, outcomes, control, leakage)
-        measured = measure(context, model, outcome, evidence)
+        with counted(model.members or []) as gradients:
+            checks = check(context, model, outcomes, control, leakage)
+            measured = measure(context, model, outcome, evidence)
+        spent = replace(
+            context.price,
+            attacks=stolen.gradients + sum(each.gradients for each in outcomes.values()),
+            checks=gradients(),
+        )
         table = assemble(context, outcomes, control, checks, measured)
         table["substitute"] = {
             **stolen.to_json(),
@@ -97,9 +103,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "gradient_evaluations": replace(
-                context.price, attacks=gradients_spent(context.suite, context.networks, outcomes)
-            ).to_json(),
+            "gradient_evaluations": spent.to_json(),
         }
         report = Report.from_json(nulls(table))
         plots = illustrate(report, labels, context.engine, model.members, split, outcome)

@@ -19,13 +19,14 @@ from training.trainer import prepare
 from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
-from verification.attacks.outcomes import Outcomes
 from verification.attacks.rounds import rounds
 from verification.gradients import ready
 from verification.surrogate import Surrogate
 from verification.surrogates import SurrogateSet
 
 FEW = 8  # images that a gradient is timed on
+SMALLER = 0.5  # of the work in the largest ball: what skips broken images does in the smaller ones
+CHECKS = 65  # gradients of the model on each image, for the gates and the other measurements
 LONG_S = 0.02  # for a gradient of one image
 
 
@@ -35,28 +36,33 @@ class Price:
 
     Args:
         surrogates: to train all of them.
-        attacks: before they ran, all of them but later cycles of rounds, on all images; afterwards
-            on the images that they ran on.
-        training: what the model's own training took.
+        attacks: the substitute among them; before they ran, an estimate.
+        checks: gates and other measurements, the same.
+        training: what the model's own training took; None for a foreign classifier.
     """
 
     surrogates: int
     attacks: int
-    training: int
+    checks: int
+    training: int | None
 
     @property
-    def share(self) -> float:
-        """The verification's price as a share of the model's own training."""
-        return (self.surrogates + self.attacks) / self.training
+    def whole(self) -> int:
+        """All of the verification's gradients."""
+        return self.surrogates + self.attacks + self.checks
 
     def __str__(self) -> str:
-        return f"about {self.share:.2g} times the gradients of the model's own training"
+        if self.training is None:
+            return f"about {self.whole / 1e6:.2g} million gradients"
+        share = self.whole / self.training
+        return f"about {share:.2g} times the gradients of the model's own training"
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int | None]:
         """Return the figures as the report has them."""
         return {
             "surrogates": self.surrogates,
             "attacks": self.attacks,
+            "checks": self.checks,
             "model_training": self.training,
         }
 
@@ -64,9 +70,10 @@ class Price:
 def gradient_cost(
     suite: Sequence[Attack], source: Mapping[str, float], images: int, radii: int
 ) -> float:
-    """Return what all gradients of a suite cost, counted or timed.
+    """Estimate what all gradients of a suite cost, counted or timed.
 
-    Answers of the model are no gradients and cost nothing here.
+    Exact for attacks that skip no image. Answers of the model are no gradients and cost nothing
+    here.
 
     Args:
         suite: the attacks.
@@ -83,16 +90,19 @@ def gradient_cost(
         one = source.get(attack.source, 0.0)
         if attack.source == "target" and attack.control:
             one += source.get("control", 0.0)
-        times = attack.nearest * (1 if attack.only_eps is not None else radii)
-        total += attack.work * attack.restarts * times * one
-    return total * images
+        times = 1.0 if attack.only_eps is not None else radii
+        if attack.skip_broken:
+            times = attack.nearest * (1 + SMALLER * (times > 1))
+        attacked = min(attack.sample or images, images)
+        total += attack.work * attack.restarts * times * one * attacked
+    return total
 
 
 def price(
     suite: Sequence[Attack],
     sizes: Mapping[str, int],
     configs: Sequence[Config],
-    model: Config,
+    model: Config | None,
     *,
     train_images: int,
     images: int,
@@ -104,7 +114,7 @@ def price(
         suite: the attacks.
         sizes: how many networks each source has, see `gradient_cost`.
         configs: of the surrogates that belong to it, cached or not.
-        model: how the model was trained.
+        model: how the model was trained, if that is known.
         train_images, images: how many are trained on and attacked.
         radii: at how many each attack runs.
     """
@@ -115,30 +125,9 @@ def price(
     return Price(
         surrogates=sum(map(trained, configs)),
         attacks=round(gradient_cost(suite, sizes, images, radii)),
-        training=trained(model),
+        checks=CHECKS * images * sizes.get("target", 0),
+        training=None if model is None else trained(model),
     )
-
-
-def gradients_spent(
-    suite: Sequence[Attack], sizes: Mapping[str, int], outcomes: Mapping[str, Outcomes]
-) -> int:
-    """Count the gradients of attacks on the images that they ran on.
-
-    Args:
-        suite: the attacks.
-        sizes: how many networks each source has, see `gradient_cost`.
-        outcomes: by target.
-    """
-    by_name = {attack.name: attack for attack in suite if not attack.asks}
-    total = 0
-    for name in ("model", "control"):
-        for (run, _), images in outcomes[name].ran.items() if name in outcomes else ():
-            attack = by_name.get(run)
-            if attack is None or (name != "model" and attack.source != "target"):
-                continue  # images from a surrogate are made once for all
-            source = name if name == "control" else attack.source
-            total += attack.work * attack.restarts * int(images.sum()) * sizes.get(source, 0)
-    return total
 
 
 def forecast(
@@ -179,7 +168,9 @@ def forecast(
         seconds["target"] = seconds["control"] = _seconds(members, split)
     told = "surrogates: none to train"
     if networks:
-        told = f"surrogates: {networks} networks to train, about {duration(training)}"
+        epochs = max(each.config.standard.epochs for each in sets)
+        told = f"surrogates: {networks} networks to train for {epochs} epochs, "
+        told += f"about {duration(training)}"
     attacks = gradient_cost(suite, seconds, len(split), radii)
     return (
         f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "

@@ -48,6 +48,7 @@ class Substitute:
         answers: what it was trained on.
         seeds: held-out images that the queries began with.
         architecture: its name.
+        gradients: that it took, each of one member on one image.
     """
 
     members: Sequence[Member]
@@ -56,6 +57,7 @@ class Substitute:
     answers: Answers
     seeds: int
     architecture: str
+    gradients: int
 
     def agreement(self, engine: Scorer, split: Split) -> float:
         """Return on which share of images it answers as the model does."""
@@ -123,18 +125,21 @@ def steal(
         _Training(member, generator(*names, index, device=device))
         for index, member in enumerate(members)
     ]
+    gradients = 0
     while True:
         epochs, steps = LAST if len(asked) >= queries else ROUND
         epochs = max(epochs, steps // -(-len(asked) // BATCH))
         work = partial(_Training.run, images=asked, told=told, epochs=epochs)
         side_by_side(work, trainings, device)
+        gradients += epochs * len(asked) * MEMBERS
         if len(asked) >= queries:
             break
         fresh = _fresh(ensemble.eval(), asked, told, draw)[: queries - len(asked)]
+        gradients += len(asked) // 2 * MEMBERS
         asked, told = torch.cat([asked, fresh]), torch.cat([told, _told(ask, fresh)])
     weights = sha256(b"".join(t.cpu().numpy().tobytes() for t in ensemble.state_dict().values()))
     copies = [ready(member, device) for member in members]
-    return Substitute(copies, weights, len(asked), answers, len(first), architecture)
+    return Substitute(copies, weights, len(asked), answers, len(first), architecture, gradients)
 
 
 def ask_engine(engine: Scorer, answers: Answers) -> Ask:

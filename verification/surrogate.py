@@ -142,6 +142,7 @@ class Surrogate:
                 "members": list(self.indices),
             },
             "seed": origin.seed,
+            **({"epochs": origin.config.standard.epochs} if origin.config else {}),
             "start": list(origin.start),
             "weights_sha256": self.weights,
             # Measured in training, of all networks together.

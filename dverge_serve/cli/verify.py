@@ -53,10 +53,17 @@ def verify_robustness(
     ] = None,
     eps: Annotated[
         str | None,
-        typer.Option(help="Radii, e.g. 0.05,0.1 or 8/255, or auto. [default: the recipe's]"),
+        typer.Option(
+            help="Radii, e.g. 0.05,0.1 or 8/255, or auto. [default: the recipe's; foreign: auto]"
+        ),
     ] = None,
     norm: Annotated[str, typer.Option(help="Of the radii: linf or l2.")] = "linf",
-    images: Annotated[int | None, typer.Option(help="Use only this many test images.")] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            help="Use only this many test images. [default: all, of quick 0.4 million pixels]"
+        ),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another model, attacked alike and compared.")
     ] = None,

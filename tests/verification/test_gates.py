@@ -27,7 +27,7 @@ from tests.verification.models import (
 from tests.verification.report.schema import REPORT_SCHEMA
 from verification import gates, model_gates
 from verification.attacks import rounds
-from verification.attacks.gradient_attack import Noise
+from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
@@ -165,6 +165,20 @@ def test_robustness_that_rises_with_eps_is_not_believed() -> None:
     assert gates.grows_with_eps(outcome, noise, [EPS, 0.1]).passed is False
 
 
+def test_a_larger_ball_breaks_the_images_that_a_smaller_one_did() -> None:
+    pgd = [GradientAttack(name="pgd", threat="white_box", source="target")]
+    outcome = outcome_of([1] * 10)
+    for version in ("float", "delivered"):
+        outcome.survived["pgd", EPS, version] = np.arange(10) != 0
+        outcome.survived["pgd", 0.1, version] = np.arange(10) > 1
+    assert gates.grows_with_eps(outcome, pgd, [EPS, 0.1]).passed
+    for version in ("float", "delivered"):  # as many, but others
+        outcome.survived["pgd", 0.1, version] = np.arange(10) != 1
+    gate = gates.grows_with_eps(outcome, pgd, [EPS, 0.1])
+    assert gate.passed is False
+    assert "1 that white-box attacks broke" in gate.detail
+
+
 def test_at_a_radius_that_hides_the_image_nothing_but_chance_is_left() -> None:
     attack, eps = large("linf", 64)
     for model, passes in ((Linear(), True), (Quantised(), False)):
@@ -286,15 +300,26 @@ def test_attacks_by_queries_are_allowed_few_of_the_images_they_saw() -> None:
 
 def test_a_control_that_stands_makes_it_inconclusive() -> None:
     robust, chosen = attack_linear(Linear(), [0, 255, 10, 240])
-    assert gates.control_falls(robust, chosen, [EPS]).passed is False
+    assert gates.control_falls(robust, robust, chosen, [EPS]).passed is False
     falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
-    assert gates.control_falls(falling, chosen, [EPS]).passed
-    assert "auto" not in gates.control_falls(falling, chosen, [EPS]).detail
-    searched = gates.control_falls(falling, chosen, [EPS], searched=True)
+    assert gates.control_falls(robust, falling, chosen, [EPS]).passed
+    assert "auto" not in gates.control_falls(robust, falling, chosen, [EPS]).detail
+    searched = gates.control_falls(robust, falling, chosen, [EPS], searched=True)
     assert searched.detail.endswith("; eps auto chose the radii so that it falls")
     (patterns,) = [each for each in chosen if isinstance(each, UniversalPatterns)]
-    assert gates.control_falls(falling, [patterns], [EPS]).passed is False  # say nothing about it
-    assert gates.control_falls(None, chosen, [EPS]).passed is None
+    assert (
+        gates.control_falls(robust, falling, [patterns], [EPS]).passed is False
+    )  # say nothing about it
+    assert gates.control_falls(robust, None, chosen, [EPS]).passed is None
+
+
+def test_a_model_that_falls_itself_needs_no_control() -> None:
+    robust, _ = attack_linear(Linear(), [0, 255, 10, 240])
+    falling, chosen = attack_linear(Linear(), [125, 130, 120, 255])
+    for control in (robust, falling, None):
+        gate = gates.control_falls(falling, control, chosen, [EPS])
+        assert gate.passed
+        assert "the model itself keeps 0.250" in gate.detail
 
 
 def test_the_self_test_finds_the_breakable_images_and_no_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.conftest import TINY
 from tests.verification.models import Linear, TorchEngine, linear_split
+from training.config import Data
 from training.data.splits import load_test, load_training
 from training.recipe import load_recipe
 from verification.attacks.gradient_attack import GradientAttack
@@ -17,8 +19,10 @@ from verification.attacks.presets import Variant, suite
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
-from verification.config import PRESETS
-from verification.price import forecast, gradient_cost, gradients_spent, price
+from verification.config import PRESETS, VerificationConfig
+from verification.context import default_images
+from verification.price import forecast, gradient_cost, price
+from verification.surrogate_budget import FEWEST, MOST, PIXELS, within_pixels
 from verification.surrogates import surrogate_sets
 
 
@@ -52,7 +56,7 @@ def test_counted_gradients_are_those_that_are_computed() -> None:
     sizes = {"s": 2, "target": 2, "control": 1}
     seen = sum(each.seen for each in (*members, *other, *own))
     assert gradient_cost(chosen, sizes, images=3, radii=2) == seen
-    assert gradients_spent(chosen, sizes, outcomes) == seen
+    assert outcomes["model"].gradients + outcomes["control"].gradients == seen
 
 
 def test_broken_images_cost_nothing_more() -> None:
@@ -61,7 +65,19 @@ def test_broken_images_cost_nothing_more() -> None:
     chosen = [attack, replace(attack, name="b", skip_broken=True)]
     target = {"model": Target(TorchEngine([*own]), own, "model")}
     outcomes = run_suite(chosen, {}, target, linear_split([10, 120, 140]), [0.1], seed=0)
-    assert gradients_spent(chosen, {"target": 1}, outcomes) == own[0].seen == 3 * 3 + 3 * 1
+    assert outcomes["model"].gradients == own[0].seen == 3 * 3 + 3 * 1
+
+
+def test_gradients_from_the_cache_are_counted_as_if_they_were_made(cache: Path) -> None:
+    own = [Counted()]
+    attack = GradientAttack(name="a", threat="white_box", source="target", steps=3)
+    target = {"model": Target(TorchEngine([*own]), own, "its weights")}
+    found = [
+        run_suite([attack], {}, target, linear_split([10, 120]), [0.1], seed=0)["model"].gradients
+        for _ in range(2)
+    ]
+    assert found == [6, 6]
+    assert own[0].seen == 6
 
 
 @pytest.mark.parametrize("preset", ["digits", "images"])
@@ -76,9 +92,27 @@ def test_quick_costs_less_than_the_training_of_the_model(preset: str) -> None:
     whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293
     assert whole.attacks == round(gradient_cost(transfer, names, 360, 3))
-    assert whole.share < 0.8  # the rest is for the other attacks
+    assert whole.whole < 0.6 * (whole.training or 0)  # the rest is for the other attacks
     assert str(whole).startswith("about 0.")
     assert whole.to_json()["model_training"] == whole.training
+
+
+def test_quick_attacks_as_many_images_as_fit_its_pixels() -> None:
+    def images(preset: str, size: int) -> int:
+        config = VerificationConfig(model=Path("model.onnx"), preset=preset)
+        return default_images(config, Data(crop=(size, size)))
+
+    assert [images("quick", size) for size in (8, 32, 48, 224)] == [6250, 390, 173, 120]
+    assert images("standard", 32) == 0  # all of them
+
+
+def test_surrogates_of_unknown_training_see_as_many_pixels_whatever_their_number() -> None:
+    config = load_recipe("images", {"data.crop": [48, 48]})
+    found = within_pixels(config, 5000)
+    assert found.standard.epochs == PIXELS // (5000 * 48 * 48)
+    assert (found.architecture, found.data.flip) == ("resnet14", False)
+    assert within_pixels(config, 300).standard.epochs == MOST
+    assert within_pixels(config, 10**6).standard.epochs == FEWEST
 
 
 def test_the_forecast_names_what_will_take_how_long(cache: object) -> None:
@@ -88,7 +122,7 @@ def test_the_forecast_names_what_will_take_how_long(cache: object) -> None:
     names = [name for each in sets for name in each.parts]
     chosen = suite(Variant(preset="quick", classes=10), names)
     told = forecast(chosen, [], sets, [], data, split, 2, cpu)
-    assert told.startswith("surrogates: 5 networks to train, about ")
+    assert told.startswith("surrogates: 5 networks to train for ")
     assert f"attacks: {len(chosen)} at 2 radii on {len(split)} images, about " in told
     folder = sets[0].folder(data)
     folder.mkdir(parents=True)

@@ -97,7 +97,8 @@ class Attack(ABC):
             itself), or `none`.
         norm: of the ball; `verify` wants the evaluation's.
         restarts: repetitions with other draws; an image must survive them all.
-        skip_broken: leave out images already broken at this eps by this threat.
+        skip_broken: leave out images that this threat has already broken at this eps, and those
+            that stood in the next larger ball.
         nearest: with `skip_broken`, run on this share of the images that are left: those that the
             attacks of this threat have brought nearest to another answer.
         sample: run on that many images, drawn at random, the same for all attacks; 0: on all.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from dverge_serve.files import atomic_path, cache_folder, canonical_json, sha256
 
-VERSION = 3  # raise when the same key would give other images
+VERSION = 4  # raise when the same key would give other images, or other arrays
 LIMIT_BYTES = 4 * 1024**3
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -25,7 +25,8 @@ class Outcomes:
     """Which images survived which attacks, for one target.
 
     `survived[attack, eps, version]` is bool `[n]`: every restart's answer was still the label.
-    `ran[attack, eps]` is bool `[n]`: images the attack was run on; the others were broken before.
+    `ran[attack, eps]` is bool `[n]`: images the attack was run on; the others were broken before,
+    or stood in a larger ball.
     `invalid` marks images with an output that was not finite at any time.
     `soft` is `survived` by the mean of softmax, had the members been combined so.
     `worst[eps, threat]` are 8-bit images: the first that broke the target, else the last tried;
@@ -47,6 +48,7 @@ class Outcomes:
     soft_clean: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
     violations: int = 0  # adversarial images outside their ball or box: a bug of the attack
     scored: int = 0
+    gradients: int = 0  # that attacks computed, each of one network on one image
 
     def add(
         self, key: tuple[str, float, str], scores: Scores, labels: npt.NDArray[np.int64], ran: Mask
@@ -139,8 +141,9 @@ class Outcomes:
     def to_json(self) -> dict[str, Any]:
         """Return the per-image matrix: one character an image, in test order.
 
-        1 right, 0 wrong, - not run (another attack had already broken it, or it is not in the
-        sample). `spent` are the queries for each image that an attack was run on.
+        1 right, 0 wrong, - not run (another attack had already broken it, it stood in a larger
+        ball, or it is not in the sample). `spent` are the queries for each image that an attack was
+        run on.
         """
         return {
             "clean": line(self.clean),

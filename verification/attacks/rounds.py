@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Outcomes
@@ -42,8 +44,8 @@ def last_cycle(suite: Sequence[Attack], outcome: Outcomes, eps: float) -> LastCy
     size = len({each.loss for each in chosen})
     if not run or len(run) < size:
         return None
-    began = outcome.ran[run[-size].name, eps]
-    broken = int((began & ~outcome.robust(run[-size:], eps)).sum())
+    attacked = np.any([outcome.ran[each.name, eps] for each in run[-size:]], axis=0)
+    broken = int((attacked & ~outcome.robust(run[-size:], eps)).sum())
     return LastCycle(len(run), broken, broken < CONVERGED * len(outcome.clean))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from training.models.ensemble import Ensemble
 from training.seeds import derive
 from verification.attacks.attack import NOTHING, Attack, Model
 from verification.attacks.cache import cached
+from verification.attacks.gradient_count import counted
 from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
 from verification.attacks.query_attack import QueryAttack
@@ -75,7 +77,9 @@ def run_suite(
 
     Transfer images are crafted once and scored on all targets: the same attack for each. A target
     is never its own surrogate, nor that of its kin. Rounds end, at each radius and for each target,
-    as soon as a whole cycle of them breaks almost nothing; the later ones are not run.
+    as soon as a whole cycle of them breaks almost nothing; the later ones are not run. Attacks that
+    skip broken images begin with the largest ball: it holds the smaller ones, so what stood there
+    is not attacked again in them.
 
     Args:
         suite: the attacks, in order.
@@ -96,10 +100,8 @@ def run_suite(
     first = next(iter(targets))
     jobs = [
         Job(attack, eps, radii if attack.one_search else [eps], *chosen)
-        for attack in suite
-        for radii in [[attack.only_eps] if attack.only_eps is not None else [*map(float, eps_grid)]]
+        for attack, eps, radii in _in_order(suite, eps_grid)
         for chosen in _pairs(attack, sources, targets)
-        for eps in radii
     ]
     work = sum(job.work * job.attack.restarts for job in jobs)
     with Progress(f"{label}, {len(split)} images", work) as progress:
@@ -112,7 +114,8 @@ def run_suite(
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]
                 ran = _selected(attack, outcomes, suite, eps, seed)
-                deltas, queries = _crafted(job, split, (seed, restart), ran)
+                deltas, queries, gradients = _crafted(job, split, (seed, restart), ran)
+                outcomes[0].gradients += gradients  # images for several targets are made once
                 for name in job.names:
                     found = recorders[name].score(attack, eps, deltas, ran)
                     if queries is not None:
@@ -137,6 +140,22 @@ def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:
                 f"the attack '{attack.name}' has the source '{attack.source}'",
                 f"one of {', '.join(known)}",
             )
+
+
+def _in_order(
+    suite: Sequence[Attack], eps_grid: Sequence[float]
+) -> Iterator[tuple[Attack, float, list[float]]]:
+    """Yield every attack with each of its radii, and all of them.
+
+    Neighbours that skip broken images take turns at one radius before the next smaller one.
+    """
+    for skips, block in groupby(suite, key=lambda attack: attack.skip_broken):
+        own = [
+            (each, [*map(float, eps_grid)] if each.only_eps is None else [each.only_eps])
+            for each in block
+        ]
+        found = [(attack, eps, radii) for attack, radii in own for eps in radii]
+        yield from sorted(found, key=lambda item: -item[1]) if skips else found
 
 
 def _pairs(
@@ -177,19 +196,30 @@ def _selected(
         order = np.random.default_rng(derive(seed, "sample")).permutation(count)
         ran[order[attack.sample :]] = False
     if attack.skip_broken:
-        others = [each for each in suite if each is not attack and each.threat == attack.threat]
-        left = [
-            outcome.nearest(outcome.robust(others, eps), eps, attack.threat, attack.nearest)
-            for outcome in outcomes
-        ]
-        ran &= np.any(left, axis=0)
+        ran &= np.any([_left(attack, outcome, suite, eps) for outcome in outcomes], axis=0)
     return ran
+
+
+def _left(attack: Attack, outcome: Outcomes, suite: Sequence[Attack], eps: float) -> Mask:
+    """Return the images that are left to an attack that skips broken ones.
+
+    They stand in this ball, and the attack's kind has broken them in the next larger one, if it
+    was run there.
+    """
+    alike = [each for each in suite if each.threat == attack.threat]
+    others = [each for each in alike if each is not attack]
+    left = outcome.nearest(outcome.robust(others, eps), eps, attack.threat, attack.nearest)
+    skipping = {each.name for each in alike if each.skip_broken}
+    larger = [radius for name, radius in outcome.ran if name in skipping and radius > eps]
+    return left & ~outcome.robust(alike, min(larger)) if larger else left
 
 
 def _crafted(
     job: Job, split: Split, seed: tuple[int, int], ran: Mask
-) -> tuple[Deltas, npt.NDArray[np.int64] | None]:
-    """Return an attack's images as float16 changes and the queries spent, made or from the cache.
+) -> tuple[Deltas, npt.NDArray[np.int64] | None, int]:
+    """Return an attack's images as float16 changes, made or from the cache.
+
+    The queries spent on each image and the number of gradients are returned with them.
 
     The search of one that passes every radius is made at the first of them.
 
@@ -200,7 +230,7 @@ def _crafted(
         ran: bool `[n]`: images to run the attack on.
     """
     attack, radii = job.attack, list(job.radii)
-    first = list(job.model)[:1] if isinstance(job.model, Ensemble) else []
+    networks = list(job.model) if isinstance(job.model, Ensemble) else []
     key = [
         "craft",
         attack.to_json(),
@@ -208,7 +238,7 @@ def _crafted(
         list(seed),
         split.sha256,
         job.weights,
-        [str(getattr(member, "compute", None)) for member in first],
+        [str(getattr(member, "compute", None)) for member in networks[:1]],
         str(split.images.device.type),
         "all" if ran.all() else sha256(np.packbits(ran).tobytes()),
     ]
@@ -218,11 +248,14 @@ def _crafted(
         deltas = np.zeros((len(radii), *split.images.shape), dtype=np.float16)
         # -1 where an attack does not count them.
         queries = np.full((len(radii), len(split)), 0 if isinstance(attack, QueryAttack) else -1)
+        gradients = 0
         if len(part):
             names = (seed[0], attack.name, ",".join(map(str, radii)), seed[1])
             images = to_float(part.images)
             try:
-                crafted = attack.run_radii(job.model, images, part.labels, radii, *names)
+                with counted(networks) as count:
+                    crafted = attack.run_radii(job.model, images, part.labels, radii, *names)
+                    gradients = count()
             finally:
                 if isinstance(job.model, Ensemble):
                     job.model.eval()  # whatever an attack of a user's own left it in
@@ -231,10 +264,11 @@ def _crafted(
                 if made.queries is not None:
                     queries[at] = 0
                     queries[at, ran] = made.queries
-        return {"halves": deltas, "queries": queries}
+        return {"halves": deltas, "queries": queries, "gradients": np.array(gradients)}
 
     identified = bool(job.weights) or attack.source == "none"
     found = cached(key, make) if identified and attack.cacheable else make()
     at = radii.index(job.eps)
     queries = found["queries"][at]
-    return found["halves"][at], None if (queries < 0).any() else queries
+    spent = None if (queries < 0).any() else queries
+    return found["halves"][at], spent, int(found["gradients"])

@@ -114,6 +114,7 @@ def grid_attacks(
         source="target",
         loss="cw",
         steps=10,
+        skip_broken=True,
         control=False,
         levels=levels,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from verification.attacks.apgd import AdaptivePGD
+from verification.attacks.apgd import NEAREST, AdaptivePGD
 from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, OutputName
@@ -27,7 +27,7 @@ def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> 
         # Both ways of combining the members, in case a saturated softmax hides the gradient.
         forms: list[tuple[LossName, OutputName]]
         forms = [("ce", "mean-logits"), ("cw", "mean-logits"), ("ce", "mean-softmax")]
-        chosen += _on_each(forms, replace(PGD, control=False))
+        chosen += _on_each(forms, replace(PGD, steps=5, rel_stepsize=0.4, control=False))
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _protocol(classes)
@@ -53,8 +53,8 @@ def _protocol(classes: int) -> list[GradientAttack]:
 def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[AdaptivePGD]:
     """Return cycles of Auto-PGD over the losses, on what still stands.
 
-    A cycle that breaks almost nothing is the last. The control, which falls early, gets the first
-    two rounds.
+    The later cycles go on with the images that came nearest to a wrong answer. A cycle that breaks
+    almost nothing is the last. The control, which falls early, gets the first round.
     """
     one = AdaptivePGD(
         name="apgd",
@@ -70,13 +70,20 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
         chosen.append(replace(one, loss="dlr"))
     if classes >= 4:
         chosen.append(replace(one, loss="targeted", targets=min(targets, classes - 1)))
-    return [
+    first = [
+        replace(each, name=f"apgd-{each.loss}, cycle 1", control=each.loss == "ce")
+        for each in chosen
+    ]
+    return first + [
         replace(
             each,
             name=f"apgd-{each.loss}, cycle {cycle}",
-            control=cycle == 1 and each.loss in ("ce", "cw"),
+            steps=nearest_steps,
+            nearest_steps=0,
+            nearest=NEAREST,
+            control=False,
         )
-        for cycle in range(1, CYCLES + 1)
+        for cycle in range(2, CYCLES + 1)
         for each in chosen
     ]
 

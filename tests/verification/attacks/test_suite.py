@@ -197,6 +197,43 @@ def test_one_search_by_labels_passes_every_radius() -> None:
     assert spent[0].tolist() == [60, 60, 60]
 
 
+def test_what_stood_in_a_larger_ball_is_not_attacked_again_in_a_smaller_one() -> None:
+    plain = GradientAttack(
+        name="plain",
+        threat="white_box",
+        source="target",
+        steps=1,
+        rel_stepsize=1.0,
+        random_start=False,
+    )
+    rest = replace(plain, name="rest", loss="cw", skip_broken=True)
+    more = replace(rest, name="more")
+    target = Target(TorchEngine([Linear()]), [Linear()])
+    split = linear_split([120, 145, 110, 200])  # break from .03, .07, .07 and .29 on
+    run: list[tuple[str, float]] = []
+    outcome = run_suite(
+        [plain, rest, more],
+        {},
+        {"m": target},
+        split,
+        [0.05, 0.1, 0.2],
+        seed=0,
+        keep=lambda name, eps, *_: run.append((name, eps)),
+    )["m"]
+    order = [("rest", 0.2), ("more", 0.2), ("rest", 0.1), ("more", 0.1), ("rest", 0.05)]
+    assert run[3:8] == order  # the largest ball first
+    standing = {eps: outcome.robust([plain], eps) for eps in (0.05, 0.1, 0.2)}
+    assert outcome.ran["rest", 0.2].tolist() == standing[0.2].tolist() == [False] * 3 + [True]
+    # The last image stood in the largest ball; the two others in the smallest alone.
+    assert not outcome.ran["rest", 0.1].any()
+    assert outcome.ran["rest", 0.05].tolist() == [False, True, True, False]
+    assert [int(outcome.robust([plain, rest, more], eps).sum()) for eps in (0.05, 0.1, 0.2)] == [
+        3,
+        1,
+        1,
+    ]
+
+
 def test_an_image_broken_by_another_threat_is_not_skipped() -> None:
     """Each threat's figure is of its own attacks alone, whatever the others broke."""
     first: dict[str, Any] = {"loss": "cw", "steps": 10}
