@@ -77,7 +77,7 @@ def test_training_says_where_it_begins_goes_on_and_has_ended(
     command = ["train", "--out", str(out), "--members", "2", *words]
     with monkeypatch.context() as patch:  # Ctrl-C in the second stage
         patch.setattr("training.trainer.diversity", lambda *_: _interrupt())
-        patch.setattr("training.trainer._measures_diversity", lambda *_: _second_stage(out))
+        patch.setattr("training.trainer.measures_diversity", lambda *_: _second_stage(out))
         assert run(command) == 130
     told = capsys.readouterr().err
     assert f"training 'digits' on cpu into {out}" in told
