@@ -23,6 +23,7 @@ from benchmarks.report import parser as report_parser
 from benchmarks.train_step import CUDA_BAR, Side
 from training.device import pick_device
 from training.methods import dverge
+from training.methods.dverge_draws import all_others
 from training.optimizers import RateOnDevice
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.parallel.topology import Batch
@@ -104,7 +105,9 @@ class Stepper:
         """Make one recorded step; return each member's loss, `[members]`."""
         assert self._recorded is not None
         (distil, update), (source, labels, target) = self._recorded, images
-        return update(0, (labels, *distil(layer, (source, target))))[0]
+        made = distil(layer, (source, target))
+        learned = (made[other] for others in all_others(len(made)) for other in others)
+        return update(0, (source, labels, *learned))[0]
 
     def _record(self, batch: int) -> list[Recorded]:
         members, settings = self._side.members, self._side.settings

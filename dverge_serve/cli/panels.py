@@ -13,7 +13,7 @@ PANELS = {
         *("mean", "std", "channels", "outputs"),
     ),
     "Method": (
-        *("recipe", "set_", "members", "start", "seed"),
+        *("recipe", "set_", "members", "start", "sources", "budget", "seed"),
         *("preset", "run", "checkpoint", "surrogates", "eps", "norm", "against"),
     ),
     "Live service": ("url", "requests", "rate"),

@@ -130,15 +130,19 @@ def test_commands_say_one_line_and_json_stays_json(
     assert said.out == ""
     (line,) = said.err.splitlines()
     assert "use --device cpu" in line
-    # `export`, and with it `demo`: without a named device the work goes on.
-    assert cli.run(["export", "any.onnx", "--run", str(tiny_run)]) == 0
+    # `export` that measures: without a named device the work goes on.
+    measured = ["--form", "measure"]
+    assert cli.run(["export", "any.onnx", "--run", str(tiny_run), *measured]) == 0
     said = capfd.readouterr()
     assert said.out.startswith("wrote any.onnx")
     (line,) = said.err.splitlines()
     assert line.startswith("ONNX Runtime cannot use cuda")
     assert line.endswith(": the file is made for the CPU")
     # It has no --device; it measures for its --target.
-    assert cli.run(["export", "other.onnx", "--run", str(tiny_run), "--target", "cuda"]) == 2
+    assert (
+        cli.run(["export", "other.onnx", "--run", str(tiny_run), *measured, "--target", "cuda"])
+        == 2
+    )
     said = capfd.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()

@@ -41,7 +41,7 @@ def test_a_run_is_given_by_its_folder(
     ("argument", "value", "known"),
     [
         ("which", "control", "members, standard"),
-        ("form", "round", "auto, branches, grouped"),
+        ("form", "round", "auto, measure, branches, grouped"),
         ("target", "tpu", "auto, cpu, cuda"),
         ("precision", "int4", "fp32, fp16, int8"),
     ],

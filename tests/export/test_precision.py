@@ -129,7 +129,7 @@ def test_refusals(
         (["--precision", "int4"], "one of fp32, fp16, int8"),
         (["--precision", "int8", "--target", "cuda"], "int8 is for CPUs"),
         (["--precision", "int8", "--data", "nowhere"], "calibrated on training images"),
-        (["--form", "round"], "auto, branches, grouped"),
+        (["--form", "round"], "auto, measure, branches, grouped"),
         (["--target", "tpu"], "auto, cpu, cuda"),
         (["--target", "tensorrt"], "auto, cpu, cuda"),
     ):
@@ -141,4 +141,4 @@ def test_refusals(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("dverge_serve.engine.providers.gpus", lambda: 0)
     with pytest.raises(UserError, match="name a form"):  # it cannot be measured here
-        export(Run.open_finished(tiny_run), tmp_path / "m.onnx", target="cuda")
+        export(Run.open_finished(tiny_run), tmp_path / "m.onnx", form="measure", target="cuda")

@@ -19,6 +19,7 @@ from training.config import Config
 from training.estimate import estimate, fit_to_time
 from training.methods import TrainingStage, stages
 from training.methods.dverge_draws import draw_layer
+from training.methods.stored_images import StoredImages
 from training.models.member import Member
 from training.parallel import cuda_graphs
 from training.parallel.topology import Batch
@@ -150,7 +151,7 @@ def seconds_by_steps(monkeypatch: pytest.MonkeyPatch, standard: float, dverge: f
     now = [0.0]
 
     def watched(
-        chosen: Config, members: list[Member], optimizers: list[SGD]
+        chosen: Config, members: list[Member], optimizers: list[SGD], stored: StoredImages | None
     ) -> list[TrainingStage]:
         def timed(stage: TrainingStage, each: float) -> TrainingStage:
             def step(epoch: int, number: int, batch: Batch) -> Tensor:
@@ -159,7 +160,7 @@ def seconds_by_steps(monkeypatch: pytest.MonkeyPatch, standard: float, dverge: f
 
             return replace(stage, step=step)
 
-        found = stages(chosen, members, optimizers)
+        found = stages(chosen, members, optimizers, stored=stored)
         return [timed(found[0], standard), timed(found[1], dverge)]
 
     monkeypatch.setattr(estimating, "stages", watched)

@@ -305,7 +305,7 @@ def test_a_graph_makes_the_step_that_was_recorded(batchnorm: str, layer: int) ->
             source, labels, target = (each.cuda() for each in batch(4, number))
             made = distil(layer, (source, target))
             learned = (made[other] for others in all_others(3) for other in others)
-            (found,) = update(0, (labels, *learned))
+            (found,) = update(0, (source, labels, *learned))
             losses.append(found)
         results.append(torch.stack(losses))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
