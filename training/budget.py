@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from training.config import Config
 from training.data.splits import TrainingData, training_images
 from training.method_registry import METHODS, Method
 
 
-def gradient_evaluations(config: Config, images: int) -> dict[str, int]:
+def gradient_evaluations(
+    config: Config, images: int, skipped: Collection[str] = ()
+) -> dict[str, int]:
     """Return how many gradients of one member on one image each stage computes.
+
+    What comes before a stage is not among them: source models and their attacks, last layers that
+    are fitted to features.
 
     Args:
         config: of the run.
         images: in the training part.
+        skipped: stages that starting weights stand for.
     """
     return {
         table: config.settings_of(table).epochs * method.gradients(config) * images * config.members
         for table, method in _stages(config).items()
+        if table not in skipped
     }
 
 
@@ -50,11 +59,11 @@ def within_budget(config: Config, data: TrainingData | None = None) -> Config:
     return config.overridden(changes)
 
 
-def planned(config: Config, images: int) -> str:
-    """Return the epochs and gradients of a run's stages in words, for its `images`."""
+def planned(config: Config, images: int, skipped: Collection[str] = ()) -> str:
+    """Return the epochs and gradients of a run's stages in words, see `gradient_evaluations`."""
     return ", ".join(
         f"{table} {config.settings_of(table).epochs} epochs ({count:,} gradients)"
-        for table, count in gradient_evaluations(config, images).items()
+        for table, count in gradient_evaluations(config, images, skipped).items()
     )
 
 

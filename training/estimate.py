@@ -18,6 +18,7 @@ from training.config import Config
 from training.data.class_counts import balance
 from training.data.near_duplicates import crossing
 from training.data.splits import TrainingData, load_training
+from training.method_registry import METHODS
 from training.methods import TrainingStage, epoch_batches, stages
 from training.methods.dverge_draws import draw_layer
 from training.methods.overlap import overlaps, step_losses
@@ -104,8 +105,15 @@ def fit_to_time(
         device, data: as for `estimate`.
 
     Raises:
-        UserError: not even one epoch of each stage is done in that time.
+        UserError: not even one epoch of each stage is done in that time, or a method with source
+            models.
     """
+    if METHODS[config.method].sources:
+        raise UserError(
+            f"`budget` with method {config.method}, whose source models are not timed",
+            "epochs by name",
+            "use `overrides` transfer.epochs=10",
+        )
     data = load_training(config.data) if data is None else data
     config = within_budget(config, data)
     cost = estimate(config, device, data)

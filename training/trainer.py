@@ -112,7 +112,7 @@ def train(
     check_sources(config, data, run)
     members, optimizers = prepare(config, data, device, topology=topology, start=start)
     if start is not None:
-        say(start.describe(config, members))
+        _say(surrogate, start.describe(config, members))
     begun = time.time()
     with contextlib.ExitStack() as held:
 
@@ -135,7 +135,8 @@ def train(
             return run
         first, done, tensors = state
         together = f", {topology.size} processes" if topology.size > 1 else ""
-        plan = planned(config, len(data.train))
+        stands = ("standard",) if skipped(config, members, start) else ()
+        plan = planned(config, len(data.train), stands)
         _say(surrogate, f"training '{config.name}' on {device}{together} into {out}: {plan}")
         if first > 0 or done > skipped(config, members, start):
             _say(surrogate, f"going on after epoch {done} of {stage_names(config)[first]} training")
@@ -284,6 +285,7 @@ def _finish(training: Training, data: TrainingData, begun: float) -> None:
             "holdout_accuracy": accuracy(members, training.holdout),
             "parameters": sum(p.numel() for member in members for p in member.parameters()),
             "start": training.start.files if training.start else [],
+            "skipped_epochs": skipped(config, members, training.start),
             "sources": training.stored.sources if training.stored else [],
             "provenance": {
                 "torch": torch.__version__,

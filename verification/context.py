@@ -17,6 +17,7 @@ from dverge_serve.progress import Progress, say
 from export.published_checkpoint import read_labels
 from training.budget import within_budget
 from training.config import DOWNLOADED, EMBEDDED, Config, Data
+from training.config_parsing import assign
 from training.data.splits import Split, TrainingData, load_rest, load_test, load_training
 from training.device import pick_device
 from training.recipe import data_overrides
@@ -165,6 +166,7 @@ def find_context(config: VerificationConfig) -> Context:
         [each.config for each in sets]
         or list(dict.fromkeys(each.origin.config for each in made if each.origin.config)),
         None if isinstance(engine, ForeignEngine) else training,
+        skipped=gradients.skipped if gradients else (),
         train_images=len(data.train),
         images=len(split),
         radii=radii,
@@ -267,13 +269,15 @@ def training_config(card: Card, gradients: Gradients | None, data: str | None) -
     Raises:
         UserError: the data set is neither named nor one we can load by its name.
     """
-    if gradients is not None and gradients.run is not None:
-        config = gradients.run.config
+    changes = {} if data is None else data_overrides(data)
+    if gradients and gradients.run:
+        config = gradients.run.config.overridden(changes)
     else:
         table = {key: value for key, value in card.training.items() if key not in RECORDED}
+        table["data"] = dict(table["data"])
+        for key, value in changes.items():  # first: a group is read in the light of the path
+            assign(table, key, value, "`data`")
         config = Config.from_json(table, "the model's metadata")
-    if data is not None:
-        config = config.overridden(data_overrides(data))
     if config.data.name not in (*EMBEDDED, *DOWNLOADED) and not config.data.path:
         raise UserError(
             "no images to attack with", "the model's data", "give `data` FOLDER or `run` DIR"

@@ -46,7 +46,8 @@ def _origins(path: Path) -> list[Path]:
     """Return the run directories and weights files that a path names."""
     if path.is_file() or (path / "checkpoint.json").is_file():
         return [path]
-    runs = sorted(each.parent for each in path.glob("*/checkpoint.json"))
+    # Resolved: `latest` is a link to one of the others.
+    runs = sorted({each.parent.resolve() for each in path.glob("*/checkpoint.json")})
     files = sorted(each for each in path.glob("*") if each.suffix in SUFFIXES and each.is_file())
     if not runs and not files:
         raise UserError(

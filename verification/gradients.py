@@ -51,6 +51,11 @@ class Gradients:
     origin: str
     run: Run | None = None
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The stages of the run's training that its starting weights stood for."""
+        return ("standard",) if self.run and self.run.checkpoint.get("skipped_epochs") else ()
+
 
 def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Member:
     """Return a copy to take gradients from: BatchNorm folded, channels last, frozen parameters.

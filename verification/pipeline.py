@@ -80,7 +80,9 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "agreement": stolen.agreement(context.engine, split),
             "robust_accuracy": under_substitute(outcome, context.suite, eps),
         }
-        table["examples"] = examples(outcomes, targets, split, labels, eps)
+        # The images of somebody else's data stay in the evidence folder: reports travel.
+        own = config.labels is None
+        table["examples"] = examples(outcomes, targets, split, labels, eps) if own else None
         table["evidence"] = evidence.index
         files = image_files(context.attacked, "test"), image_files(context.attacked, "train")
         table["leakage"] = leakage.to_json(*files)

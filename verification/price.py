@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,7 @@ def price(
     train_images: int,
     images: int,
     radii: int,
+    skipped: Collection[str] = (),
 ) -> Price:
     """Count the gradients of a verification.
 
@@ -115,18 +116,19 @@ def price(
         sizes: how many networks each source has, see `gradient_cost`.
         configs: of the surrogates that belong to it, cached or not.
         model: how the model was trained, if that is known.
+        skipped: stages of its training that starting weights stood for.
         train_images, images: how many are trained on and attacked.
         radii: at how many each attack runs.
     """
 
-    def trained(config: Config) -> int:
-        return sum(gradient_evaluations(config, train_images).values())
+    def trained(config: Config, skipped: Collection[str] = ()) -> int:
+        return sum(gradient_evaluations(config, train_images, skipped).values())
 
     return Price(
         surrogates=sum(map(trained, configs)),
         attacks=round(gradient_cost(suite, sizes, images, radii)),
         checks=CHECKS * images * sizes.get("target", 0),
-        training=None if model is None else trained(model),
+        training=None if model is None else trained(model, skipped),
     )
 
 

@@ -86,6 +86,7 @@ def train(
     options keeps the settings it was begun with.
     """
     from training.config import check_seed
+    from training.method_registry import METHODS
 
     if resume and out is None:
         out = Path("runs/latest")
@@ -98,6 +99,12 @@ def train(
     files = {"start": start, "transfer.sources": sources}
     config = _config(begun, recipe, data, members, seed, set_, files)
     check_seed(config)  # of a dry run, too
+    if sources and not METHODS[config.method].sources:
+        raise UserError(
+            f"--sources, and method {config.method} learns from none",
+            "transfer or dverge+transfer",
+            "add --set method=transfer",
+        )
     if list_skipped:
         from training.data.image_folder import read_folder
 

@@ -12,6 +12,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from dverge_serve.engine.provenance import provenance_path, read_provenance
 from dverge_serve.engine.report import read_report
 from dverge_serve.engine.session import Engine
 from dverge_serve.engine.signature import PARTS, SUFFIX, signature_path
@@ -74,9 +75,17 @@ def write_bento(model: Path, out: Path) -> list[Path]:
             f"{model} is signed under this name", f"a file called {MODEL}", "rename it and sign it"
         )
     about = read_report(model, sha256) is not None
+    if signed and not about and any(model.with_suffix(each).exists() for each in REPORTS):
+        raise UserError(
+            f"{model} is signed with the report of another file",
+            "its own report",
+            "verify it and sign it again",
+        )
     suffixes = (*(PARTS if about else PARTS[len(REPORTS) :]), SUFFIX)
     sources = {f"model{suffix}": model.with_suffix(suffix) for suffix in suffixes}
     beside = {name: path.read_bytes() for name, path in sources.items() if path.is_file()}
+    if not signed and read_provenance(model, sha256) is None:  # it is about another file
+        beside.pop(provenance_path(out / MODEL).name, None)
     written = [out / "bentofile.yaml", out / MODEL, out / REQUIREMENTS, out / CONTAINER]
     write_atomic(out / MODEL, data)
     write_atomic(out / REQUIREMENTS, "".join(f"{each}\n" for each in requirements(signed)).encode())

@@ -84,7 +84,7 @@ def sources_config(config: Config) -> Config:
         architecture=chosen if count > 1 else chosen[0],
         members=count,
         seed=SOURCE_SEED + count,
-        data=replace(config.data, path="", test_limit=0, memory_gb=None, workers=None),
+        data=replace(config.data, path="", group="", test_limit=0, memory_gb=None, workers=None),
         start="",
         tensorboard=False,
         dverge=Dverge(),

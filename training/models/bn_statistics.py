@@ -23,7 +23,11 @@ def features_and_statistics(
         images: `[B, C, H, W]`.
         layer: 1..depth.
     """
-    norms = [module for module in member.modules_upto(layer) if isinstance(module, nn.BatchNorm2d)]
+    norms = [
+        module
+        for module in member.modules_upto(layer)
+        if isinstance(module, nn.BatchNorm2d) and module.training  # a frozen one keeps its own
+    ]
     running = [tensor for norm in norms for tensor in _statistics(norm)[:2]]
     counts = [_statistics(norm)[2] for norm in norms]
     before = [tensor.clone() for tensor in (*running, *counts)]
