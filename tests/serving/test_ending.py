@@ -66,7 +66,7 @@ def test_a_closed_terminal_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         for process in [psutil.Process(server.process.pid), *server.workers()]:
             process.send_signal(signal.SIGHUP)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "Traceback" not in server.log
     assert server.log.count(" is ready after ") == 1
 

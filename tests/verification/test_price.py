@@ -119,7 +119,10 @@ def test_surrogates_of_unknown_training_see_as_many_pixels_whatever_their_number
     assert within_pixels(config, 10**6).standard.epochs == FEWEST
 
 
-def test_the_forecast_names_what_will_take_how_long(cache: object) -> None:
+def test_the_forecast_names_what_will_take_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVERGE_CACHE", str(tmp_path))
     config = load_recipe("digits", TINY | {"seed": 1234})
     data, (_, split), cpu = load_training(config.data), load_test(config.data), torch.device("cpu")
     sets = surrogate_sets(config, ["mixed-3", "mixed-5"])
