@@ -118,7 +118,7 @@ def fit_to_time(
     config = within_budget(config, data)
     cost = estimate(config, device, data)
     per_epoch = {stage: each / cost["epochs"][stage] for stage, each in cost["seconds"].items()}
-    share = WORK * seconds / sum(cost["seconds"].values())
+    share = WORK * seconds / max(sum(cost["seconds"].values()), 0.1)  # they are rounded
     epochs = {stage: min(count, int(share * count)) for stage, count in cost["epochs"].items()}
     if not all(epochs.values()):
         least = seconds / (share * min(cost["epochs"].values()))
