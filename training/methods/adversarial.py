@@ -15,7 +15,7 @@ from training.methods.standard import descend
 from training.models.member import Member
 from training.parallel.topology import Batch, ProcessTopology
 from training.pgd import cross_entropy, pgd_loop, random_start
-from training.schedules import Adversarial
+from training.schedules import Adversarial, Transfer
 from training.seeds import generator
 
 
@@ -62,15 +62,33 @@ def adversarial_images(
         settings: radius and steps.
         seed_path: what the random start is drawn for (see `training.seeds`).
     """
-    member.eval()
+    made = pgd_examples(member.eval(), source, labels, settings, *seed_path)
+    member.train()
+    return made
+
+
+def pgd_examples(
+    network: Member,
+    source: Tensor,
+    labels: Tensor,
+    settings: Adversarial | Transfer,
+    *seed_path: int | str,
+) -> Tensor:
+    """Return PGD examples made on a network as it is, from a random start.
+
+    Args:
+        network: attacked; its mode does not change.
+        source: clean images.
+        labels: their classes.
+        settings: radius and steps.
+        seed_path: what the random start is drawn for (see `training.seeds`).
+    """
     draw = generator(*seed_path, device=source.device)
-    made = pgd_loop(
-        cross_entropy(member, labels),
+    return pgd_loop(
+        cross_entropy(network, labels),
         source,
         eps=settings.eps,
         step_size=settings.step_size,
         steps=settings.steps,
         start=random_start(source, settings.eps, draw),
     )
-    member.train()
-    return made

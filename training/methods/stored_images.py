@@ -21,11 +21,11 @@ from training.config import Config
 from training.data.splits import TrainingData, augment, to_float
 from training.device import autocast_dtype, send
 from training.method_registry import METHODS
+from training.methods.adversarial import pgd_examples
 from training.methods.source_models import SourceModel, Train, given_sources, trained_sources
 from training.models.bn_folding import folded
 from training.models.member import Member
 from training.parallel.threads import side_by_side
-from training.pgd import cross_entropy, pgd_loop, random_start
 from training.runs.directory import Run
 from training.runs.lock import held
 from training.schedules import Transfer
@@ -176,15 +176,7 @@ def _attack(
 ) -> Tensor:
     """Return PGD examples of a network, uint8 as the clean images are, and within eps of them."""
     (index, network), clean = numbered, to_float(pixels)
-    draw = generator(*when, index, device=clean.device)
-    made = pgd_loop(
-        cross_entropy(network, labels),
-        clean,
-        eps=settings.eps,
-        step_size=settings.step_size,
-        steps=settings.steps,
-        start=random_start(clean, settings.eps, draw),
-    )
+    made = pgd_examples(network, clean, labels, settings, *when, index)
     most = int(settings.eps * 255 + 1e-6)
     change = ((made - clean) * 255).round().clamp(-most, most)
     return (pixels + change).clamp(0, 255).to(torch.uint8)
