@@ -87,6 +87,7 @@ def distill_all(
 
 def ready(member: Member, layer: int, settings: Dverge) -> Member:
     """Return what distils for a member: itself in training mode, or its frozen copy."""
+    member.modules_upto(layer)  # cut there before threads use it: tracing disturbs every network
     return member.train() if settings.batchnorm == "batch" else member.frozen(layer)
 
 

@@ -33,8 +33,10 @@ def make_step(
     own = [optimizers[index] for index in topology.local_members(len(members))]
     parts = dverge.halves(members, optimizers, settings=config.dverge, topology=topology)
     recorded = cuda_graphs.recorded(parts, config, own, members[0].mean.device)
-    found = _step_of_run(config, members, optimizers, topology, lambda *_: None, recorded)
-    return found if tuple(recorded) == parts else found.whole
+    plain = tuple(recorded) == parts
+    return _step_of_run(
+        config, members, optimizers, topology, lambda *_: None, recorded, overlapping=plain
+    )
 
 
 def make_adversarial_step(
@@ -70,7 +72,9 @@ def _step_of_run(
     topology: ProcessTopology,
     adversary_of: Callable[[int, int, Batch], Adversary | None],
     parts: Sequence[Work] | None = None,
-) -> Overlapping:
+    *,
+    overlapping: bool = True,
+) -> Step:
     def drawn(epoch: int, number: int, batch: Batch) -> dict[str, Any]:
         return {
             "layer": layer_of(config, members, epoch, number),
@@ -86,7 +90,9 @@ def _step_of_run(
     def begin(tasks: Tasks, epoch: int, number: int, batch: Batch) -> list[Future[Tensor]]:
         return begin_step(tasks, members, optimizers, *batch, **drawn(epoch, number, batch))
 
-    return Overlapping(whole, begin)
+    # Where a member distils itself, nothing may train it, or cut it into layers, meanwhile.
+    apart = all(each.frozen_apart for each in members)
+    return Overlapping(whole, begin) if overlapping and apart else whole
 
 
 def begin_step(

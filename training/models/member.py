@@ -58,6 +58,11 @@ class Member(nn.Module):
         """Return the modules that computing `layer` passes through."""
         return list(self.stages[:layer].modules())
 
+    @property
+    def frozen_apart(self) -> bool:
+        """Whether `frozen` returns a copy, which may be used while the member itself learns."""
+        return True
+
     def frozen(self, layer: int) -> Member:
         """Return a copy in evaluation mode, with BatchNorm folded, that threads may share.
 

@@ -65,6 +65,11 @@ class TorchvisionMember(Member):
         whole = layer == self.depth
         return list((self.network if whole else self._network_upto(layer)).modules())
 
+    @property
+    def frozen_apart(self) -> bool:
+        """Whether `frozen` returns a copy."""
+        return False
+
     def frozen(self, layer: int) -> TorchvisionMember:
         """Return this member in evaluation mode, cut at `layer` before any thread asks for it.
 

@@ -50,6 +50,26 @@ def trained(threads: int, **overrides: Any) -> tuple[dict[str, Tensor], Tensor]:
     return members_tensors(members) | momentum_tensors(optimizers), torch.stack(losses)
 
 
+@pytest.mark.parametrize("batchnorm", ["running", "batch"])
+def test_members_that_distil_themselves_do_not_overlap(batchnorm: str) -> None:
+    """torchvision's are cut by tracing, which changes how every module is called meanwhile."""
+    config = tiny_config(
+        members=3,
+        architecture="torchvision:shufflenet_v2_x0_5",
+        batch_size=20,
+        data__train_limit=80,
+        dverge__layer_every="batch",
+        dverge__batchnorm=batchnorm,
+    )
+    data = load_training(config.data)
+    members, optimizers = prepare(config, data, CPU)
+    stage = stages(config, members, optimizers)[-1]
+    assert not isinstance(stage.step, Overlapping)
+    batches = enumerate(epoch_batches(data.train, config, stage, 0))
+    losses = list(step_losses(stage, 0, batches, optimizers, 4, SINGLE_PROCESS))
+    assert torch.stack(losses).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
