@@ -164,15 +164,16 @@ def test_damaged_images_are_made_again(
 
 
 def test_sources_that_are_not_given_are_trained_once_from_seeds_of_their_own(
-    tmp_path: Path, cache: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DVERGE_CACHE", str(tmp_path / "cache"))  # nobody else's sources
     config = transfer_config(architecture=["resnet8", "resnet14"])
     wanted = sources_config(config)
     assert wanted.seed > SOURCE_SEED > MAX_SEED + 1000  # most surrogates there can be
     assert wanted.architectures == ("resnet8", "resnet14")
     assert sources_config(replace(config, seed=9)) == wanted  # the same for every seed
     run = train(config, tmp_path / "run", device=CPU)
-    (folder,) = (cache / "sources").iterdir()
+    (folder,) = (tmp_path / "cache/sources").iterdir()
     before = (folder / "members.safetensors").stat().st_mtime_ns
     other = train(replace(config, seed=9), tmp_path / "other", device=CPU)
     assert (folder / "members.safetensors").stat().st_mtime_ns == before
