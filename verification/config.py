@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ class Preset:
         substitute: queries for a substitute trained on the model's answers.
         aware_steps: steps of the attack that knows the detector.
         pixels: that the test images have together which are attacked by default; 0: all images.
+        fewest: of these, whatever their pixels.
     """
 
     surrogates: tuple[str, ...]
@@ -40,6 +41,11 @@ class Preset:
     aware_steps: int
     hop_skip_jump: bool = True
     pixels: int = 0
+    fewest: int = 120
+
+    def images(self, height: int, width: int) -> int:
+        """Return how many test images are attacked if nobody says it; 0: all of them."""
+        return max(self.fewest, self.pixels // (height * width)) if self.pixels else 0
 
 
 SUBSTITUTE = "substitute"  # the source of attacks from a stolen model
@@ -56,7 +62,7 @@ PRESETS = {
         substitute=1000,
         aware_steps=20,
         hop_skip_jump=False,
-        pixels=400_000,
+        pixels=250_000,
     ),
     "standard": Preset(
         PAPER, sample=100, budgets=(100, 1000, 5000), substitute=2000, aware_steps=50
@@ -69,6 +75,17 @@ PRESETS = {
         aware_steps=100,
     ),
 }
+# A photograph costs as much as a hundred digits: minutes are to stay minutes.
+LARGE = 64 * 64  # pixels; of larger images `quick` takes less
+QUICK_LARGE = replace(
+    PRESETS["quick"], surrogates=("mixed-3",), sample=24, substitute=400, fewest=80
+)
+
+
+def preset_for(name: str, crop: tuple[int, int]) -> Preset:
+    """Return the size of a preset on images of a height and width."""
+    large = crop[0] * crop[1] > LARGE and name == "quick"
+    return QUICK_LARGE if large else PRESETS[name]
 
 
 class Radii(NamedTuple):

@@ -28,7 +28,7 @@ from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.suite import check_suite
 from verification.attacks.value_grid import coarse_levels, grid_attacks
 from verification.auto_radii import control_and_sources, halving_radii
-from verification.config import AUTO, PRESETS, SUBSTITUTE, VerificationConfig
+from verification.config import AUTO, SUBSTITUTE, Preset, VerificationConfig, preset_for
 from verification.contract import Contract
 from verification.foreign_model import ForeignEngine, gives_scores, open_engine
 from verification.foreign_network import find_foreign_gradients
@@ -51,7 +51,6 @@ from verification.surrogates import (
 )
 
 RECORDED = ("train_sha256", "source_models")  # what a card says of training beside its settings
-FEWEST = 120  # test images that `quick` attacks by default, if there are so many
 CALIBRATION_IMAGES = 5000  # at most; they are kept as evidence
 
 
@@ -60,6 +59,7 @@ class Context:
     """Everything a verification works with, found and loaded."""
 
     config: VerificationConfig
+    preset: Preset
     device: torch.device
     engine: Engine | ForeignEngine
     gradients: Gradients | None
@@ -122,7 +122,8 @@ def find_context(config: VerificationConfig) -> Context:
         if gradients is None:
             say(f"no white-box attacks: {no_gradients}")
     attacked = training.data
-    if (limit := config.images or attacked.test_limit or default_images(config, attacked)) > 0:
+    preset = preset_for(config.preset, attacked.crop)
+    if (limit := config.images or attacked.test_limit or preset.images(*attacked.crop)) > 0:
         attacked = replace(attacked, test_limit=limit)
     split = _test_split(attacked, engine.card).to(device)
     known = engine.card.training.get("train_sha256") == data.train.sha256
@@ -134,6 +135,7 @@ def find_context(config: VerificationConfig) -> Context:
         classes=len(engine.card.labels),
         reference=autoattack.available(),
         scores=gives_scores(engine),
+        size=preset,
     )
     made: list[Surrogate] = []
     sets: list[SurrogateSet] = []
@@ -143,7 +145,7 @@ def find_context(config: VerificationConfig) -> Context:
         )
         refuse_sources(made, engine.card)
     else:
-        sets = surrogate_sets(training, PRESETS[config.preset].surrogates)
+        sets = surrogate_sets(training, preset.surrogates)
     sizes = {each.name: (len(each.indices), len(each.origin.architectures)) for each in made}
     for each in sets:
         sizes |= {name: (len(own), each.config.members) for name, own in each.parts.items()}
@@ -183,6 +185,7 @@ def find_context(config: VerificationConfig) -> Context:
     suite = [*presets.suite(variant, names), *more]
     return Context(
         config=config,
+        preset=preset,
         device=device,
         engine=engine,
         gradients=gradients,
@@ -199,18 +202,16 @@ def find_context(config: VerificationConfig) -> Context:
         suite=suite,
         price=cost,
         left_out=_left_out(
-            config, variant, training, no_gradients if gradients is None else None, no_start
+            config,
+            preset,
+            variant,
+            training,
+            no_gradients if gradients is None else None,
+            no_start,
         ),
         against=against,
         service=service,
     )
-
-
-def default_images(config: VerificationConfig, data: Data) -> int:
-    """Return how many test images are attacked if nobody says it; 0: all of them."""
-    pixels = PRESETS[config.preset].pixels
-    height, width = data.crop
-    return max(FEWEST, pixels // (height * width)) if pixels else 0
 
 
 def _opponent(path: Path | None, card: Card) -> Engine | None:
@@ -241,6 +242,7 @@ def _service(
 
 def _left_out(
     config: VerificationConfig,
+    preset: Preset,
     variant: Variant,
     training: Config,
     no_gradients: str | None,
@@ -249,7 +251,7 @@ def _left_out(
     """Return the parts of the preset that are not run, each with the reason."""
     missing = presets.left_out(variant)
     if not config.surrogates:
-        kinds = PRESETS[config.preset].surrogates
+        kinds = preset.surrogates
         able = [kind for kind in kinds if surrogate_config(training, kind) is not None]
         missing |= {
             f"surrogate {kind}": f"none of its kind for {training.architecture}"

@@ -22,7 +22,7 @@ from verification.attacks.cache import prune
 from verification.attacks.gradient_count import counted
 from verification.attacks.query_attack import Answers
 from verification.attacks.suite import run_suite
-from verification.config import PRESETS, SUBSTITUTE, VerificationConfig
+from verification.config import SUBSTITUTE, VerificationConfig
 from verification.context import Context, find_context
 from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
@@ -133,7 +133,7 @@ def _steal(context: Context) -> Substitute:
         context.data.holdout.to(context.device),
         context.training,
         classes=len(context.engine.card.labels),
-        queries=PRESETS[context.config.preset].substitute,
+        queries=context.preset.substitute,
         answers=answers,
         seed=context.config.seed,
     )

@@ -12,7 +12,6 @@ from training.models.member import Member
 from verification.attacks.cache import cached
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.target import Target
-from verification.config import PRESETS
 from verification.context import Context
 from verification.gradients import flow
 from verification.metrics import detection
@@ -29,7 +28,7 @@ def measure(
     engine, split, eps = context.engine, context.split, max(context.eps)
     attacked, seed = worst_at(outcome, eps), context.config.seed
     if (members := model.members) is not None and context.config.norm == "linf":
-        steps = PRESETS[context.config.preset].aware_steps
+        steps = context.preset.aware_steps
         pixels = cached(
             ["aware", eps, steps, seed, split.sha256, model.weights],
             lambda: {

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dverge_serve.files import sha256
 from dverge_serve.images import to_float as images_to_float
 from training.config import Config
 from training.data.splits import Split, normalisation, to_float
+from training.methods.last_layers import fit, last_features
 from training.models.build import build_members
 from training.models.ensemble import Ensemble
 from training.models.member import Member
+from training.models.pretrained import Start, last_layer
 from training.parallel.threads import side_by_side
 from training.pgd import cross_entropy, gradient
 from training.seeds import derive, generator
@@ -91,9 +93,11 @@ def steal(
     """Train a substitute on a model's answers.
 
     The attacker has images that the model was not trained on, without labels, and knows the
-    architecture. The first quarter of the queries are such images. Every later round doubles what
-    was asked: half by steps towards the substitute's decision boundary, as Papernot et al. (2017,
-    arXiv 1602.02697) augment by the Jacobian, half by mixing two images that were asked.
+    architecture. Where the model began from published weights, so does the substitute, and learns
+    its last layer alone, which few answers are enough for. The first quarter of the queries are
+    images of its own. Every later round doubles what was asked: half by steps towards the
+    substitute's decision boundary, as Papernot et al. (2017, arXiv 1602.02697) augment by the
+    Jacobian, half by mixing two images that were asked.
 
     Args:
         ask: the model; every image counts as a query.
@@ -111,27 +115,31 @@ def steal(
         config,
         method="standard",
         architecture=architecture,
+        start=config.start if isinstance(config.start, str) else config.start[0],
         members=MEMBERS,
         seed=derive(*names) >> 31,
     )
-    mean, std = normalisation(replace(config.data, mean=(), std=()), seeds)
-    members = [m.to(device) for m in build_members(alone, classes, mean, std, "substitute")]
+    start = Start.read(alone)
+    known = config.data if start else replace(config.data, mean=(), std=())
+    members = build_members(alone, classes, *normalisation(known, seeds), "substitute")
+    if start:
+        start.put_into(members)
+    members = [member.to(device) for member in members]
     ensemble = Ensemble(members)
     draw = generator(*names, "queries", device=device)
     first = torch.randperm(len(seeds), generator=draw, device=device)[: max(1, queries // 4)]
     asked = seeds.images[first]
     told = _told(ask, asked)
-    trainings = [
-        _Training(member, generator(*names, index, device=device))
+    trainings: list[_Training | _LastLayer] = [
+        _LastLayer(member)
+        if start and isinstance(last_layer(member)[1], nn.Linear)
+        else _Training(member, generator(*names, index, device=device))
         for index, member in enumerate(members)
     ]
     gradients = 0
     while True:
-        epochs, steps = LAST if len(asked) >= queries else ROUND
-        epochs = max(epochs, steps // -(-len(asked) // BATCH))
-        work = partial(_Training.run, images=asked, told=told, epochs=epochs)
-        side_by_side(work, trainings, device)
-        gradients += epochs * len(asked) * MEMBERS
+        learn = methodcaller("run", asked, told, last=len(asked) >= queries)
+        gradients += sum(side_by_side(learn, trainings, device))
         if len(asked) >= queries:
             break
         fresh = _fresh(ensemble.eval(), asked, told, draw)[: queries - len(asked)]
@@ -175,6 +183,22 @@ def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generato
     return (made * 255).round().to(torch.uint8)
 
 
+class _LastLayer:
+    """Fitting of the last layer of one network to soft labels."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    def run(self, images: Tensor, told: Tensor, last: bool) -> int:
+        """Fit it to all that was told; return how many gradients of the network that took: none."""
+        fit(
+            self._member,
+            last_features(self._member, map(to_float, torch.split(images, BATCH))),
+            told,
+        )
+        return 0
+
+
 class _Training:
     """Training of one network on soft labels, round after round."""
 
@@ -182,8 +206,10 @@ class _Training:
         self._member, self._draw = member, draw
         self._optimizer = torch.optim.AdamW(member.parameters(), lr=RATE)
 
-    def run(self, images: Tensor, told: Tensor, epochs: int) -> None:
-        """Train for some epochs, with a rate that falls to zero."""
+    def run(self, images: Tensor, told: Tensor, last: bool) -> int:
+        """Train for some epochs, with a rate that falls to zero; return how many gradients."""
+        epochs, steps = LAST if last else ROUND
+        epochs = max(epochs, steps // -(-len(images) // BATCH))
         self._member.train()
         for epoch in range(epochs):
             for group in self._optimizer.param_groups:
@@ -195,3 +221,4 @@ class _Training:
                     self._optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     self._optimizer.step()
+        return epochs * len(images)

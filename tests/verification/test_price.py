@@ -11,7 +11,6 @@ import torch
 
 from tests.conftest import TINY
 from tests.verification.models import Linear, TorchEngine, linear_split
-from training.config import Data
 from training.data.splits import load_test, load_training
 from training.recipe import load_recipe
 from verification.attacks.gradient_attack import GradientAttack
@@ -19,8 +18,7 @@ from verification.attacks.presets import Variant, suite
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
-from verification.config import PRESETS, VerificationConfig
-from verification.context import default_images
+from verification.config import PRESETS, QUICK_LARGE, preset_for
 from verification.price import forecast, gradient_cost, price
 from verification.surrogate_budget import FEWEST, MOST, PIXELS, within_pixels
 from verification.surrogates import surrogate_sets
@@ -83,7 +81,7 @@ def test_gradients_from_the_cache_are_counted_as_if_they_were_made(cache: Path) 
 @pytest.mark.parametrize(
     # The recipe `images` distils with one step and one partner: its training is the cheaper one.
     ("preset", "share"),
-    [("digits", 0.6), ("images", 1.4)],
+    [("digits", 0.6), ("images", 1.1)],
 )
 def test_what_quick_costs_beside_the_training_of_the_model(preset: str, share: float) -> None:
     config = load_recipe(preset)
@@ -93,9 +91,10 @@ def test_what_quick_costs_beside_the_training_of_the_model(preset: str, share: f
     parts = frozenset(name for name, size in names.items() if size < only.config.members)
     variant = Variant(preset="quick", classes=10, parts=parts)
     transfer = [each for each in suite(variant, list(names)) if each.threat == "transfer"]
-    whole = price(transfer, names, [only.config], config, train_images=1293, images=360, radii=3)
+    images = min(360, PRESETS["quick"].images(*config.data.crop))
+    whole = price(transfer, names, [only.config], config, train_images=1293, images=images, radii=3)
     assert whole.surrogates == 5 * config.standard.epochs * 1293
-    assert whole.attacks == round(gradient_cost(transfer, names, 360, 3))
+    assert whole.attacks == round(gradient_cost(transfer, names, images, 3))
     assert whole.whole < share * (whole.training or 0)  # the rest is for the other attacks
     assert str(whole).startswith(f"about {whole.whole / (whole.training or 1):.1f}")
     assert whole.to_json()["model_training"] == whole.training
@@ -103,11 +102,23 @@ def test_what_quick_costs_beside_the_training_of_the_model(preset: str, share: f
 
 def test_quick_attacks_as_many_images_as_fit_its_pixels() -> None:
     def images(preset: str, size: int) -> int:
-        config = VerificationConfig(model=Path("model.onnx"), preset=preset)
-        return default_images(config, Data(crop=(size, size)))
+        return preset_for(preset, (size, size)).images(size, size)
 
-    assert [images("quick", size) for size in (8, 32, 48, 224)] == [6250, 390, 173, 120]
-    assert images("standard", 32) == 0  # all of them
+    assert [images("quick", size) for size in (8, 32, 48, 64, 65, 224)] == [
+        *(3906, 244, 120, 120),
+        *(80, 80),
+    ]
+    assert images("standard", 32) == images("standard", 224) == 0  # all of them
+
+
+def test_quick_takes_less_of_large_images_and_nothing_else_does() -> None:
+    large, small = (preset_for("quick", (size, size)) for size in (128, 32))
+    assert (large, small) == (QUICK_LARGE, PRESETS["quick"])
+    assert large.budgets == small.budgets
+    assert large.sample < small.sample
+    assert large.substitute < small.substitute
+    for name in ("standard", "full"):
+        assert preset_for(name, (224, 224)) is PRESETS[name]
 
 
 def test_surrogates_of_unknown_training_see_as_many_pixels_whatever_their_number() -> None:

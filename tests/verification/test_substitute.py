@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.verification.models import Linear, TorchEngine
 from training.data.splits import Split
+from training.models.bn_folding import folded
+from training.models.build import build_members
 from training.recipe import load_recipe
 from verification.attacks.outcomes import Pixels
 from verification.attacks.query_attack import Answers
-from verification.substitute import Substitute, ask_engine, steal
+from verification.substitute import MEMBERS, Substitute, ask_engine, steal
 
 CONFIG = load_recipe("digits", {"width": 4, "members": 3, "seed": 7})
 ENGINE = TorchEngine([Linear()])
@@ -67,3 +73,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
 def test_two_queries_are_enough_to_ask() -> None:
     found, asked = stolen("scores", 2, seeds(1))
     assert found.queries == len(asked) == 2
+
+
+def test_it_begins_from_the_published_weights_that_the_model_began_from(tmp_path: Path) -> None:
+    published, *_ = build_members(CONFIG, 3, [0.5], [0.25], "published")
+    file = tmp_path / "published.safetensors"
+    save_file(published.state_dict(), file)
+    config = replace(CONFIG, start=str(file))
+    found = steal(
+        ask_engine(ENGINE, "scores"),
+        seeds(60),
+        config,
+        classes=2,
+        queries=240,
+        answers="scores",
+        seed=0,
+    )
+    assert found.gradients == (60 // 2 + 120 // 2) * MEMBERS  # of steps between rounds alone
+    expected = folded(published).stages[0].state_dict()
+    for member in found.members:
+        own = member.stages[0].state_dict()
+        assert all(torch.equal(own[name], expected[name]) for name in expected)
+    assert found.agreement(ENGINE, seeds(200, draw=5)) > 0.8

@@ -6,7 +6,7 @@ starting weights know before the layer has learned anything. Alone it is a conve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ def fit(member: Member, features: Tensor, labels: Tensor) -> None:
     Args:
         member: its last layer is linear.
         features: what that layer takes, float `[N, F]`.
-        labels: int64 `[N]`.
+        labels: int64 `[N]`, or probabilities `[N, K]`.
     """
     layer = last_layer(member)[1]
     parameters = list(layer.parameters())
@@ -91,19 +91,35 @@ def _features(
     progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return what a member's last layer takes for its augmented views, `[N, F]`, and the labels."""
-    features, labels = [], []
+    labels = []
+
+    def views() -> Iterator[Tensor]:
+        for view in range(config.head_views):
+            seed_path = (config.seed, draw, "views", index, view)
+            for source, classes in batches(images, config.batch_size, config.data, *seed_path):
+                labels.append(classes)
+                yield source
+                progress.advance(len(classes))
+
+    return last_features(member, views()), torch.cat(labels)
+
+
+def last_features(member: Member, images: Iterable[Tensor]) -> Tensor:
+    """Return what a member's last layer takes, float `[N, F]`, in evaluation mode.
+
+    Args:
+        member: its last layer is linear.
+        images: batches, float `[B, C, H, W]` in `[0,1]`.
+    """
+    found: list[Tensor] = []
     hook = last_layer(member)[1].register_forward_pre_hook(
-        lambda _, inputs: features.append(inputs[0].float())
+        lambda _, inputs: found.append(inputs[0].float())
     )
     member.eval()
     try:
         with torch.no_grad():
-            for view in range(config.head_views):
-                seed_path = (config.seed, draw, "views", index, view)
-                for source, classes in batches(images, config.batch_size, config.data, *seed_path):
-                    member(source)
-                    labels.append(classes)
-                    progress.advance(len(classes))
+            for batch in images:
+                member(batch)
     finally:
         hook.remove()
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(found)

@@ -20,7 +20,7 @@ from verification.attacks.transfer_presets import NEAREST, transfer_attacks
 from verification.attacks.universal_patterns import UniversalPatterns
 from verification.attacks.value_grid import GridAttack
 from verification.attacks.white_box_presets import PGD, white_box_attacks
-from verification.config import PRESETS
+from verification.config import PRESETS, Preset
 
 LARGE_EPS = {"linf": 0.5, "l2": 0.5}  # L2: of the way across the whole box
 ATTACK_KINDS: tuple[type[Attack], ...] = (
@@ -50,6 +50,7 @@ class Variant:
             does not have.
         reference: whether pyautoattack is installed.
         scores: whether the model gives scores, which Square follows.
+        size: of the preset on images like these; by default on small ones.
     """
 
     preset: str
@@ -60,6 +61,7 @@ class Variant:
     brief: frozenset[str] = frozenset()
     reference: bool = False
     scores: bool = True
+    size: Preset | None = None
 
 
 def left_out(variant: Variant) -> dict[str, str]:
@@ -108,7 +110,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         nearest=NEAREST if variant.scores else 1.0,
     )
     chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
-    chosen += query_attacks(PRESETS[preset], norm, variant.scores)
+    chosen += query_attacks(variant.size or PRESETS[preset], norm, variant.scores)
     return [replace(attack, norm=norm) for attack in chosen]
 
 
