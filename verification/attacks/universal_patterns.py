@@ -46,6 +46,11 @@ class UniversalPatterns(Attack, kind="patterns"):
         """Whether it is given the target's answers."""
         return True
 
+    @property
+    def work(self) -> int:
+        """Passes through the source, for progress: all patterns on a sample of 200 images."""
+        return 64
+
     @torch.no_grad()
     def run(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
