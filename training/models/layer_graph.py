@@ -13,8 +13,8 @@ from training.models.dropout import NamedDropout
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 SUMS = (operator.add, operator.iadd, torch.add)
-OPERATIONS = (each for each in vars(torchvision.ops).values() if isinstance(each, type))
-LEAVES = (NamedDropout, *(each for each in OPERATIONS if issubclass(each, nn.Module)))
+CLASSES = [each for each in vars(torchvision.ops).values() if isinstance(each, type)]
+LEAVES: tuple[type, ...] = (NamedDropout, *(c for c in CLASSES if issubclass(c, nn.Module)))
 
 
 class LayerGraph:
