@@ -73,7 +73,7 @@ def distill_all(
     deepest = deepest or max(member.depth for member in members)
     layers = [member.layer_at(layer, deepest) for member in members]
     with one_thread_inside():  # of many operations on few numbers
-        models = [ready(each, own, settings) for each, own in zip(members, layers, strict=True)]
+        models = [ready(each, settings) for each in members]
     rows = _parts(source, settings)
 
     def distilled_by(part: tuple[int, slice]) -> Tensor:
@@ -85,10 +85,9 @@ def distill_all(
     return [torch.cat(made[start : start + len(rows)]) for start in range(0, len(made), len(rows))]
 
 
-def ready(member: Member, layer: int, settings: Dverge) -> Member:
+def ready(member: Member, settings: Dverge) -> Member:
     """Return what distils for a member: itself in training mode, or its frozen copy."""
-    member.modules_upto(layer)  # cut there before threads use it: tracing disturbs every network
-    return member.train() if settings.batchnorm == "batch" else member.frozen(layer)
+    return member.train() if settings.batchnorm == "batch" else member.frozen()
 
 
 def distill_in_parts(

@@ -33,10 +33,8 @@ def make_step(
     own = [optimizers[index] for index in topology.local_members(len(members))]
     parts = dverge.halves(members, optimizers, settings=config.dverge, topology=topology)
     recorded = cuda_graphs.recorded(parts, config, own, members[0].mean.device)
-    plain = tuple(recorded) == parts
-    return _step_of_run(
-        config, members, optimizers, topology, lambda *_: None, recorded, overlapping=plain
-    )
+    found = _step_of_run(config, members, optimizers, topology, lambda *_: None, recorded)
+    return found if tuple(recorded) == parts else found.whole
 
 
 def make_adversarial_step(
@@ -72,9 +70,7 @@ def _step_of_run(
     topology: ProcessTopology,
     adversary_of: Callable[[int, int, Batch], Adversary | None],
     parts: Sequence[Work] | None = None,
-    *,
-    overlapping: bool = True,
-) -> Step:
+) -> Overlapping:
     def drawn(epoch: int, number: int, batch: Batch) -> dict[str, Any]:
         return {
             "layer": layer_of(config, members, epoch, number),
@@ -90,9 +86,7 @@ def _step_of_run(
     def begin(tasks: Tasks, epoch: int, number: int, batch: Batch) -> list[Future[Tensor]]:
         return begin_step(tasks, members, optimizers, *batch, **drawn(epoch, number, batch))
 
-    # Where a member distils itself, nothing may train it, or cut it into layers, meanwhile.
-    apart = all(each.frozen_apart for each in members)
-    return Overlapping(whole, begin) if overlapping and apart else whole
+    return Overlapping(whole, begin)
 
 
 def begin_step(
@@ -116,9 +110,9 @@ def begin_step(
     learn = learner(members, optimizers, settings, adversary, SINGLE_PROCESS)
     deepest, made = max(member.depth for member in members), []
     for index, member in enumerate(members):
-        own: dict[str, Any] = {"layer": member.layer_at(layer, deepest), "settings": settings}
         network = index if settings.batchnorm == "batch" else ("frozen copy", index)
-        prepared = tasks.add(partial(ready, member, **own), uses={index, network})
+        prepared = tasks.add(partial(ready, member, settings), uses={index, network})
+        own: dict[str, Any] = {"layer": member.layer_at(layer, deepest), "settings": settings}
         distil = partial(distill_in_parts, source=source, target=target, **own)
         made.append(tasks.add(distil, uses=[network], needs=[prepared]))
 

@@ -58,12 +58,7 @@ class Member(nn.Module):
         """Return the modules that computing `layer` passes through."""
         return list(self.stages[:layer].modules())
 
-    @property
-    def frozen_apart(self) -> bool:
-        """Whether `frozen` returns a copy, which may be used while the member itself learns."""
-        return True
-
-    def frozen(self, layer: int) -> Member:
+    def frozen(self) -> Member:
         """Return a copy in evaluation mode, with BatchNorm folded, that threads may share.
 
         There is one copy, which every call brings up to date. Its convolutions and linear layers

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dverge_serve.errors import UserError
 from tests.training.networks import tiny_config, tiny_images, tiny_members
 from training.methods import adp, adversarial, dverge, gal
-from training.models.bn_folding import folded
 from training.models.build import build_members
 from training.models.member import Member
 from training.parallel.threads import side_by_side
@@ -187,21 +186,26 @@ def test_methods_without_a_standard_start_begin_from_new_weights(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vgg11_bn", "convnext_tiny"])
-def test_torchvision_members_show_every_layer_and_compute_nothing_past_it(name: str) -> None:
+def test_torchvision_members_show_every_layer_and_compute_nothing_past_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     colour = {"data__name": "svhn", "data__mode": "RGB", "data__crop": [32, 32]}
     config = tiny_config(architecture=f"torchvision:{name}", **colour)
     member = build_members(config, 4, [0.5] * 3, [0.2] * 3)[0].eval()
-    images = torch.rand(2, 3, 32, 32)
+    monkeypatch.delattr(fx.Tracer, "trace")  # from now on, with threads about
+    images, copy = torch.rand(2, 3, 32, 32), member.frozen()
     whole = member(images)
     assert torch.equal(member(images, member.depth), whole)
     for layer in sorted({1, member.depth // 2, member.depth - 1}):
-        inside = set(map(id, member.modules_upto(layer)))
+        inside = list(map(id, member.modules_upto(layer)))
+        assert len(set(inside)) == len(inside)
         head = [m for m in member.modules() if isinstance(m, nn.Linear)][-1]
         assert id(head) not in inside
         features = member(images, layer)
         assert len(features) == 2
         assert features.min() < 0  # before the activation
-    assert torch.allclose(folded(member)(images), whole, atol=1e-4)
+        assert torch.allclose(copy(images, layer), features, atol=1e-4)
+    assert torch.allclose(copy(images), whole, atol=1e-4)
 
 
 def test_torchvision_members_follow_the_mode_at_every_layer() -> None:
@@ -213,6 +217,23 @@ def test_torchvision_members_follow_the_mode_at_every_layer() -> None:
     assert not torch.allclose(member(images, 3), quiet)
     member.eval()
     assert not torch.equal(member(images, 3), quiet)  # training moved the running statistics
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_torchvision_members_distil_what_they_would_without_a_frozen_copy(name: str) -> None:
+    config = tiny_config(architecture=f"torchvision:{name}")
+    member = build_members(config, 4, [0.5], [0.2])[0]
+    member.double()(SOURCE)
+    settings, deep = Dverge(steps=2), member.depth
+    made = []
+    for layer in (1, deep // 2, deep):
+        made.append(dverge.distill(member, SOURCE, TARGET, layer=layer, settings=settings))
+        expected = dverge._distill(member.eval(), SOURCE, TARGET, layer, settings)
+        torch.testing.assert_close(made[-1], expected, rtol=0, atol=1e-9)
+    assert not torch.equal(made[0], made[1])
+    member.train()(SOURCE)  # learns: the copy of before is brought up to date
+    again = dverge.distill(member, SOURCE, TARGET, layer=deep // 2, settings=settings)
+    assert not torch.equal(again, made[1])
 
 
 def test_an_ensemble_of_different_architectures_trains(tmp_path: Path) -> None:

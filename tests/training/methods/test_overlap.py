@@ -23,6 +23,7 @@ from training.trainer import prepare
 
 CPU = torch.device("cpu")
 WAIT_S = 30
+TORCHVISION = {"architecture": "torchvision:mobilenet_v3_small", "data__train_limit": 120}
 
 
 @pytest.fixture(autouse=True)
@@ -50,26 +51,6 @@ def trained(threads: int, **overrides: Any) -> tuple[dict[str, Tensor], Tensor]:
     return members_tensors(members) | momentum_tensors(optimizers), torch.stack(losses)
 
 
-@pytest.mark.parametrize("batchnorm", ["running", "batch"])
-def test_members_that_distil_themselves_do_not_overlap(batchnorm: str) -> None:
-    """torchvision's are cut by tracing, which changes how every module is called meanwhile."""
-    config = tiny_config(
-        members=3,
-        architecture="torchvision:shufflenet_v2_x0_5",
-        batch_size=20,
-        data__train_limit=80,
-        dverge__layer_every="batch",
-        dverge__batchnorm=batchnorm,
-    )
-    data = load_training(config.data)
-    members, optimizers = prepare(config, data, CPU)
-    stage = stages(config, members, optimizers)[-1]
-    assert not isinstance(stage.step, Overlapping)
-    batches = enumerate(epoch_batches(data.train, config, stage, 0))
-    losses = list(step_losses(stage, 0, batches, optimizers, 4, SINGLE_PROCESS))
-    assert torch.stack(losses).isfinite().all()
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -80,6 +61,8 @@ def test_members_that_distil_themselves_do_not_overlap(batchnorm: str) -> None:
         {"dverge__partners": 1, "architecture": ["resnet8", "resnet14", "resnet8-leaky"]},
         {"method": "dverge+adversarial"},
         {"method": "dverge+adversarial", "dverge__batchnorm": "batch", "dverge__partners": 1},
+        {**TORCHVISION, "dverge__layer_every": "batch"},
+        {**TORCHVISION, "dverge__layer_every": "batch", "dverge__batchnorm": "batch"},
     ],
     ids=lambda overrides: "-".join(str(value) for value in overrides.values()),
 )

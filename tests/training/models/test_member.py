@@ -174,7 +174,7 @@ def test_a_frozen_copy_holds_its_weights_in_the_dtype_it_computes_in() -> None:
     images, plain = tiny_images(3).float(), folded(member)
     for compute in (torch.bfloat16, None):
         member.compute = plain.compute = compute
-        copy = member.frozen(DEPTH)
+        copy = member.frozen()
         weights = {each.weight.dtype for each in copy.modules() if isinstance(each, nn.Conv2d)}
         assert weights == {compute or torch.float32}
         assert copy.mean.dtype == torch.float32
