@@ -185,13 +185,13 @@ def compare(context: Context, threat: Threat, effort: Effort) -> Iterator[dict[s
         if threat == "white_box":
             attacks = white_box(Ensemble(target.members).eval(), eps, effort)
         else:
-            sources = [surrogate.members for surrogate in context.surrogates]
-            every = list({id(member): member for members in sources for member in members}.values())
-            if len(every) > max(map(len, sources)):
-                sources.append(every)
+            sources = {each.name: list(each.members) for each in context.surrogates}
+            every = list({id(each): each for own in sources.values() for each in own}.values())
+            if len(every) > max(map(len, sources.values())):
+                sources["all of them"] = every
             attacks = (
-                (f"{name} from {len(members)} members", craft)
-                for members in sources
+                (f"{name} from {source}", craft)
+                for source, members in sources.items()
                 for name, craft in transfer(Ensemble(members).eval(), eps, effort)
             )
         begun = time.perf_counter()

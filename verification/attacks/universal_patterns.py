@@ -22,7 +22,8 @@ from verification.attacks.perturbation import uint8_steps
 
 ORDER = 8  # of the Walsh-Hadamard matrix: patterns of 8 x 8 signs
 PERIODS = (2, 3, 4, 5, 6, 8)  # of stripes, pixels
-TRIED_ON = 32  # images that every pattern is tried on
+TRIED_ON, AT_LEAST = 32, 8  # images that every pattern is tried on, fewer of large images
+LARGE = 64 * 64  # pixels
 KEPT = 4  # patterns that are added to all images
 
 
@@ -68,7 +69,9 @@ class UniversalPatterns(Attack, kind="patterns"):
         def wrong(x: Tensor, y: Tensor) -> Tensor:
             return model(x).argmax(1).to(y.device) != y
 
-        order = np.random.default_rng(derive(*seed)).permutation(len(images))[:TRIED_ON]
+        tried_on = TRIED_ON * LARGE // max(images.shape[2] * images.shape[3], LARGE)
+        order = np.random.default_rng(derive(*seed)).permutation(len(images))
+        order = order[: max(tried_on, AT_LEAST)]
         sample = torch.from_numpy(np.sort(order)).to(images.device)
         x, y = images[sample], labels[sample]
         broken = torch.stack([wrong(added(pattern, x), y) for pattern in every])
