@@ -52,8 +52,7 @@ class Fingerprint:
     def __init__(self) -> None:
         self._key = secrets.token_bytes(16)
         self._offset = BIN * secrets.randbelow(2**20) / 2**20
-        self._across, self._down = _odd(WINDOW), _odd(WINDOW)
-        self._mix = _odd(2)
+        self._across, self._down = _odd(4), _odd(4)
         levels = np.arange(256 // BIN + 2, dtype=np.uint64)
         self._plain = {
             window: set(
@@ -75,7 +74,7 @@ class Fingerprint:
         if min(gray.shape[1:]) < window:
             return [[] for _ in gray]
         levels = ((gray + np.float32(self._offset)) * np.float32(1 / BIN)).astype(np.uint64)
-        hashes = np.sort(self._windows(levels, window).reshape(len(gray), -1), axis=1)
+        hashes = np.sort(self._windows(levels, window), axis=1)
         plain = self._plain[window]
         most = HASHES + len(plain)
         found = []
@@ -92,20 +91,28 @@ class Fingerprint:
         return hashlib.blake2b(data.data, digest_size=8, key=self._key).digest()
 
     def _windows(self, levels: Hashes, window: int) -> Hashes:
-        """Return the hash of every window of `[N, H, W]` levels, `[N, H - w + 1, W - w + 1]`."""
-        height, width = (side - window + 1 for side in levels.shape[1:])
-        rows = levels[:, :, :width] * self._across[0]
-        for at in range(1, window):
-            rows += levels[:, :, at : at + width] * self._across[at]
-        rows ^= rows >> np.uint64(29)
-        rows *= self._mix[0]
-        rows ^= rows >> np.uint64(32)
-        found = rows[:, :height] * self._down[0]
-        for at in range(1, window):
-            found += rows[:, at : at + height] * self._down[at]
-        found ^= found >> np.uint64(29)
-        found *= self._mix[1]
+        """Return the hashes of all windows of levels `[N, H, W]`, `[N, windows]`.
+
+        A window that begins near the end of a row goes on in the next one.
+        """
+        count, _, width = levels.shape
+        found = levels.reshape(count, -1)
+        for step, factors in ((1, self._across), (width, self._down)):
+            found = _sums(found, step, factors, window)
+            found ^= found >> np.uint64(29)
+            found *= factors[-1]
         return np.asarray(found >> np.uint64(4))  # integers of Python that take less memory
+
+
+def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
+    """Return weighted sums of `window` (odd) values that are `step` apart, for each first one."""
+    found, size = values, 1
+    for factor in factors:
+        if 2 * size > window:
+            break
+        found = found[:, : -size * step] + factor * found[:, size * step :]
+        size *= 2
+    return np.asarray(found[:, :-step] + factors[-2] * values[:, size * step :])
 
 
 def _odd(count: int) -> Hashes:
