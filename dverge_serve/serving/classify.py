@@ -62,7 +62,7 @@ class Classifier:
                     images, rest = await read(body, served)
                     if self.watch:
                         look = partial(self.watch.check, request, images)
-                        inline = images.size <= INLINE_PIXELS
+                        inline = images[:, 0].size <= INLINE_PIXELS
                         look() if inline else await self.decoder.off_loop(look)
                     part = await request.wait_for(served.submit(images))
             except TimeoutError as error:
