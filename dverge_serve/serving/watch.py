@@ -10,6 +10,7 @@ and what is too much is a number of them in a day.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import threading
 import time
@@ -247,7 +248,8 @@ class NearCopies:
 
     def _forget(self, family: _Family) -> None:
         """Forget the oldest fingerprint of a family."""
-        for each in family.fingerprints.popleft():
+        gone = set(family.fingerprints.popleft()).difference(*family.fingerprints)
+        for each in gone:
             if self._index.get(each) is family:
                 del self._index[each]
         self._kept -= 1
@@ -278,7 +280,6 @@ class Watch:
         self._metrics.near_copies(sum(each.copies > 0 for each in seen), len(over))
         if not over:
             return
-        most = max(over)
         for each in over:
             if each.told:
                 LOGGER.warning(
@@ -288,9 +289,9 @@ class Watch:
                     *("refused" if self._refuses else "answered", request.id),
                 )
         if self._tell:
-            request.told += ((HEADER, b"%d" % most.copies),)
+            request.told += ((HEADER, b"%d" % max(each.copies for each in over)),)
         if self._refuses:
-            wait = max(1, round(most.wait_s))
+            wait = math.ceil(max(each.wait_s for each in over))
             raise ServiceError(
                 "near_copies",
                 f"too many images that are nearly the same; retry after {wait} s",

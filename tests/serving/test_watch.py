@@ -158,6 +158,8 @@ def test_it_follows_an_attack_that_drifts_away_from_its_image() -> None:
         image[:, row] ^= 255
         found = seen.see(image[None])[0]
         assert found.copies == row + 1
+        (family,) = seen._families
+        assert set(seen._index) == set().union(*family.fingerprints)
     assert shared(Fingerprint(), first, image) < SHARED
 
 
