@@ -279,7 +279,7 @@ def test_transfer_is_told_pair_by_pair_with_the_worst_by_name() -> None:
 
 
 def test_the_live_service_is_told_in_words() -> None:
-    live = {
+    live: dict[str, Any] = {
         "eps": 0.1,
         "model_sha256": "0" * 64,
         "same_model": False,
