@@ -23,12 +23,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import statistics
-import sys
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,17 +33,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.bench import bar, machine, say
+from benchmarks.bench import machine, say
 from benchmarks.precision import CHECKPOINT, published
 from benchmarks.report import busy_percent, finish, parser
-from benchmarks.requests import png
-from benchmarks.server import Server, load
-from benchmarks.serving import save_model
+from benchmarks.watch_cost import cost
 from dverge_serve.engine.session import Engine
 from dverge_serve.images import to_float
 from dverge_serve.serving.settings import Settings
@@ -66,7 +60,6 @@ BUDGET = Settings().watch_budget
 SHADE, BLOCKS, STRONGER, MOST_SHADE, TRIES = 24.0, 4, 1.5, 128.0, 8
 QUALITIES, SIDES = (60, 75, 85, 95), (24, 48, 64)
 STREAM = 3000
-CONNECTIONS, BAR = (1, 16, 64), 0.95
 COLUMNS = ["case", "images", "queries", "near_copies", "over_budget", "first_after"]
 COLUMNS += ["broken", "broken_refused", "per_s", "cpu_ms"]
 
@@ -219,63 +212,6 @@ def versions(images: Pixels) -> Iterator[Pixels]:
             yield np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC)).transpose(
                 2, 0, 1
             )
-
-
-def cost(folder: Path, rounds: int, seconds: int) -> tuple[list[Any], list[Any]]:
-    """Return rows and bars of the service with the watch off and on, in turns."""
-    model = folder / "served.onnx"
-    save_model(model)
-    (folder / "body").write_bytes(png())
-    command = [sys.executable, "-m", "dverge_serve", "serve", str(model), "--port", "PORT"]
-    servers = [
-        Server(mode, command, "/readyz", b"", {"content-type": "image/png"})
-        for mode in ("off", "observe")
-    ]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DVERGE_")}
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    try:
-        for server in servers:
-            server.start(kept | {"DVERGE_WATCH": server.name}, folder / f"{server.name}.log")
-            server.signal(signal.SIGSTOP)
-        for number in range(rounds):
-            say(f"round {number + 1} of {rounds}")
-            for connections in CONNECTIONS:
-                for server in servers if number % 2 else servers[::-1]:
-                    before = spent(server)
-                    given = folder / "body", server.headers, connections, seconds
-                    per_s = load(server, "/predict", *given)["per_s"]
-                    images, processor = spent(server) - before
-                    each = per_s, 1000 * processor / images
-                    found.setdefault((server.name, connections), []).append(each)
-    finally:
-        for server in servers:
-            if server.process:
-                server.signal(signal.SIGKILL)
-                server.process.wait()
-    medians = {case: np.median(each, axis=0) for case, each in found.items()}
-    rows = [
-        {"case": f"watch {mode}, {connections} at once", "per_s": per_s, "cpu_ms": processor}
-        for (mode, connections), (per_s, processor) in medians.items()
-    ]
-    bars = []
-    for connections in CONNECTIONS:
-        share = medians["off", connections][1] / medians["observe", connections][1]
-        name = f"images for one processor second at {connections}, observe / off"
-        bars.append(bar(name, float(share), "at least", BAR))
-    return rows, bars
-
-
-def spent(server: Server) -> npt.NDArray[np.float64]:
-    """Return the images that a server has classified, and its processor time in seconds."""
-    assert server.process
-    with server.awake():
-        url = f"http://127.0.0.1:{server.port}/metrics"
-        text = urllib.request.urlopen(url, timeout=30).read().decode()
-    counts = [line for line in text.splitlines() if line.startswith("dverge_predictions_total")]
-    images = sum(float(line.rpartition(" ")[2]) for line in counts)
-    main = psutil.Process(server.process.pid)
-    times = [each.cpu_times() for each in (main, *main.children(recursive=True))]
-    return np.array([images, sum(each.user + each.system for each in times)])
 
 
 def measure(options: Any, folder: Path) -> dict[str, Any]:
