@@ -63,6 +63,7 @@ bench: install
 	$(BIN)/python -m benchmarks.precision --save
 	$(BIN)/python -m benchmarks.train_step --save
 	$(BIN)/python -m benchmarks.attacks --save
+	$(BIN)/python -m benchmarks.query_watch $(MODEL) --save
 
 # The tables of figures in docs/, from benchmarks/results/.
 figures: install

@@ -30,7 +30,7 @@ from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.config import SUBSTITUTE
 from verification.metrics.statistics import rate
-from verification.service_client import Service
+from verification.service_client import RefusedError, Service
 from verification.substitute import steal
 
 BY_SCORES = Square(name="square", queries=100)
@@ -112,6 +112,16 @@ class _Attacked:
     def __init__(self, service: Service, progress: Progress) -> None:
         self.service, self._progress = service, progress
         self.last: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to count the queries that the service's watch does not mark."""
+        self.unmarked, self._flagged = 0, self.service.flagged
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the watch has marked any answer since then."""
+        return self.service.flagged > self._flagged
 
     @property
     def answers(self) -> Answers:
@@ -123,6 +133,7 @@ class _Attacked:
         found = []
         for image in images:
             found.append(self.service.scores(image[None])[0])
+            self.unmarked += not self.is_marked
             self._progress.advance()
         self.last = np.array(found, np.float32)
         return self.last
@@ -176,7 +187,8 @@ def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> di
     most = min(attack.queries, live.service.left)
     attack = replace(attack, queries=most)
     order = np.random.default_rng(derive(caller.seed, "live", "queries")).permutation(len(right))
-    tried, broken, before = 0, 0, live.service.asked
+    tried, broken, refused, before = 0, 0, 0, live.service.asked
+    marks: list[int] = []  # queries of an image before its first that the service marks or refuses
     for index in order:
         if not most or live.service.left < most:
             break
@@ -184,13 +196,20 @@ def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> di
         names = (caller.seed, "live", attack.name, int(index))
         reach = uint8_steps(eps) / 255
         clean = to_float(one.images)
+        live.begin()
         try:
             made = attack.run(attack.seen(live.model), clean, one.labels, reach, *names).images
+        except RefusedError:
+            tried, refused = tried + 1, refused + 1
+            marks.append(live.unmarked)
+            continue
         except UserError:
             if live.service.left:
                 raise
             break  # it was busy, and asking again took the requests that this image needed
         tried += 1
+        if live.is_marked:
+            marks.append(live.unmarked)
         # An image leaves the attack when it is broken: the last answer says whether it is. A search
         # by labels may end on a wrong answer outside the ball, and returns the clean image then.
         wrong = live.last[-1].argmax() != one.labels[0].item()
@@ -202,4 +221,7 @@ def _by_queries(live: _Attacked, right: Split, eps: float, caller: Caller) -> di
         "broken": broken,
         "queries_each_at_most": most,
         "queries": live.service.asked - before,
+        "flagged_images": len(marks),
+        "flagged_after": min(marks, default=None),
+        "refused": refused,
     }

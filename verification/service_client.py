@@ -28,6 +28,10 @@ NEXT_STEPS = {
 }
 
 
+class RefusedError(UserError):
+    """The service's watch for attacks by queries refused a query."""
+
+
 @dataclass
 class Service:
     """A live service: its address, and the requests made so far.
@@ -40,6 +44,7 @@ class Service:
         requests: most requests in total.
         rate: most requests a second.
         token: sent as a bearer token, if there is one.
+        flagged: answers that the service's watch for attacks by queries marked or refused.
     """
 
     url: str
@@ -48,6 +53,7 @@ class Service:
     rate: float = 50.0
     token: str = field(default_factory=lambda: os.environ.get("DVERGE_TOKEN", ""), repr=False)
     asked: int = 0
+    flagged: int = 0
     exposed: set[str] = field(default_factory=set)
     sha256: str = ""
 
@@ -104,6 +110,15 @@ class Service:
             if response.status != 503 or wait is None:
                 break
             time.sleep(wait)  # it is busy: try again later
+        code = response.headers.get("X-Error-Code", "") or text[:200].decode("latin-1")
+        refused = response.status == 429 and "near_copies" in code
+        self.flagged += refused or "X-Near-Copies" in response.headers
+        if refused:
+            raise RefusedError(
+                "the service answered 429: too many near-copies of one image",
+                "200",
+                "its watch for attacks by queries takes so many a day; see DVERGE_WATCH_BUDGET",
+            )
         if response.status != 200:
             raise UserError(
                 f"the service answered {response.status} to {path or self._path}",

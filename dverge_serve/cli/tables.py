@@ -96,12 +96,16 @@ def live_line(live: Live) -> str:
     """Return what the attack on a running service found, as one line."""
     told = {True: "", False: ", which serves ANOTHER model", None: ", which names no model file"}
     asked, stolen = live.by_queries, live.substitute
+    seen = ""
+    if asked.flagged_images:
+        what = f"refused {asked.refused}" if asked.refused else f"saw {asked.flagged_images}"
+        seen = f" (its watch {what} of them, after {asked.flagged_after} queries at the earliest)"
     return (
         f"live service{told[live.same_model]}: {percent(live.clean_accuracy)} clean; "
         f"at eps {written(live.eps)} {percent(live.transfer)} transferred, "
         f"{percent(stolen.robust)} from a substitute trained on its {stolen.answers} "
         f"({stolen.queries} queries); {asked.attack} by {asked.answers} "
-        f"broke {asked.broken} of {asked.images} images in {asked.queries} queries; "
+        f"broke {asked.broken} of {asked.images} images in {asked.queries} queries{seen}; "
         f"{live.requests} requests; it exposes {live.exposure}: {', '.join(live.exposed)}"
     )
 

@@ -19,6 +19,9 @@ class LiveQueries:
     broken: int
     queries: int
     queries_each_at_most: int
+    flagged_images: int = 0  # whose queries the service's own watch marked or refused
+    flagged_after: int | None = None  # the fewest queries of an image before that
+    refused: int = 0  # images whose attack ended there
 
 
 @dataclass(frozen=True, kw_only=True)

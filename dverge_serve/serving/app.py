@@ -29,6 +29,7 @@ from dverge_serve.serving.responses import Response, ServiceError
 from dverge_serve.serving.route_table import RouteTable
 from dverge_serve.serving.routes import Route
 from dverge_serve.serving.settings import Exposure
+from dverge_serve.serving.watch import Watch
 from dverge_serve.serving.worker import Worker
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
@@ -55,7 +56,10 @@ class App:
         self._id_prefix = secrets.token_hex(6)
         self._ids = count(1)
         budget = BodyBudget(BUDGET_BODIES * settings.max_body_bytes)
-        classifier = Classifier(settings, expose, self.decoder, budget, worker.model)
+        watch = None
+        if settings.watch != "off":
+            watch = Watch(settings, worker.metrics, tell=expose == "full")
+        classifier = Classifier(settings, expose, self.decoder, budget, watch, worker.model)
         self.routes = RouteTable(worker, classifier)
         locks = {path: route.lock(settings) for path, route in self.routes.items()}
         # Unknown paths, too: without the token nobody learns which there are.
@@ -129,6 +133,7 @@ class App:
             (b"x-request-id", request.id.encode()),
             (b"x-content-type-options", b"nosniff"),
             *response.headers,
+            *request.told,
         ]
         if served is not None:
             headers.append((b"x-model-sha256", served.sha256.encode()))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from dverge_serve.engine.predictions import Predictions
 from dverge_serve.serving.batching import Images, Part
-from dverge_serve.serving.decoding import Decoder
+from dverge_serve.serving.decoding import INLINE_PIXELS, Decoder
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.requests import BodyBudget, Request
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Exposure, Settings
+from dverge_serve.serving.watch import Watch
 
 T = TypeVar("T")
 
@@ -27,6 +29,7 @@ class Classifier:
         expose: how much of each answer callers see.
         decoder: turns files into pixels, and long JSON into tensors, off the event loop.
         budget: bounds the bodies held at one moment.
+        watch: looks at all images before they are classified, if there is one.
         model: returns the model in service, or refuses.
     """
 
@@ -34,6 +37,7 @@ class Classifier:
     expose: Exposure
     decoder: Decoder
     budget: BodyBudget
+    watch: Watch | None
     model: Callable[[], ServedModel]
 
     async def classify(
@@ -56,6 +60,10 @@ class Classifier:
             try:
                 async with asyncio.timeout(settings.timeout_s):
                     images, rest = await read(body, served)
+                    if self.watch:
+                        look = partial(self.watch.check, request, images)
+                        inline = images[:, 0].size <= INLINE_PIXELS
+                        look() if inline else await self.decoder.off_loop(look)
                     part = await request.wait_for(served.submit(images))
             except TimeoutError as error:
                 raise ServiceError(

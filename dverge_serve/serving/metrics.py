@@ -63,6 +63,13 @@ class Metrics:
         self._suspicious = counter(
             "dverge_suspicious", "Images whose members disagree more than the report's threshold."
         )
+        self._near_copies = counter(
+            "dverge_near_copies", "Images that are nearly, not exactly, one that came before."
+        )
+        self._over_budget = counter(
+            "dverge_near_copies_over_budget",
+            "Near-copies beyond DVERGE_WATCH_BUDGET of one image: an attack by queries looks so.",
+        )
         self._disagreement = histogram(
             "dverge_disagreement",
             "Jensen-Shannon divergence of the members' answers to an image, nats.",
@@ -117,6 +124,13 @@ class Metrics:
             self._split.inc(split)
         if suspicious:
             self._suspicious.inc(suspicious)
+
+    def near_copies(self, copies: int, over: int) -> None:
+        """Count near-copies of images that came before, and those of them beyond the budget."""
+        if copies:
+            self._near_copies.inc(copies)
+        if over:
+            self._over_budget.inc(over)
 
     def model(self, name: str, sha256: str, serving: bool, alarm: bool = False) -> None:
         """Say that this worker serves a model file, with an alarm or without, or no longer does."""

@@ -121,7 +121,7 @@ def _operation(route: Route, lock: Lock | None) -> Schema:
 def _error(status: int, v2: bool) -> Schema:
     codes = [code for code, found in CODES.items() if found == status]
     message = "what was found, and what was expected"
-    names = {401: ["WWW-Authenticate"], 503: ["Retry-After"]}.get(status, [])
+    names = {401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}.get(status, [])
     content = ref("V2Error" if v2 else "Error")
     example = message if v2 else {"code": codes[0], "message": message}
     content["application/json"]["example"] = {"error": example}

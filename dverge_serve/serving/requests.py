@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, TypeVar
 
-from dverge_serve.serving.responses import ServiceError
+from dverge_serve.serving.responses import Headers, ServiceError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -70,7 +70,7 @@ class Request:
 
     __slots__ = (
         *("_deadline", "_gave_way", "_receive", "_scope", "body_read", "credit"),
-        *("headers", "id", "method", "path", "taken"),
+        *("headers", "id", "method", "path", "taken", "told"),
     )
 
     def __init__(self, scope: Scope, receive: Receive, request_id: str) -> None:
@@ -79,6 +79,7 @@ class Request:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.id = request_id
         self.body_read = False
+        self.told: Headers = ()  # headers of its answer, whatever that is
         self.taken = 0  # bytes of the budget this request holds
         self.credit = 0.0  # when the body will have come too slowly, on the loop's clock
         self._deadline: asyncio.Timeout | None = None

@@ -36,6 +36,7 @@ CODES: dict[str, int] = {
     "image_too_large": 413,
     "too_many_images": 413,
     "unsupported_content_type": 415,
+    "near_copies": 429,
     "internal_error": 500,
     "starting": 503,
     "queue_full": 503,

@@ -18,7 +18,7 @@ from dverge_serve.serving.routes import Route
 from dverge_serve.serving.settings import Exposure, Settings
 from dverge_serve.serving.worker import Worker
 
-CLASSIFY_ERRORS = (400, 408, 413, 415, 500, 503, 504)
+CLASSIFY_ERRORS = (400, 408, 413, 415, 429, 500, 503, 504)
 
 
 class RouteTable(dict[str, Route]):

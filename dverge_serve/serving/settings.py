@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Exposure = Literal["label", "scores", "full"]
 Log = Literal["text", "json"]
+Watching = Literal["off", "observe", "refuse"]
 PREFIX = "DVERGE_"
 MAX_WORKERS = 256
 
@@ -62,6 +63,10 @@ class Settings:
     """`auto` takes CUDA where it works, `cuda` insists on it, `cpu` never does."""
     log: Log = "text"
     """Form of the log lines."""
+    watch: Watching = "observe"
+    """Near-copies of one image beyond `watch_budget`: counted and logged, or refused too (429)."""
+    watch_budget: int = 50
+    """Near-copies of one image that each worker takes in a day."""
 
     def __post_init__(self) -> None:
         if self.model_sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", self.model_sha256):
@@ -163,11 +168,13 @@ _LOWEST: dict[str, float] = {
     "timeout_s": 0.001,
     "threads": 0,
     "workers": 1,
+    "watch_budget": 1,
 }
 _OPTIONS: dict[str, tuple[str | None, ...]] = {
     "expose": (None, *get_args(Exposure)),
     "device": ("auto", "cpu", "cuda"),
     "log": get_args(Log),
+    "watch": get_args(Watching),
 }
 
 

@@ -19,6 +19,7 @@ from dverge_serve.serving.app import App
 from dverge_serve.serving.metrics import Metrics
 from dverge_serve.serving.responses import CODES
 from dverge_serve.serving.settings import Settings
+from dverge_serve.serving.watch import HEADER
 from dverge_serve.serving.worker import Worker
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -89,6 +90,7 @@ def test_the_dashboard_is_whole() -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert any("dverge_suspicious_total" in panel["targets"][0]["expr"] for panel in panels)
+    assert any("dverge_near_copies_over" in panel["targets"][1]["expr"] for panel in panels[9:])
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
 
 
@@ -215,6 +217,7 @@ def test_the_proxy_agrees_with_the_services_limits() -> None:
     assert int(directives["client_max_body_size"]) == settings.max_body_bytes
     assert int(directives["proxy_read_timeout"].rstrip("s")) >= math.ceil(settings.timeout_s)
     assert int(directives["client_header_timeout"].rstrip("s")) <= 30
+    assert directives["proxy_hide_header"].lower() == HEADER.decode()
     assert text.count("{") == text.count("}")
 
 

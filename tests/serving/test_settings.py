@@ -41,6 +41,8 @@ def test_every_field_is_read_from_its_variable() -> None:
         "DVERGE_WORKERS": "4",
         "DVERGE_DEVICE": "cpu",
         "DVERGE_LOG": "json",
+        "DVERGE_WATCH": "refuse",
+        "DVERGE_WATCH_BUDGET": "7",
     }
     assert len(values) == len(dataclasses.fields(Settings))
     settings = Settings.from_environment(values)
@@ -121,6 +123,8 @@ def test_empty_and_unknown_variables_are_left_alone() -> None:
         ("EXPOSE", "all"),
         ("DEVICE", "tpu"),
         ("LOG", "xml"),
+        ("WATCH", "block"),
+        ("WATCH_BUDGET", "0"),
         ("MODEL_SHA256", "abc"),
         ("TOKEN", "two words"),
         ("ADMIN_TOKEN", "two words"),

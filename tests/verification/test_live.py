@@ -36,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
     count = 0
     busy = 0  # requests to answer 503 first
     busy_at = 0  # the number of one more
+    watch = ""  # `observe` or `refuse` the queries after `budget`
+    budget = 0
     hangs_up = False  # after every answer, without saying so
 
     def do_POST(self) -> None:
@@ -55,7 +57,14 @@ class Handler(BaseHTTPRequestHandler):
         busy = type(self).busy > 0
         type(self).busy -= busy
         busy |= type(self).count == self.busy_at
-        self.send_response(503 if busy else 200 if allowed else 401)
+        over = bool(self.watch) and self.count > self.budget
+        if over and self.watch == "refuse":
+            text = b'{"error":{"code":"near_copies","message":"too many"}}'
+        self.send_response(
+            503 if busy else 429 if over and self.watch == "refuse" else 200 if allowed else 401
+        )
+        if over and self.watch == "observe":
+            self.send_header("X-Near-Copies", "51")
         self.send_header("X-Model-Sha256", "abc")
         self.send_header("content-length", str(len(text)))
         self.end_headers()
@@ -70,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 def url() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.count, Handler.full, Handler.hangs_up = 0, True, False
-    Handler.busy, Handler.busy_at = 0, 0
+    Handler.busy, Handler.busy_at, Handler.watch = 0, 0, ""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -158,6 +167,32 @@ def test_a_busy_service_costs_no_more_than_the_image_that_has_no_requests_left(
     found = by_queries(url, requests, [20, 250], 1 / 255)
     assert (found["images"], found["broken"], found["queries"]) == (1, 0, 2 * each)
     assert Handler.count == requests
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_watch_that_sees_the_queries_is_reported_with_their_number(url: str, full: bool) -> None:
+    each = 100 if full else 200
+    Handler.full, Handler.watch, Handler.budget = full, "observe", 31
+    found = by_queries(url, 1 + 2 * each, [20, 250], 1 / 255)
+    assert (found["images"], found["flagged_images"], found["refused"]) == (2, 2, 0)
+    assert found["flagged_after"] == 0  # of the second image the first query is marked already
+    assert found["queries"] == 2 * each
+    Handler.count, Handler.watch, Handler.budget = 0, "refuse", 31
+    found = by_queries(url, 1 + 2 * each, [20], 1 / 255)
+    assert (found["images"], found["broken"], found["queries"]) == (1, 0, 31)
+    assert (found["flagged_images"], found["flagged_after"], found["refused"]) == (1, 30, 1)
+    Handler.count, Handler.watch = 0, ""
+    found = by_queries(url, 1 + each, [20], 1 / 255)
+    assert (found["flagged_images"], found["flagged_after"], found["refused"]) == (0, None, 0)
+
+
+def test_a_refusal_outside_of_these_queries_is_a_users_error(url: str) -> None:
+    Handler.watch, Handler.budget = "refuse", 0
+    with (
+        Service(url, 2, rate=1e6, token="secret") as service,
+        pytest.raises(UserError, match=r"near-copies of one image.*DVERGE_WATCH_BUDGET"),
+    ):
+        service.scores(linear_split([10]).images.numpy())
 
 
 def test_the_budget_and_the_rate_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

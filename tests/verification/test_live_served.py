@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dverge_serve.cli.tables import live_line
+from dverge_serve.engine.live_report import Live
 from dverge_serve.engine.session import Engine
 from tests.serving.server import Server, clean_environment, free_port
 from training.data.splits import Split, load_test, load_training
@@ -75,3 +77,26 @@ def test_a_real_service_answers_as_its_file_and_says_what_it_exposes(
     assert stolen["queries"] == REQUESTS // 4
     answered = re.findall(r"dverge_predictions_total\{[^}]*\} (\S+)", counted)
     assert live["requests"] == sum(map(float, answered)) <= REQUESTS
+
+
+@pytest.mark.parametrize("mode", ["observe", "refuse"])
+def test_its_watch_sees_the_queries_and_the_report_says_so(
+    mode: str, tiny_model: Path, attacked: tuple[Engine, Split, Outcomes], tmp_path: Path
+) -> None:
+    engine, split, outcome = attacked
+    settings = {"DVERGE_WATCH": mode, "DVERGE_WATCH_BUDGET": "10"}
+    eps = 2 / 255  # nothing breaks, so that all queries are spent
+    outcome.worst[eps, "transfer"] = outcome.worst[EPS, "transfer"]
+    with (
+        served(tiny_model, tmp_path, **settings) as server,
+        Service(server.url, 10, requests=REQUESTS, rate=1e6, token="") as service,
+    ):
+        config = load_recipe("digits", {"width": 8})
+        caller = Caller(load_training(config.data).holdout, config, seed=0)
+        live = attack_service(service, split, outcome, engine.sha256, eps, caller)
+    asked = live["by_queries"]
+    assert asked["images"] >= asked["flagged_images"] >= 1
+    assert 8 <= asked["flagged_after"] <= 60
+    assert asked["refused"] == (asked["flagged_images"] if mode == "refuse" else 0)
+    what = f"refused {asked['refused']}" if mode == "refuse" else f"saw {asked['flagged_images']}"
+    assert f"(its watch {what} of them, after" in live_line(Live.from_json(live))

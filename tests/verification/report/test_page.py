@@ -279,7 +279,7 @@ def test_transfer_is_told_pair_by_pair_with_the_worst_by_name() -> None:
 
 
 def test_the_live_service_is_told_in_words() -> None:
-    live = {
+    live: dict[str, Any] = {
         "eps": 0.1,
         "model_sha256": "0" * 64,
         "same_model": False,
@@ -298,6 +298,8 @@ def test_the_live_service_is_told_in_words() -> None:
             "queries": 17,
         },
     }
+    assert "its watch" not in shown(live=live)
+    live["by_queries"] |= {"flagged_images": 3, "flagged_after": 52, "refused": 2}
     text = shown(live=live)
     for said in (
         "ANOTHER model file",
@@ -305,6 +307,7 @@ def test_the_live_service_is_told_in_words() -> None:
         "97.0 (92.0-100.0)",
         "broke 1 of 5 images in 17 queries, 9 an image at most",
         "trained on its labels for 7 queries",
+        "saw the queries of 3 images, after 52 at the earliest; refused 2",
     ):
         assert said in text
     assert "{&#39;" not in text

@@ -1,0 +1,299 @@
+"""A watch for attacks by queries: callers that send one near-copy of an image after another.
+
+Fingerprints are Blacklight's (Li et al., USENIX Security 2022, section 4): the smallest hashes of
+all windows of the quantised image. Two images with many hashes in common are near-copies. What
+differs from the paper: windows are square, of a gray image of at most `SIDE` pixels, and those
+without any texture do not count; near-copies are counted by the image that they are copies of,
+and what is too much is a number of them in a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dverge_serve.serving.batching import Images
+from dverge_serve.serving.logs import LOGGER
+from dverge_serve.serving.metrics import Metrics
+from dverge_serve.serving.requests import Request
+from dverge_serve.serving.responses import ServiceError
+from dverge_serve.serving.settings import Settings
+
+SIDE = 32  # larger images are averaged over blocks until the shorter side has no more pixels
+WINDOW, SMALL_WINDOW, SMALL_SIDE = 5, 3, 16  # pixels, and for images smaller than 16
+BIN = 64  # grey levels that count as one
+HASHES = 32  # of a fingerprint
+SHARED = 12  # hashes in common that make a near-copy
+LATEST = 4  # fingerprints that are kept of one image's near-copies
+REMEMBERED = 4096  # fingerprints in all
+PIXELS_SEEN = 64  # exact copies that are known as such, of one image's near-copies
+PERIOD_S = 86_400.0
+HEADER = b"x-near-copies"
+
+Hashes = npt.NDArray[np.uint64]
+
+
+class Fingerprint:
+    """The function from images to their hashes, with random numbers of its own.
+
+    Without these, which differ between any two of them, nobody can tell which changes to an image
+    leave its hashes alone.
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(16)
+        self._offset = BIN * secrets.randbelow(2**20) / 2**20
+        self._across, self._down = _odd(4), _odd(4)
+        levels = np.arange(256 // BIN + 2, dtype=np.uint64)
+        self._plain = {
+            window: set(
+                self._windows(np.tile(levels[:, None, None], (window, window)), window)
+                .ravel()
+                .tolist()
+            )
+            for window in (WINDOW, SMALL_WINDOW)
+        }
+
+    def __call__(self, images: Images) -> list[list[int]]:
+        """Return at most `HASHES` hashes of each image, fewer where it has little texture.
+
+        Args:
+            images: uint8, or float32 in `[0,1]`, `[N, C, H, W]`.
+        """
+        gray = _gray(images)
+        window = WINDOW if min(gray.shape[1:]) >= SMALL_SIDE else SMALL_WINDOW
+        if min(gray.shape[1:]) < window:
+            return [[] for _ in gray]
+        levels = ((gray + np.float32(self._offset)) * np.float32(1 / BIN)).astype(np.uint64)
+        hashes = np.sort(self._windows(levels, window), axis=1)
+        plain = self._plain[window]
+        most = HASHES + len(plain)
+        found = []
+        for row in hashes:
+            first = np.ones(len(row), dtype=bool)
+            np.not_equal(row[1:], row[:-1], out=first[1:])
+            distinct = row[first][:most].tolist()
+            found.append([each for each in distinct if each not in plain][:HASHES])
+        return found
+
+    def digest(self, image: Images) -> bytes:
+        """Return what only exact copies of an image have in common."""
+        data = np.ascontiguousarray(image)
+        return hashlib.blake2b(data.data, digest_size=8, key=self._key).digest()
+
+    def _windows(self, levels: Hashes, window: int) -> Hashes:
+        """Return the hashes of all windows of levels `[N, H, W]`, `[N, windows]`.
+
+        A window that begins near the end of a row goes on in the next one.
+        """
+        count, _, width = levels.shape
+        found = levels.reshape(count, -1)
+        for step, factors in ((1, self._across), (width, self._down)):
+            found = _sums(found, step, factors, window)
+            found ^= found >> np.uint64(29)
+            found *= factors[-1]
+        return np.asarray(found >> np.uint64(4))  # integers of Python that take less memory
+
+
+def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
+    """Return weighted sums of `window` (odd) values that are `step` apart, for each first one."""
+    found, size = values, 1
+    for factor in factors:
+        if 2 * size > window:
+            break
+        found = found[:, : -size * step] + factor * found[:, size * step :]
+        size *= 2
+    return np.asarray(found[:, :-step] + factors[-2] * values[:, size * step :])
+
+
+def _odd(count: int) -> Hashes:
+    return np.frombuffer(secrets.token_bytes(8 * count), np.uint64) | np.uint64(1)
+
+
+def _gray(images: Images) -> npt.NDArray[np.float32]:
+    """Return the mean of the channels, 0 to 255, `[N, h, w]`; of large images, of blocks."""
+    channels = images.shape[1]
+    gray = images[:, 0].astype(np.float32)
+    for channel in range(1, channels):
+        gray += images[:, channel]
+    gray *= np.float32((1 if images.dtype == np.uint8 else 255) / channels)
+    block = -(-min(gray.shape[1:]) // SIDE)
+    if block > 1:
+        height, width = (side // block for side in gray.shape[1:])
+        gray = gray[:, : height * block, : width * block]
+        gray = gray.reshape(-1, height, block, width, block).mean((2, 4))
+    return gray
+
+
+class Sighting(NamedTuple):
+    """What the watch knows of one image.
+
+    Args:
+        copies: near-copies of one image that have come so far, this one included; 0 if it is none,
+            or exactly one that came before.
+        wait_s: seconds until another one is within the budget; 0 if this one is.
+        told: whether an operator should be told: once, and each time the copies have doubled.
+    """
+
+    copies: int = 0
+    wait_s: float = 0.0
+    told: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Family:
+    """An image and its near-copies."""
+
+    fingerprints: deque[list[int]] = field(default_factory=deque)
+    pixels: deque[bytes] = field(default_factory=lambda: deque(maxlen=PIXELS_SEEN))
+    copies: int = 0
+    level: float = 0.0
+    since: float = 0.0
+    told: int = 0
+
+
+class NearCopies:
+    """The images seen lately, and how many near-copies of each.
+
+    Memory is bounded: `remembered` fingerprints, and what goes first is the image of which no copy
+    has come for longest. Calls from several threads are safe.
+
+    Args:
+        budget: near-copies of one image that may come at once, and again in each `PERIOD_S`.
+        remembered: most fingerprints kept.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        *,
+        remembered: int = REMEMBERED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.budget = budget
+        self._remembered, self._clock = remembered, clock
+        self._fingerprint = Fingerprint()
+        self._lock = threading.Lock()
+        self._families: OrderedDict[_Family, None] = OrderedDict()
+        self._index: dict[int, _Family] = {}
+        self._kept = 0
+
+    def see(self, images: Images) -> list[Sighting]:
+        """Look at images, in order, and remember them.
+
+        Args:
+            images: uint8, or float32 in `[0,1]`, `[N, C, H, W]`.
+        """
+        hashes = self._fingerprint(images)
+        digests = [self._fingerprint.digest(image) for image in images]
+        with self._lock:
+            return list(map(self._see, hashes, digests))
+
+    def _see(self, hashes: list[int], digest: bytes) -> Sighting:
+        if len(hashes) < SHARED:
+            return Sighting()
+        found: Counter[Any] = Counter(map(self._index.get, hashes))
+        found[None] = 0
+        family, shared = max(found.items(), key=lambda item: item[1])
+        if shared < SHARED:
+            family = _Family(since=self._clock())
+            sighting = Sighting()
+        elif digest in family.pixels:
+            self._families.move_to_end(family)
+            return Sighting()
+        else:
+            sighting = self._count(family)
+        if not sighting.wait_s:  # else it would be answered when it is sent again
+            family.pixels.append(digest)
+        self._keep(family, hashes)
+        return sighting
+
+    def _count(self, family: _Family) -> Sighting:
+        now, rate = self._clock(), self.budget / PERIOD_S
+        family.level = max(0.0, family.level - (now - family.since) * rate)
+        family.since = now
+        family.copies += 1
+        if family.level + 1 <= self.budget:
+            family.level += 1
+            return Sighting(family.copies)
+        told = family.copies >= 2 * family.told
+        if told:
+            family.told = family.copies
+        return Sighting(family.copies, (family.level + 1 - self.budget) / rate, told)
+
+    def _keep(self, family: _Family, hashes: list[int]) -> None:
+        self._families[family] = None
+        self._families.move_to_end(family)
+        family.fingerprints.append(hashes)
+        self._kept += 1
+        if len(family.fingerprints) > LATEST:
+            self._forget(family)
+        self._index.update(dict.fromkeys(hashes, family))
+        while self._kept > self._remembered:
+            oldest = next(iter(self._families))
+            while oldest.fingerprints:
+                self._forget(oldest)
+            del self._families[oldest]
+
+    def _forget(self, family: _Family) -> None:
+        """Forget the oldest fingerprint of a family."""
+        gone = set(family.fingerprints.popleft()).difference(*family.fingerprints)
+        for each in gone:
+            if self._index.get(each) is family:
+                del self._index[each]
+        self._kept -= 1
+
+
+class Watch:
+    """The watch of one worker: it counts, logs, and refuses where it should.
+
+    Args:
+        settings: whether to refuse, and from how many near-copies of one image on.
+        metrics: where they are counted.
+        tell: whether answers say in a header what was seen; for the operator alone.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, tell: bool) -> None:
+        self._copies = NearCopies(settings.watch_budget)
+        self._refuses = settings.watch == "refuse"
+        self._metrics, self._tell = metrics, tell
+
+    def check(self, request: Request, images: Images) -> None:
+        """Look at a request's images before they are classified.
+
+        Raises:
+            ServiceError: one is a near-copy beyond the budget, and the watch refuses these.
+        """
+        seen = self._copies.see(images)
+        over = [each for each in seen if each.wait_s]
+        self._metrics.near_copies(sum(each.copies > 0 for each in seen), len(over))
+        if not over:
+            return
+        for each in over:
+            if each.told:
+                LOGGER.warning(
+                    "an attack by queries? %d near-copies of one image so far, more than %d in a "
+                    "day; this one %s, in request %s",
+                    *(each.copies, self._copies.budget),
+                    *("refused" if self._refuses else "answered", request.id),
+                )
+        if self._tell:
+            request.told += ((HEADER, b"%d" % max(each.copies for each in over)),)
+        if self._refuses:
+            wait = math.ceil(max(each.wait_s for each in over))
+            raise ServiceError(
+                "near_copies",
+                f"too many images that are nearly the same; retry after {wait} s",
+                ((b"retry-after", b"%d" % wait),),
+            )
