@@ -60,6 +60,7 @@ bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev,bench]'
 	$(BIN)/python -m benchmarks.engine --save
 	$(BIN)/python -m benchmarks.serving --save
+	$(BIN)/python -m benchmarks.replicas --save
 	$(BIN)/python -m benchmarks.precision --save
 	$(BIN)/python -m benchmarks.train_step --save
 	$(BIN)/python -m benchmarks.attacks --save

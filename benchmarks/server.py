@@ -33,7 +33,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, environment: dict[str, str], log: Path) -> None:
-        self.port = _free_port()
+        self.port = self.port or free_port()  # started again, it is where it was
         command = [part.replace("PORT", str(self.port)) for part in self.command]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
@@ -70,23 +70,9 @@ def load(
     server: Server, path: str, body: Path, headers: dict[str, str], connections: int, seconds: int
 ) -> dict[str, float]:
     """Return what `wrk` measured, after a second of warming up."""
-    lines = "\n".join(f"{name}: {value}" for name, value in headers.items())
-    environment = {**os.environ, "LOAD_BODY": str(body), "LOAD_HEADERS": lines}
     with server.awake():
         for duration in (1, seconds):
-            done = subprocess.run(
-                [
-                    *("wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "30s"),
-                    *("-s", str(SCRIPT), f"http://127.0.0.1:{server.port}{path}"),
-                ],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-    found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    assert found, done.stdout
-    result: dict[str, float] = json.loads(found[1])
+            result = wrk(server.port, path, body, headers, connections, duration)
     if result["errors"]:
         raise SystemExit(f"{server.name} answered with errors: {result}")
     if not result["requests"]:
@@ -95,7 +81,39 @@ def load(
     return {"per_s": per_s, "p50_ms": result["p50_ms"], "p99_ms": result["p99_ms"]}
 
 
-def _free_port() -> int:
+def wrk(
+    port: int, path: str, body: Path, headers: dict[str, str], connections: int, seconds: int
+) -> dict[str, float]:
+    """Return what `wrk` measured: requests, seconds, p50_ms, p99_ms, max_ms, errors."""
+    return result_of(start_wrk(port, path, body, headers, connections, seconds))
+
+
+def start_wrk(
+    port: int, path: str, body: Path, headers: dict[str, str], connections: int, seconds: int
+) -> subprocess.Popen[str]:
+    """Start `wrk`; it ends by itself after `seconds`, or when interrupted."""
+    lines = "\n".join(f"{name}: {value}" for name, value in headers.items())
+    return subprocess.Popen(
+        [
+            *("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"),
+            *("-s", str(SCRIPT), f"http://127.0.0.1:{port}{path}"),
+        ],
+        env={**os.environ, "LOAD_BODY": str(body), "LOAD_HEADERS": lines},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result_of(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Return what a started `wrk` measured, once it has ended."""
+    told = process.communicate()[0]
+    found = re.search(r"^RESULT (.*)$", told, re.MULTILINE)
+    assert found, told
+    result: dict[str, float] = json.loads(found[1])
+    return result
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -68,11 +68,11 @@ def test_quick_figures_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_benchmark_has_a_place_in_the_documentation() -> None:
     pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     found = [match[2] for page in pages for match in reports.PLACE.finditer(page)]
-    assert {"engine", "precision", "serving", "long"} <= set(found)
+    assert {"engine", "precision", "serving", "replicas", "long"} <= set(found)
     assert len(found) == len(set(found))
 
 
-@pytest.mark.parametrize("name", ["engine", "precision", "serving"])
+@pytest.mark.parametrize("name", ["engine", "precision", "serving", "replicas"])
 def test_every_benchmark_says_how_to_run_it(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks.proxy import NGINX, check
 from dverge_serve.serving.app import App
 from dverge_serve.serving.metrics import Metrics
 from dverge_serve.serving.responses import CODES
@@ -23,6 +26,9 @@ from dverge_serve.serving.watch import HEADER
 from dverge_serve.serving.worker import Worker
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+PROMTOOL = shutil.which("promtool")
+# Prometheus adds these to every series that it scrapes.
+TARGET_LABELS = {"instance", "job"}
 VARIABLES = {f"DVERGE_{field.name.upper()}" for field in dataclasses.fields(Settings)}
 
 
@@ -70,7 +76,7 @@ def test_every_expression_asks_for_series_that_exist(expression: str) -> None:
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) <= known[name]
     grouped = re.findall(r"by \(([^)]*)\)", expression)
     labels = {label.strip() for group in grouped for label in group.split(",")}
-    assert labels <= set().union(*(known[name] for name in names))
+    assert labels <= TARGET_LABELS.union(*(known[name] for name in names))
     for code in re.findall(r'code="(\w+)"', expression):
         assert code in CODES
     assert expression.count("(") == expression.count(")")
@@ -83,6 +89,25 @@ def test_alerts_are_complete() -> None:
     for rule in group["rules"]:
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert {"summary", "description"} <= set(rule["annotations"])
+
+
+@pytest.mark.skipif(not PROMTOOL, reason="promtool is not installed (Debian: prometheus)")
+def test_prometheus_takes_rules_and_configuration_and_fires_when_it_should(tmp_path: Path) -> None:
+    assert PROMTOOL
+    token, config = tmp_path / "token", tmp_path / "prometheus.yaml"
+    token.write_text("secret")
+    text = (DEPLOY / "prometheus.yaml").read_text()
+    for inside, here in (
+        ("/etc/prometheus/alerts.yaml", DEPLOY / "alerts.yaml"),
+        ("/run/secrets/token", token),
+    ):
+        assert inside in text
+        text = text.replace(inside, str(here))
+    config.write_text(text)
+    rules = Path(__file__).parent / "alerts.yaml"
+    for command in (["check", "config", str(config)], ["test", "rules", str(rules)]):
+        done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dashboard_is_whole() -> None:
@@ -139,11 +164,44 @@ def test_the_parts_of_kubernetes_find_each_other() -> None:
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
     assert document("kubernetes.yaml", "Service")["spec"]["selector"] == labels
-    scaler = document("kubernetes.yaml", "HorizontalPodAutoscaler")["spec"]
-    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
-    assert scaler["minReplicas"] >= 2
+    (port,) = deployment["spec"]["template"]["spec"]["containers"][0]["ports"]
+    (served,) = document("kubernetes.yaml", "Service")["spec"]["ports"]
+    assert served["targetPort"] == port["name"]
+    assert f"EXPOSE {port['containerPort']}" in (DEPLOY / "Dockerfile").read_text()
+    (spread,) = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == labels
     for kind, key in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
         assert document("kubernetes.yaml", kind)["spec"][key]["matchLabels"] == labels
+    (rule,) = document("kubernetes.yaml", "NetworkPolicy")["spec"]["ingress"]
+    assert rule["ports"] == [{"port": port["name"]}]
+    assert all(source.keys() <= {"podSelector", "namespaceSelector"} for source in rule["from"])
+
+
+def test_kubernetes_scales_by_the_queue_that_prometheus_sees() -> None:
+    deployment = document("kubernetes.yaml", "Deployment")
+    assert "replicas" not in deployment["spec"], "an apply would undo what the autoscaler did"
+    scaler = document("kubernetes.yaml", "HorizontalPodAutoscaler")["spec"]
+    target = scaler["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
+    (asked,) = (metric["pods"] for metric in scaler["metrics"] if metric["type"] == "Pods")
+    name = asked["metric"]["name"]
+    assert name in series()
+    # Far below what is refused, and no more than waits for one further batch.
+    assert int(asked["target"]["averageValue"]) <= Settings().queue / 8
+    (rule,) = documents("prometheus-adapter.yaml")[0]["rules"]["custom"]
+    assert rule["seriesQuery"].startswith(name + "{")
+    assert "as" not in rule.get("name", {}), "the series keeps its name"
+    assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
+    monitor = document("podmonitor.yaml", "PodMonitor")["spec"]
+    pod = deployment["spec"]["template"]
+    assert monitor["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    (container,) = pod["spec"]["containers"]
+    assert endpoint["port"] == container["ports"][0]["name"]
+    assert endpoint["path"] in App(Worker(Settings()), expose="full").routes
+    (secret,) = (e["valueFrom"]["secretKeyRef"] for e in container["env"] if "valueFrom" in e)
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": secret}
 
 
 def test_kserve_reaches_our_v2_routes() -> None:
@@ -205,9 +263,28 @@ def test_compose_hides_the_service_behind_the_proxy() -> None:
         for volume in part.get("volumes", []):
             source = volume.split(":")[0]
             assert source in ("../models", "../keys") or (DEPLOY / source).exists(), source
-    targets = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"][0]
-    assert targets["static_configs"][0]["targets"] == ["dverge:3000"]
-    assert targets["metrics_path"] in App(Worker(Settings()), expose="full").routes
+
+
+def test_proxy_and_prometheus_find_every_replica_of_compose() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert services["dverge"]["deploy"]["replicas"] == 2
+    (port,) = services["dverge"]["expose"]
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert (found["names"], found["type"], str(found["port"])) == (["dverge"], "A", port)
+    assert job["metrics_path"] in App(Worker(Settings()), expose="full").routes
+    assert services["prometheus"]["secrets"] == [
+        Path(job["authorization"]["credentials_file"]).name
+    ]
+    text = (DEPLOY / "nginx.conf").read_text()
+    assert re.search(rf"server dverge:{port} resolve .*;", text)
+    # Only then does nginx ask for the name again; it needs 1.27.3 for that.
+    assert re.search(r"resolver 127\.0\.0\.11 valid=\ds", text)
+    assert re.search(r"upstream dverge \{\s+zone ", text)
+    version = services["proxy"]["image"].removeprefix("nginx:").split("-")[0]
+    assert tuple(map(int, version.split("."))) > (1, 27)
+    (published,) = services["proxy"]["ports"]
+    assert f"listen {published.split(':')[1]};" in text
 
 
 def test_the_proxy_agrees_with_the_services_limits() -> None:
@@ -218,7 +295,15 @@ def test_the_proxy_agrees_with_the_services_limits() -> None:
     assert int(directives["proxy_read_timeout"].rstrip("s")) >= math.ceil(settings.timeout_s)
     assert int(directives["client_header_timeout"].rstrip("s")) <= 30
     assert directives["proxy_hide_header"].lower() == HEADER.decode()
+    # Another replica is not asked once a slow answer has timed out.
+    again = int(directives["proxy_next_upstream_timeout"].rstrip("s"))
+    assert again < int(directives["proxy_read_timeout"].rstrip("s"))
     assert text.count("{") == text.count("}")
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian: nginx-light)")
+def test_nginx_takes_the_configuration(tmp_path: Path) -> None:
+    assert "test is successful" in check([3001, 3002], tmp_path)
 
 
 def test_the_image_is_non_root_and_checks_its_health() -> None:

@@ -28,10 +28,10 @@ def save_linear_model(
     """Write an ensemble of linear members and return the file's sha256.
 
     Args:
-        weights: `[members, classes, channels, SIDE, SIDE]`.
+        weights: `[members, classes, channels, side, side]`.
         bias: `[members, classes]`.
     """
-    members, classes, channels = weights.shape[:3]
+    members, classes, channels, side = weights.shape[:4]
     nodes = [helper.make_node("Flatten", ["images"], ["flat"])]
     tensors = [numpy_helper.from_array(np.array([1], dtype=np.int64), "axis")]
     for member in range(members):
@@ -47,7 +47,7 @@ def save_linear_model(
         helper.make_node("Concat", ones, ["member_logits"], axis=1),
         helper.make_node("Mean", [f"z{member}" for member in range(members)], ["logits"]),
     ]
-    shape = ["batch", channels, SIDE, SIDE]
+    shape = ["batch", channels, side, side]
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -65,7 +65,7 @@ def save_linear_model(
         "name": "tiny",
         "labels": labels,
         "preprocess": Preprocess(
-            mode="L" if channels == 1 else "RGB", resize=(SIDE, SIDE), crop=(SIDE, SIDE)
+            mode="L" if channels == 1 else "RGB", resize=(side, side), crop=(side, side)
         ),
         "channel_order": "L" if channels == 1 else "RGB",
         "members": members,
@@ -86,14 +86,16 @@ GAINS = (8.0, 6.0, 4.0)
 LEVELS = (2.0, 2.0, 2.4)
 
 
-def save_gray_model(path: Path, labels: tuple[str, str] = ("bright", "dark"), **card: Any) -> str:
-    """Write a model that tells bright 8x8 images from dark ones; returns the file's sha256.
+def save_gray_model(
+    path: Path, labels: tuple[str, str] = ("bright", "dark"), side: int = SIDE, **card: Any
+) -> str:
+    """Write a model that tells bright images from dark ones; returns the file's sha256.
 
     A flat image of brightness v in [0,1] gets member logits (GAINS[m] * v, LEVELS[m]).
     """
-    weights = np.zeros((3, 2, 1, SIDE, SIDE), dtype=np.float32)
+    weights = np.zeros((3, 2, 1, side, side), dtype=np.float32)
     for member, gain in enumerate(GAINS):
-        weights[member, 0] = gain / SIDE**2
+        weights[member, 0] = gain / side**2
     bias = np.array([[0.0, level] for level in LEVELS], dtype=np.float32)
     return save_linear_model(path, weights, bias, labels, **card)
 
