@@ -1,14 +1,14 @@
 """What other people's attack libraries break that ours do not.
 
 python -m benchmarks.outsiders MODEL.onnx ... [--run DIR ...] [--preset quick] [--eps 0.05,0.1]
-    [--images N] [--transfer] [--save] [--json]
+    [--images N] [--threats white_box,transfer] [--save] [--json]
 
 Every model is attacked twice, at the same radii and on the same test images: with the preset's own
 attacks, by `run_suite`, nothing cached; and with foolbox, the Adversarial Robustness Toolbox and
 pyautoattack (the reference AutoAttack), each on what the ones before it left. Whatever anybody
 makes is scored by the engine in the model file, as floats and rounded to 8 bits, and counts in
 both. `gap` is the share of the images that only the others broke, with its Wilson 95% interval; it
-must be at most one point. `--transfer` adds the same for attacks without the weights: noise,
+must be at most one point. `transfer` is the same for attacks without the weights: noise,
 universal patterns and those from our surrogates; there the others are torchattacks' MI-DI and VMI,
 and AutoAttack's APGD, from each surrogate and from all their networks as one ensemble.
 """
@@ -222,10 +222,11 @@ def main() -> None:
     arguments.add_argument("--preset", default="quick")
     arguments.add_argument("--eps", default="", help="radii with commas; the recipe's")
     arguments.add_argument("--images", type=int)
-    arguments.add_argument("--transfer", action="store_true")
+    arguments.add_argument("--threats", default="white_box", help="white_box,transfer: or one")
     options = arguments.parse_args()
     effort = LITTLE if options.quick else FULL
-    threats: list[Threat] = ["white_box", "transfer"] if options.transfer else ["white_box"]
+    known: tuple[Threat, ...] = ("white_box", "transfer")
+    threats = [each for each in known if each in options.threats.split(",")]
     busy = busy_percent()
     rows: list[dict[str, Any]] = []
     for index, model in enumerate(options.models):

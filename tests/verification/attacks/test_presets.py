@@ -100,8 +100,8 @@ def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
         }
         for name in ("one", "small", "large")
     }
-    assert kinds["one"] == {"mpgd-fast"}
-    assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm"}
+    assert kinds["one"] == {"mpgd-fast", "m-di2-nearest"}
+    assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm", "m-di2-nearest"}
     nearest = {f"{kind}-nearest" for kind in ("mpgd", "m-di2", "bsr", "mef", "pgn")}
     assert kinds["large"] == kinds["small"] | nearest
 
