@@ -102,7 +102,7 @@ def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
     }
     assert kinds["one"] == {"mpgd-fast", "m-di2-nearest"}
     assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm", "m-di2-nearest"}
-    nearest = {f"{kind}-nearest" for kind in ("mpgd", "m-di2", "bsr", "mef", "pgn")}
+    nearest = {f"{kind}-nearest" for kind in ("m-di2", "bsr", "mef", "pgn")}
     assert kinds["large"] == kinds["small"] | nearest
 
 
