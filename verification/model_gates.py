@@ -23,16 +23,28 @@ UNEXPLAINED, UNEXPLAINED_INT8 = 0.05, 0.4
 EXPLAINED_IMAGES = 0.8  # share of the images that must be shown to stay below that
 
 
-def deterministic(first: Scores, second: Scores) -> Gate:
-    """The same images, scored twice, get the same outputs (small rounding aside).
+def deterministic(twice: tuple[Scores, Scores], alone: tuple[Scores, Scores]) -> Gate:
+    """The same images get the same outputs (small rounding aside), whenever and in whatever batch.
 
-    A random defence must be attacked in expectation; figures of one draw would flatter it.
+    A random defence must be attacked in expectation; figures of one draw would flatter it. Attacks
+    send batches and services single images: an answer that depends on the others in its batch is
+    not the one that was attacked.
+
+    Args:
+        twice: scores of the clean images, and those of the same images again.
+        alone: scores of clean and attacked images in one batch, and of each by itself.
     """
-    largest = max(1.0, _largest(first.logits))
+    largest = max(1.0, _largest(twice[0].logits))
+    again, by_itself = _apart(*twice), _apart(*alone)
+    detail = f"asked twice, logits differ by {again:.2e}, asked one by one by {by_itself:.2e} "
+    detail += f"(allowed {SAME * largest:.2e})"
+    return Gate("deterministic", max(again, by_itself) <= SAME * largest, "INVALID", detail)
+
+
+def _apart(first: Scores, second: Scores) -> float:
+    """Return the largest difference between logits; the gate `finite` counts the others."""
     apart = np.abs(first.logits.astype(np.float64) - second.logits)
-    apart = np.where(np.isfinite(apart), apart, 0.0)  # the gate `finite` counts the others
-    detail = f"asked twice, logits differ by {apart.max():.2e} (allowed {SAME * largest:.2e})"
-    return Gate("deterministic", bool(apart.max() <= SAME * largest), "INVALID", detail)
+    return float(apart.max(where=np.isfinite(apart), initial=0.0))
 
 
 def not_probabilities(scores: Scores, foreign: bool = False) -> Gate:

@@ -13,8 +13,8 @@ STRONGER = (
 FAILED = {
     "finite": "find where it overflows: export again with `precision` fp32, or train with a lower "
     "learning rate",
-    "deterministic": "remove what is random at inference (dropout, noise, random resizing); the "
-    "attacks here do not average over it",
+    "deterministic": "remove what is random at inference (dropout, noise, random resizing), and "
+    "what depends on the other images of a batch; the attacks here do not average over it",
     "not-probabilities": "export the logits: leave out the softmax at the end of the graph",
     "better-than-chance": "check that class names, their order and the preprocessing are the "
     "model's; train longer; with few test images, add some",

@@ -18,12 +18,13 @@ from verification.attacks.target import Target
 from verification.context import Context
 from verification.gradients import flow
 from verification.leakage import Leakage, no_leakage
-from verification.metrics.robust_accuracy import clean_scores
+from verification.metrics.robust_accuracy import clean_scores, one_by_one
 from verification.next_steps import advised
 from verification.path_integrals import unexplained
 from verification.self_test import CHECKING, self_test
 
 HIDDEN = 120  # images, at most, that a large radius must hide
+ALONE = 32  # images, at most, that are also scored one by one
 
 
 def check(
@@ -44,9 +45,6 @@ def check(
     """
     mine, everyone = outcomes["model"], list(outcomes.values())
     clean = clean_scores(context.engine, context.split)
-    last_first = context.split.take(torch.arange(len(context.split)).flip(0))
-    backwards = clean_scores(context.engine, last_first)
-    again = Scores(backwards.logits[::-1], backwards.member_logits[::-1])
     zero, broken = None, None
     if model.members is not None:
         zero, broken, _ = flow(model.members, context.split, context.suite)
@@ -54,7 +52,7 @@ def check(
     labels, classes = context.split.labels.cpu().numpy(), len(context.engine.card.labels)
     found = [
         gates.finite(everyone),
-        model_gates.deterministic(clean, again),
+        model_gates.deterministic(_again(context, clean), _alone(context, mine)),
         model_gates.not_probabilities(
             clean, context.config.labels is not None and model.members is None
         ),
@@ -81,6 +79,21 @@ def check(
         gates.self_test_found(*self_test(context.split, context.config.seed)),
     ]
     return advised(found)
+
+
+def _again(context: Context, clean: Scores) -> tuple[Scores, Scores]:
+    """Score the clean images once more, the last ones first."""
+    last_first = context.split.take(torch.arange(len(context.split)).flip(0))
+    found = clean_scores(context.engine, last_first)
+    return clean, Scores(found.logits[::-1], found.member_logits[::-1])
+
+
+def _alone(context: Context, outcome: Outcomes) -> tuple[Scores, Scores]:
+    """Score clean and attacked images in one batch, and one by one, as services are asked."""
+    rows = np.unique(np.linspace(0, len(context.split) - 1, ALONE).round().astype(np.int64))
+    attacked = [pixels for (eps, _), pixels in outcome.worst.items() if eps == max(context.eps)]
+    clean = context.split.images.cpu().numpy()
+    return one_by_one(context.engine, np.concatenate([each[rows] for each in (clean, *attacked)]))
 
 
 def _gradient_is_the_models(context: Context, model: Target, outcome: Outcomes) -> Gate:

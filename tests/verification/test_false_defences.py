@@ -26,6 +26,7 @@ from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.attacks.value_grid import coarse_levels, grid_attacks
 from verification.gradients import flow
+from verification.metrics.robust_accuracy import one_by_one
 from verification.path_integrals import unexplained
 
 RADIUS = 0.1
@@ -49,7 +50,10 @@ def judged(model: nn.Module, split: Split, noise: float = 0.0) -> tuple[list[Gat
     found = unexplained([model], engine, split, worst, RADIUS, "linf", 0)
     images = to_float(split.images.numpy())
     return [
-        model_gates.deterministic(engine.run_all(images), engine.run_all(images)),
+        model_gates.deterministic(
+            (engine.run_all(images), engine.run_all(images)),
+            one_by_one(engine, outcome.worst[RADIUS, "transfer"][:32]),
+        ),
         model_gates.better_than_chance(outcome.clean, split.labels.numpy(), 10),
         model_gates.nonzero_gradient(zero, broken),
         model_gates.gradient_is_the_models(found),
@@ -114,6 +118,8 @@ PLANTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float]] = {
     "a step along a checkerboard": (plants.checkered, 0.0),
     "a true gradient that leads astray": (plants.rippled, 0.0),
     "shifts by the pixels": (plants.shifted, 0.0),
+    "undefended when alone": (plants.lonely, 0.0),
+    "undefended among clean images": (plants.accompanied, 0.0),
 }
 
 
@@ -136,6 +142,8 @@ def test_each_gate_catches_its_kind() -> None:
     for name in ("17 levels, leaking", "k-WTA", "noise by the pixels", "thermometer, leaking"):
         assert "gradient-is-the-models" in gate(name), name
     assert "deterministic" in failed(judged(trained(1), split, noise=0.5)[0])
+    for name in ("undefended when alone", "undefended among clean images"):
+        assert "deterministic" in gate(name), name
 
 
 def test_images_on_the_datas_own_values_walk_past_a_defence_of_the_others() -> None:

@@ -67,7 +67,7 @@ def test_an_honest_model_passes_every_gate_about_it() -> None:
     first, second = asked_twice(TorchEngine(members))
     checks = [
         gates.finite([outcome]),
-        model_gates.deterministic(first, second),
+        model_gates.deterministic((first, second), (first, second)),
         model_gates.not_probabilities(first),
         model_gates.nonzero_gradient(zero, broken),
         gates.eps_8bit([outcome]),
@@ -102,9 +102,12 @@ def test_weaker_never_beats_detects_masked_gradients() -> None:
 
 
 def test_deterministic_detects_a_random_defence() -> None:
-    gate = model_gates.deterministic(*asked_twice(TorchEngine([Linear()], noise=0.05)))
-    assert gate.passed is False
-    assert gates.verdict([gate]) == "INVALID"
+    same, other = [asked_twice(TorchEngine([Linear()], noise=noise)) for noise in (0.0, 0.05)]
+    assert model_gates.deterministic(same, same).passed
+    for pairs in ((other, same), (same, other)):  # at another time, or in another batch
+        gate = model_gates.deterministic(*pairs)
+        assert gate.passed is False
+        assert gates.verdict([gate]) == "INVALID"
 
 
 def test_outputs_that_are_not_finite_make_it_invalid() -> None:
@@ -114,7 +117,8 @@ def test_outputs_that_are_not_finite_make_it_invalid() -> None:
     assert gates.verdict([gate]) == "INVALID"
     assert not outcome.robust([], EPS, ["float"]).any()
     # Never a success of the attacker: what Square and the gates see stays a number.
-    assert model_gates.deterministic(*asked_twice(TorchEngine([Linear()], broken=True))).passed
+    broken = asked_twice(TorchEngine([Linear()], broken=True))
+    assert model_gates.deterministic(broken, broken).passed
 
 
 def test_probabilities_where_logits_are_expected_make_it_invalid() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from training.data.splits import Split
 from verification.attacks.attack import Attack
-from verification.attacks.outcomes import VERSIONS, Mask, Outcomes
+from verification.attacks.outcomes import VERSIONS, Mask, Outcomes, Pixels
 from verification.attacks.rounds import rounds
 from verification.attacks.target import Scorer
 from verification.metrics.statistics import mcnemar, rate
@@ -135,3 +137,13 @@ def _row(what: str, eps: float, logits: Mask, soft: Mask) -> dict[str, Any]:
 def clean_scores(engine: Scorer, split: Split) -> Scores:
     """Return the scores of the clean images."""
     return engine.run_all(to_float(split.images.cpu().numpy()))
+
+
+def one_by_one(engine: Scorer, images: Pixels) -> tuple[Scores, Scores]:
+    """Return the scores of 8-bit images `[n, C, H, W]` in one batch, and of each by itself."""
+    floats = to_float(images)
+    single = [engine.run_all(image[None]) for image in floats]
+    logits = np.concatenate([each.logits for each in single])
+    return engine.run_all(floats), Scores(
+        logits, np.concatenate([each.member_logits for each in single])
+    )
