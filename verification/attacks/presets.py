@@ -18,7 +18,7 @@ from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.attacks.transfer_presets import NEAREST, transfer_attacks
 from verification.attacks.universal_patterns import UniversalPatterns
-from verification.attacks.value_grid import GridAttack
+from verification.attacks.value_grid import GridAttack, InkAttack
 from verification.attacks.white_box_presets import PGD, white_box_attacks
 from verification.config import PRESETS, Preset
 
@@ -29,6 +29,7 @@ ATTACK_KINDS: tuple[type[Attack], ...] = (
     GradientAttack,
     AdaptivePGD,
     GridAttack,
+    InkAttack,
     Square,
     RayS,
     HopSkipJump,

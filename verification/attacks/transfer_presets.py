@@ -68,7 +68,7 @@ def _nearest(
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)
     return [
         *_from_each(
-            surrogates, replace(one, name="m-di2-nearest", steps=20, restarts=2, diversity=0.5)
+            surrogates, replace(one, name="m-di2-nearest", steps=20, restarts=3, diversity=0.5)
         ),
         *_from_each(ensembles, bsr, ["cw"]),
         *_from_each(ensembles, mef, ["cw"]),

@@ -55,8 +55,7 @@ class GridAttack(GradientAttack, kind="grid"):
     ) -> Tensor:
         grid = torch.tensor(self.levels, dtype=torch.float32, device=x0.device) / 255
         reach = uint8_steps(eps) / 255 + 1e-6
-        lowest = torch.searchsorted(grid, x0 - reach)
-        highest = torch.searchsorted(grid, x0 + reach, right=True) - 1
+        lowest, highest = self._within(grid, x0, reach)
         if bool((lowest == highest).all()):  # no other level within reach
             return x0
         middles = (grid[1:] + grid[:-1]) / 2
@@ -89,6 +88,25 @@ class GridAttack(GradientAttack, kind="grid"):
             keep(last, loss(last))
         return best
 
+    def _within(self, grid: Tensor, x0: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+        """Return the first and the last place on the grid that each pixel may take."""
+        lowest = torch.searchsorted(grid, x0 - reach)
+        return lowest, torch.searchsorted(grid, x0 + reach, right=True) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class InkAttack(GridAttack, kind="ink"):
+    """`GridAttack` that leaves the background of each image as it is: all that has no ink.
+
+    A defence that takes images with a spotted background for attacked ones handles these in a way
+    that no attack gets through.
+    """
+
+    def _within(self, grid: Tensor, x0: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+        lowest, highest = super()._within(grid, x0, reach)
+        empty = x0 <= grid[0] + 1e-6
+        return lowest.masked_fill(empty, 0), highest.masked_fill(empty, 0)
+
 
 def coarse_levels(images: Tensor) -> tuple[int, ...]:
     """Return the values of uint8 images if they are coarser than 8 bits, else none."""
@@ -100,6 +118,8 @@ def grid_attacks(
     levels: tuple[int, ...], surrogates: Sequence[str], norm: Norm
 ) -> list[GridAttack]:
     """Return the attacks on the data's own values: white-box, and from the largest surrogate.
+
+    Each is run on all pixels, and on those alone that are no background.
 
     Args:
         levels: of the data, by `coarse_levels`; without any there are no such attacks.
@@ -118,7 +138,7 @@ def grid_attacks(
         control=False,
         levels=levels,
     )
-    return [white_box] + [
+    chosen = [white_box] + [
         replace(
             white_box,
             name=f"mpgd-cw on the data's own values from {source}",
@@ -128,4 +148,8 @@ def grid_attacks(
             control=True,
         )
         for source in surrogates[-1:]
+    ]
+    return chosen + [
+        InkAttack(**vars(each) | {"name": each.name.replace("own values", "own values, in ink")})
+        for each in chosen
     ]
