@@ -59,21 +59,25 @@ def _nearest(
     """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
 
     Hardly any other image is broken by them. The control falls without them, or not at all. Random
-    sizes (M-DI2) find other images under each network and at each restart; the rest finds them
+    sizes (M-DI2) and neighbours (VMI) find other images under each network; the rest finds them
     under the largest ensemble. More steps of plain momentum find none.
     """
     one = replace(MPGD, steps=10, skip_broken=True, nearest=share, control=False)
     bsr = replace(one, name="bsr-nearest", shuffles=4)
     mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)
-    return [
-        *_from_each(
-            surrogates, replace(one, name="m-di2-nearest", steps=20, restarts=3, diversity=0.5)
-        ),
+    found = [
+        *_from_each(surrogates, replace(one, name="m-di2-nearest", steps=20, diversity=0.5)),
         *_from_each(ensembles, bsr, ["cw"]),
         *_from_each(ensembles, mef, ["cw"]),
         *_from_each(ensembles, pgn, ["ce"]),
     ]
+    if share < 1:  # the nearest of these, where they are known
+        one = replace(one, nearest=share / 2)
+        long = replace(one, name="m-di2-long-nearest", steps=50, diversity=0.5)
+        vmi = replace(one, name="vmi-nearest", variance_samples=5)
+        found += [*_from_each(surrogates, long), *_from_each(surrogates, vmi, ["ce"])]
+    return found
 
 
 def _protocol(surrogates: Sequence[str], skips: bool) -> list[GradientAttack]:

@@ -100,10 +100,9 @@ def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
         }
         for name in ("one", "small", "large")
     }
-    assert kinds["one"] == {"mpgd-fast", "m-di2-nearest"}
-    assert kinds["small"] == {"mpgd-fast", "mpgd", "m-di2", "sgm", "m-di2-nearest"}
-    nearest = {f"{kind}-nearest" for kind in ("m-di2", "bsr", "mef", "pgn")}
-    assert kinds["large"] == kinds["small"] | nearest
+    assert kinds["one"] == {"mpgd-fast", "m-di2-nearest", "m-di2-long-nearest", "vmi-nearest"}
+    assert kinds["small"] == kinds["one"] | {"mpgd", "m-di2", "sgm"}
+    assert kinds["large"] == kinds["small"] | {f"{kind}-nearest" for kind in ("bsr", "mef", "pgn")}
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
@@ -208,5 +207,5 @@ def test_where_labels_alone_are_seen_no_image_counts_as_near() -> None:
         chosen = suite(Variant(preset="quick", classes=10, scores=scores), ["s"])
         return {each.nearest for each in chosen if "-nearest" in each.name}
 
-    assert shares(scores=True) == {0.2}
+    assert shares(scores=True) == {0.2, 0.1}
     assert shares(scores=False) == {1.0}
