@@ -73,7 +73,7 @@ def _nearest(
         *_from_each(ensembles, pgn, ["ce"]),
     ]
     if share < 1:  # the nearest of these, where they are known
-        one = replace(one, nearest=share / 2)
+        one = replace(one, nearest=share / 2, restarts=2)
         long = replace(one, name="m-di2-long-nearest", steps=50, diversity=0.5)
         vmi = replace(one, name="vmi-nearest", variance_samples=5)
         found += [*_from_each(surrogates, long), *_from_each(surrogates, vmi, ["ce"])]
