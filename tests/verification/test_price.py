@@ -96,7 +96,7 @@ def test_what_quick_costs_beside_the_training_of_the_model(preset: str, share: f
     assert whole.surrogates == 5 * config.standard.epochs * 1293
     assert whole.attacks == round(gradient_cost(transfer, names, images, 3))
     assert whole.whole < share * (whole.training or 0)  # the rest is for the other attacks
-    assert str(whole).startswith(f"about {whole.whole / (whole.training or 1):.1f}")
+    assert str(whole).startswith(f"about {whole.whole / (whole.training or 1):.2g}")
     assert whole.to_json()["model_training"] == whole.training
 
 
