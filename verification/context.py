@@ -136,6 +136,7 @@ def find_context(config: VerificationConfig) -> Context:
         reference=autoattack.available(),
         scores=gives_scores(engine),
         size=preset,
+        largest=None if config.auto_eps else max(eps),
     )
     made: list[Surrogate] = []
     sets: list[SurrogateSet] = []
@@ -182,6 +183,7 @@ def find_context(config: VerificationConfig) -> Context:
         run = gradients.run if gradients else None
         control, sources = control_and_sources(run, made, training, device)
         eps = halving_radii(control, sources, split, config.norm, config.seed)
+        variant = replace(variant, largest=max(eps))
     suite = [*presets.suite(variant, names), *more]
     return Context(
         config=config,

@@ -52,6 +52,7 @@ class Variant:
         reference: whether pyautoattack is installed.
         scores: whether the model gives scores, which Square follows.
         size: of the preset on images like these; by default on small ones.
+        largest: radius, where it is known: the dearest transfer attacks run at it alone.
     """
 
     preset: str
@@ -63,6 +64,7 @@ class Variant:
     reference: bool = False
     scores: bool = True
     size: Preset | None = None
+    largest: float | None = None
 
 
 def left_out(variant: Variant) -> dict[str, str]:
@@ -109,6 +111,7 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         skips=variant.skips,
         # Labels alone do not say which images are near.
         nearest=NEAREST if variant.scores else 1.0,
+        largest=variant.largest,
     )
     chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
     chosen += query_attacks(variant.size or PRESETS[preset], norm, variant.scores)

@@ -19,6 +19,7 @@ def transfer_attacks(
     brief: Collection[str] = (),
     skips: bool = True,
     nearest: float = NEAREST,
+    largest: float | None = None,
 ) -> list[GradientAttack]:
     """Return a preset's transfer attacks.
 
@@ -30,12 +31,14 @@ def transfer_attacks(
             does not have.
         skips: whether the surrogates have residual branches (SGM).
         nearest: share of the standing images that get the dearer attacks.
+        largest: the only radius of the dearest; by default all.
     """
     ensembles = [name for name in surrogates if name not in brief]
     chosen = _fast(surrogates)
     if preset != "quick":
         chosen += _protocol(ensembles, skips)
-    chosen += _nearest(surrogates, [name for name in surrogates if name not in parts], nearest)
+    whole = [name for name in surrogates if name not in parts]
+    chosen += _nearest(surrogates, whole, nearest, largest)
     if preset == "full":
         vmi = replace(
             MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
@@ -54,7 +57,7 @@ def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
 
 
 def _nearest(
-    surrogates: Sequence[str], ensembles: Sequence[str], share: float
+    surrogates: Sequence[str], ensembles: Sequence[str], share: float, largest: float | None
 ) -> list[GradientAttack]:
     """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
 
@@ -73,7 +76,7 @@ def _nearest(
         *_from_each(ensembles, pgn, ["ce"]),
     ]
     if share < 1:  # the nearest of these, where they are known
-        one = replace(one, nearest=share / 2, restarts=2)
+        one = replace(one, nearest=share / 2, restarts=2, only_eps=largest)
         long = replace(one, name="m-di2-long-nearest", steps=50, diversity=0.5)
         vmi = replace(one, name="vmi-nearest", variance_samples=5)
         found += [*_from_each(surrogates, long), *_from_each(surrogates, vmi, ["ce"])]
