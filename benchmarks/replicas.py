@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import statistics
 import sys
@@ -29,7 +28,7 @@ import psutil
 
 from benchmarks.bench import bar, machine, say
 from benchmarks.proxy import NGINX, proxying
-from benchmarks.report import busy_percent, finish, parser
+from benchmarks.report import busy_percent, finish, turns
 from benchmarks.requests import png
 from benchmarks.server import Server, result_of, start_wrk, wrk
 
@@ -241,15 +240,7 @@ def bars(rows: list[dict[str, Any]], events: list[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    arguments = parser(__doc__, "one round of one second each")
-    arguments.add_argument("--seconds", type=int, default=10, help="length of each measurement")
-    arguments.add_argument("--rounds", type=int, default=3, help="turns that each case gets")
-    chosen = arguments.parse_args()
-    if chosen.quick:
-        chosen.seconds, chosen.rounds = 1, 1
-    for tool, package in (("wrk", "wrk"), (NGINX or "nginx", "nginx-light")):
-        if not shutil.which(tool):
-            raise SystemExit(f"{tool} is not installed; on Debian: apt-get install {package}")
+    chosen = turns(__doc__, 10, {"wrk": "wrk", NGINX or "nginx": "nginx-light"})
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), chosen.seconds, chosen.rounds)
     finish("replicas", report, COLUMNS, chosen)

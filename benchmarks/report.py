@@ -12,8 +12,10 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,31 @@ def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="end with one JSON object")
     made.add_argument("--save", action="store_true", help="keep the report in benchmarks/results/")
     return made
+
+
+def turns(doc: str | None, seconds: int, tools: Mapping[str, str]) -> argparse.Namespace:
+    """Return the options, read from the command line, of a benchmark whose cases take turns.
+
+    Args:
+        doc: the benchmark's own documentation.
+        seconds: length of each measurement, if nobody says it.
+        tools: programs that it needs, each with its Debian package.
+
+    Raises:
+        SystemExit: one of these is not installed.
+    """
+    arguments = parser(doc, "one round of one second each")
+    arguments.add_argument(
+        "--seconds", type=int, default=seconds, help="length of each measurement"
+    )
+    arguments.add_argument("--rounds", type=int, default=3, help="turns that each case gets")
+    options = arguments.parse_args()
+    if options.quick:
+        options.seconds, options.rounds = 1, 1
+    for tool, package in tools.items():
+        if not shutil.which(tool):
+            raise SystemExit(f"{tool} is not installed; on Debian: apt-get install {package}")
+    return options
 
 
 def busy_percent() -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench import bar, machine, say
-from benchmarks.report import busy_percent, finish, parser
+from benchmarks.report import busy_percent, finish, turns
 from benchmarks.requests import png, tensors
 from benchmarks.server import Server, load
 from dverge_serve.cores import cores
@@ -183,14 +182,7 @@ def bars(
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    arguments = parser(__doc__, "one round of one second each")
-    arguments.add_argument("--seconds", type=int, default=5, help="length of each measurement")
-    arguments.add_argument("--rounds", type=int, default=3, help="turns that each server gets")
-    chosen = arguments.parse_args()
-    if chosen.quick:
-        chosen.seconds, chosen.rounds = 1, 1
-    if not shutil.which("wrk"):
-        raise SystemExit("wrk is not installed; on Debian: apt-get install wrk")
+    chosen = turns(__doc__, 5, {"wrk": "wrk"})
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), chosen.seconds, chosen.rounds)
     finish("serving", report, COLUMNS, chosen)

@@ -19,11 +19,11 @@ from torch import Tensor
 from training.seeds import derive
 from verification.attacks.attack import Attack, Crafted, Model, Threat
 from verification.attacks.perturbation import uint8_steps
+from verification.config import LARGE
 
 ORDER = 8  # of the Walsh-Hadamard matrix: patterns of 8 x 8 signs
 PERIODS = (2, 3, 4, 5, 6, 8)  # of stripes, pixels
 TRIED_ON, AT_LEAST = 32, 8  # images that every pattern is tried on, fewer of large images
-LARGE = 64 * 64  # pixels
 KEPT = 4  # patterns that are added to all images
 
 
