@@ -75,7 +75,11 @@ def busy_percent() -> float:
 
 
 def finish(
-    name: str, report: dict[str, Any], columns: list[str], options: argparse.Namespace
+    name: str,
+    report: dict[str, Any],
+    columns: list[str],
+    options: argparse.Namespace,
+    module: str = "",
 ) -> None:
     """Print the report, and keep it where that was asked for.
 
@@ -84,10 +88,16 @@ def finish(
         report: machine, rows, bars and what was skipped.
         columns: of the rows, in the order that they are shown in.
         options: from `parser`.
+        module: which made it, where that has another name.
     """
     if options.save and not options.quick:
         command = shlex.join(
-            ["python", "-m", f"benchmarks.{name}", *(a for a in sys.argv[1:] if a != "--save")]
+            [
+                "python",
+                "-m",
+                f"benchmarks.{module or name}",
+                *(a for a in sys.argv[1:] if a != "--save"),
+            ]
         )
         facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "columns": columns}
         RESULTS.mkdir(exist_ok=True)
@@ -102,7 +112,8 @@ def finish(
 def markdown(kept: dict[str, Any]) -> str:
     """Return a kept report as a documentation page shows it."""
     here = kept["machine"]
-    told = ", ".join(f"{name} {here[name]}" for name in ("python", "onnxruntime") if name in here)
+    versions = ("gpu", "cuda", "torch", "python", "onnxruntime")
+    told = ", ".join(f"{name} {here[name]}" for name in versions if name in here)
     busy = f", {here['busy_percent']:.0f}% busy before" if "busy_percent" in here else ""
     lines = [
         f"`{kept['command']}`, {kept['date']}: {here['cpu']}, {here['cores']} cores{busy}, {told}.",

@@ -15,6 +15,7 @@ from dverge_serve.errors import UserError
 from training.data.splits import TrainingData, load_training
 from training.method_registry import METHODS
 from training.methods import epoch_batches, stages
+from training.methods.stored_images import StoredImages
 from training.optimizers import RateOnDevice
 from training.parallel.cuda_graphs import WARM_UPS, CudaRecorder, Recorded
 from training.recipe import load_recipe
@@ -112,7 +113,8 @@ def steps_do_not_wait(device: torch.device) -> str:
         config = tiny_config(method=method)
         data = load_training(config.data)
         members, optimizers = prepare(config, data, device)
-        stage = stages(config, members, optimizers)[-1]
+        stored = StoredImages.stand_in(config, data)
+        stage = stages(config, members, optimizers, stored=stored)[-1]
         batch = next(epoch_batches(data.train.to(device), config, stage, 0))
         for _ in range(WARM_UPS + 2):
             stage.step(0, 0, batch)

@@ -68,7 +68,7 @@ def test_quick_figures_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_benchmark_has_a_place_in_the_documentation() -> None:
     pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     found = [match[2] for page in pages for match in reports.PLACE.finditer(page)]
-    assert {"engine", "precision", "serving", "replicas", "long"} <= set(found)
+    assert {"engine", "gpu", "precision", "serving", "replicas", "long"} <= set(found)
     assert len(found) == len(set(found))
 
 

@@ -72,9 +72,9 @@ def test_only_what_waits_for_the_gpu_is_counted(monkeypatch: pytest.MonkeyPatch)
             )
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", prototype)
-    monkeypatch.setattr(recording, "METHODS", ("dverge",))
+    monkeypatch.setattr(recording, "METHODS", ("dverge", "transfer"))  # one has source models
     count: smoke.Check = recording.steps_do_not_wait.__wrapped__  # type: ignore[attr-defined]
-    assert count(CPU) == "{'dverge': 0}"
+    assert count(CPU) == "{'dverge': 0, 'transfer': 0}"
 
 
 @pytest.mark.long
