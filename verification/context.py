@@ -175,14 +175,14 @@ def find_context(config: VerificationConfig) -> Context:
         radii=radii,
     )
     if Progress.shown:
-        told = forecast(suite, made, sets, members, data, split, radii, device)
+        told = forecast(suite, made, sets, members, engine, data, split, radii, device)
         say(f"{told}; {cost}")
     made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
         run = gradients.run if gradients else None
         control, sources = control_and_sources(run, made, training, device)
-        eps = halving_radii(control, sources, split, config.norm, config.seed)
+        eps = halving_radii(control, sources, split, config.norm, config.seed, preset.checked)
         variant = replace(variant, largest=max(eps))
     suite = [*presets.suite(variant, names), *more]
     return Context(

@@ -110,6 +110,7 @@ def run_suite(
             if all(is_over(attack, suite, recorders[name].outcomes, eps) for name in job.names):
                 progress.advance(job.work * attack.restarts)
                 continue
+            progress.advance(0, f"{attack.name}, eps {eps:g}")
             kept: Scored | None = None
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]
@@ -122,7 +123,7 @@ def run_suite(
                         recorders[name].outcomes.queries[attack.name, eps] = queries
                     if name == first:
                         kept = found.after(kept)
-                progress.advance(job.work, f"{attack.name}, eps {eps:g}")
+                progress.advance(job.work)
             if keep is not None and kept is not None:
                 keep(attack.name, eps, kept.deltas, kept.quantized)
     return {name: recorder.outcomes for name, recorder in recorders.items()}

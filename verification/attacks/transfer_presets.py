@@ -20,6 +20,7 @@ def transfer_attacks(
     skips: bool = True,
     nearest: float = NEAREST,
     largest: float | None = None,
+    dearest: bool = True,
 ) -> list[GradientAttack]:
     """Return a preset's transfer attacks.
 
@@ -32,13 +33,16 @@ def transfer_attacks(
         skips: whether the surrogates have residual branches (SGM).
         nearest: share of the standing images that get the dearer attacks.
         largest: the only radius of the dearest; by default all.
+        dearest: whether these are run at all; without them whole ensembles are the only sources of
+            those that run on the nearest images.
     """
     ensembles = [name for name in surrogates if name not in brief]
     chosen = _fast(surrogates)
     if preset != "quick":
         chosen += _protocol(ensembles, skips)
     whole = [name for name in surrogates if name not in parts]
-    chosen += _nearest(surrogates, whole, nearest, largest)
+    singles = surrogates if dearest else whole
+    chosen += _nearest(singles, whole, nearest, largest, dearest)
     if preset == "full":
         vmi = replace(
             MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
@@ -57,7 +61,11 @@ def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
 
 
 def _nearest(
-    surrogates: Sequence[str], ensembles: Sequence[str], share: float, largest: float | None
+    surrogates: Sequence[str],
+    ensembles: Sequence[str],
+    share: float,
+    largest: float | None,
+    dearest: bool,
 ) -> list[GradientAttack]:
     """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
 
@@ -75,7 +83,7 @@ def _nearest(
         *_from_each(ensembles, mef, ["cw"]),
         *_from_each(ensembles, pgn, ["ce"]),
     ]
-    if share < 1:  # the nearest of these, where they are known
+    if dearest and share < 1:  # the nearest of these, where they are known
         one = replace(one, nearest=share / 2, restarts=2, only_eps=largest)
         long = replace(one, name="m-di2-long-nearest", steps=50, diversity=0.5)
         vmi = replace(one, name="vmi-nearest", variance_samples=5)
