@@ -35,6 +35,9 @@ Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
 
 
+ANSWERS = 3  # in the time of one gradient
+
+
 @dataclass(frozen=True)
 class Job:
     """One attack at one radius, from one source.
@@ -46,6 +49,7 @@ class Job:
         names: targets that the images are scored on.
         model: the source.
         weights: a hash of it; empty where nothing identifies it.
+        share: of the images that it is run on at most.
     """
 
     attack: Attack
@@ -54,12 +58,15 @@ class Job:
     names: Sequence[str]
     model: Model
     weights: str
+    share: float
 
     @property
     def work(self) -> int:
-        """Passes through a network in one restart, for progress."""
+        """Gradients of a network for each image in one restart, for progress."""
         members = len(self.model) if isinstance(self.model, Ensemble) else 1
-        return max(round(self.attack.work * self.attack.nearest), 1) * max(members, 1)
+        passes = self.attack.work * self.attack.nearest * self.share / len(self.radii)
+        passes /= ANSWERS if self.attack.asks else 1
+        return max(round(passes), 1) * max(members, 1)
 
 
 def run_suite(
@@ -99,7 +106,7 @@ def run_suite(
     recorders = {name: OutcomeRecorder(target.engine, split) for name, target in targets.items()}
     first = next(iter(targets))
     jobs = [
-        Job(attack, eps, radii if attack.one_search else [eps], *chosen)
+        Job(attack, eps, radii if attack.one_search else [eps], *chosen, _share(attack, split))
         for attack, eps, radii in _in_order(suite, eps_grid)
         for chosen in _pairs(attack, sources, targets)
     ]
@@ -127,6 +134,10 @@ def run_suite(
             if keep is not None and kept is not None:
                 keep(attack.name, eps, kept.deltas, kept.quantized)
     return {name: recorder.outcomes for name, recorder in recorders.items()}
+
+
+def _share(attack: Attack, split: Split) -> float:
+    return min(attack.sample / len(split), 1.0) if attack.sample else 1.0
 
 
 def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:
