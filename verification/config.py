@@ -86,11 +86,11 @@ QUICK_LARGE = replace(
     PRESETS["quick"],
     surrogates=("mixed-3",),
     sample=12,
-    budgets=(100, 500),
+    budgets=(100, 300),
     substitute=400,
     aware_steps=10,
     fewest=60,
-    checked=32,
+    checked=24,
     dearest=False,
 )
 

@@ -34,13 +34,15 @@ def transfer_attacks(
         nearest: share of the standing images that get the dearer attacks.
         largest: the only radius of the dearest; by default all.
         dearest: whether these are run at all; without them whole ensembles are the only sources of
-            those that run on the nearest images.
+            those that run on the nearest images, and of cross-entropy.
     """
     ensembles = [name for name in surrogates if name not in brief]
-    chosen = _fast(surrogates)
+    whole = [name for name in surrogates if name not in parts]
+    chosen = _fast(surrogates if dearest else whole)
+    if not dearest:
+        chosen += _fast([name for name in surrogates if name in parts], ["cw"])
     if preset != "quick":
         chosen += _protocol(ensembles, skips)
-    whole = [name for name in surrogates if name not in parts]
     singles = surrogates if dearest else whole
     chosen += _nearest(singles, whole, nearest, largest, dearest)
     if preset == "full":
@@ -51,13 +53,16 @@ def transfer_attacks(
     return chosen
 
 
-def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
+def _fast(
+    surrogates: Sequence[str], losses: Sequence[LossName] = ("ce", "cw")
+) -> list[GradientAttack]:
     """Return the transfer attacks that break most for each gradient.
 
     Images break under different networks: a few large steps from each alone, and from small
     ensembles, find more than many steps from all at once.
     """
-    return _from_each(surrogates, replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4))
+    fast = replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4)
+    return _from_each(surrogates, fast, losses)
 
 
 def _nearest(

@@ -81,7 +81,7 @@ class UniversalPatterns(Attack, kind="patterns"):
         every, made = patterns(*images.shape[1:]), dict[float, Crafted]()
         for eps in sorted(radii, reverse=True):
             made[eps], bites = self._craft(model, images, labels, eps, every, sample)
-            every = every[bites] if bites.any() else every[:1]
+            every = every[bites] if bites.any() else every[:KEPT]
         return [made[eps] for eps in radii]
 
     @torch.no_grad()
@@ -121,7 +121,8 @@ class UniversalPatterns(Attack, kind="patterns"):
             fallen = wrong(tried, labels[standing])
             found[standing[fallen]] = tried[fallen]
             standing = standing[~fallen]
-        return Crafted(found), broken.any(1).cpu()
+        told = broken & ~broken.all(0)  # not the images that are wrong whatever is added
+        return Crafted(found), told.any(1).cpu()
 
 
 def patterns(channels: int, height: int, width: int) -> Tensor:
