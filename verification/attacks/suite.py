@@ -33,8 +33,6 @@ from verification.config import SUBSTITUTE
 # Stores one attack's images at one radius, for a replay: its name, eps, changes and 8-bit images.
 Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
-
-
 ANSWERS = 3  # in the time of one gradient
 
 
