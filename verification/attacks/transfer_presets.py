@@ -33,8 +33,8 @@ def transfer_attacks(
         skips: whether the surrogates have residual branches (SGM).
         nearest: share of the standing images that get the dearer attacks.
         largest: the only radius of the dearest; by default all.
-        dearest: whether these are run at all; without them whole ensembles are the only sources of
-            those that run on the nearest images, and of cross-entropy.
+        dearest: whether these are run at all; without them those on the nearest images are the
+            dearest, from whole ensembles alone, which are the only sources of cross-entropy, too.
     """
     ensembles = [name for name in surrogates if name not in brief]
     whole = [name for name in surrogates if name not in parts]
@@ -79,6 +79,7 @@ def _nearest(
     under the largest ensemble. More steps of plain momentum find none.
     """
     one = replace(MPGD, steps=10, skip_broken=True, nearest=share, control=False)
+    one = one if dearest else replace(one, only_eps=largest)
     bsr = replace(one, name="bsr-nearest", shuffles=4)
     mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)
