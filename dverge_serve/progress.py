@@ -6,6 +6,7 @@ Nothing is shown before `show()`: the commands call it; in a notebook you do.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 LINE_EVERY_S = 5.0
+KNOWN = 0.02  # of the work: before that much is done, nobody knows how long the rest will take
 BESIDE = 28  # columns that percent, time left, gaps and a bar that still is one take
 
 
@@ -33,6 +35,7 @@ class Progress:
         self._begun, self._begun_done = time.monotonic(), start
         self._said, self._note = self._begun, ""
         self._rich: RichProgress | None = None
+        self._over = threading.Event()
         if self.shown and sys.stderr.isatty():
             self._rich = RichProgress(
                 TextColumn("{task.description}"),
@@ -48,6 +51,8 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._rich:
             self._rich.start()
+        elif self.shown:
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(
@@ -56,6 +61,7 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._over.set()
         if self._rich:
             self._rich.stop()
         elif kind is None:
@@ -70,11 +76,21 @@ class Progress:
             room = self._rich.console.width - len(self._label) - BESIDE
             self._rich.update(self._task, completed=self._done, note=fitting(self._note, room))
             return
+        self._tell()
+
+    def _beat(self) -> None:
+        """Say how far it is while one unit takes long."""
+        while not self._over.wait(LINE_EVERY_S):
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say how far it is, unless that was said a moment ago."""
         now = time.monotonic()
         if now - self._said >= LINE_EVERY_S:
             self._said = now
-            rate = (self._done - self._begun_done) / (now - self._begun)
-            left = duration((self._total - self._done) / rate) if rate > 0 else "?"
+            made = self._done - self._begun_done
+            seconds = (self._total - self._done) * (now - self._begun) / max(made, 1)
+            left = duration(seconds) if made > KNOWN * self._total else "?"
             percent = 100 * self._done // self._total
             self._line(f"{percent:3d}%, {left} left{', ' + self._note if self._note else ''}")
 

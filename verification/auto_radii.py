@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from training.models.member import Member
 from training.models.state_dict import network_sha256
 from training.pgd import Norm
 from training.runs.directory import Run
+from verification.attacks.batches import spread
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import ready
 from verification.surrogate import Surrogate, control_among
@@ -51,24 +51,26 @@ def halving_radii(
     split: Split,
     norm: Norm,
     seed: int,
+    most: int = 0,
 ) -> tuple[float, ...]:
     """Return half, once and twice the radius at which a control keeps half of its accuracy.
 
-    It is attacked with momentum PGD of 10 steps. The radius is found by bisection: a whole number
-    of 8-bit steps in Linf, the L2 length of as large a change of every pixel in L2.
+    It is attacked with momentum PGD of 10 steps, from one source after another on what stands. The
+    radius is doubled until that halves it, and then found by bisection: a whole number of 8-bit
+    steps in Linf, the L2 length of as large a change of every pixel in L2.
 
     Args:
         members: of the control.
         sources: of the attacks, members each.
-        split: test images; `MOST_IMAGES` of them are used, evenly spaced.
+        split: test images.
         norm: of the radii.
         seed: of the random starts.
+        most: test images that are used, evenly spaced; 0, and never more: `MOST_IMAGES`.
 
     Raises:
         UserError: the control keeps more than half of its accuracy at every radius.
     """
-    rows = np.unique(np.linspace(0, len(split) - 1, MOST_IMAGES).round().astype(np.int64))
-    part = split.take(torch.from_numpy(rows).to(split.device))
+    part = split.take(spread(split, MOST_IMAGES, most))
     images, labels = to_float(part.images), part.labels
     control = Ensemble(members).eval()
     attack = GradientAttack(
@@ -76,28 +78,34 @@ def halving_radii(
     )
     unit = 1 / 255 if norm == "linf" else images[0].numel() ** 0.5 / 255
 
-    def right(x: torch.Tensor) -> torch.Tensor:
+    def right(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             answers: torch.Tensor = control(x).argmax(1)
-        return answers == labels
+        return answers == y
 
-    clean = right(images)
+    clean = right(images, labels)
 
     def halved(steps: int) -> bool:
-        kept = clean
+        say(f"looking for the radius at which the control is halved: trying {unit * steps:.3g}")
+        kept = clean.nonzero()[:, 0]
         for at, source in enumerate(sources):
-            made = attack.run(Ensemble(source).eval(), images, labels, unit * steps, seed, at)
-            kept = kept & right(made.images)
-        return bool(kept.sum() <= clean.sum() / 2)
+            if 2 * len(kept) <= clean.sum():
+                break
+            x, y = images[kept], labels[kept]
+            made = attack.run(Ensemble(source).eval(), x, y, unit * steps, seed, at)
+            kept = kept[right(made.images, y)]
+        return bool(2 * len(kept) <= clean.sum())
 
-    low, high = 0, MOST_STEPS
-    if not halved(high):
-        raise UserError(
-            f"`eps` auto: the control keeps more than half of its accuracy even at "
-            f"{unit * high:.3g}",
-            "surrogates whose attacks transfer",
-            "give `eps` radii yourself, or better `surrogates`",
-        )
+    low, high = 0, 1
+    while not halved(high):
+        if high == MOST_STEPS:
+            raise UserError(
+                f"`eps` auto: the control keeps more than half of its accuracy even at "
+                f"{unit * high:.3g}",
+                "surrogates whose attacks transfer",
+                "give `eps` radii yourself, or better `surrogates`",
+            )
+        low, high = high, min(2 * high, MOST_STEPS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if halved(middle) else (middle, high)

@@ -32,6 +32,9 @@ class Preset:
         aware_steps: steps of the attack that knows the detector.
         pixels: that the test images have together which are attacked by default; 0: all images.
         fewest: of these, whatever their pixels.
+        checked: images at most for the gates and measurements that cost most; 0: as many as each
+            of them likes.
+        dearest: whether the dearest attacks run, and the weak ones in every ball.
     """
 
     surrogates: tuple[str, ...]
@@ -42,6 +45,8 @@ class Preset:
     hop_skip_jump: bool = True
     pixels: int = 0
     fewest: int = 120
+    checked: int = 0
+    dearest: bool = True
 
     def images(self, height: int, width: int) -> int:
         """Return how many test images are attacked if nobody says it; 0: all of them."""
@@ -78,7 +83,15 @@ PRESETS = {
 # A photograph costs as much as a hundred digits: minutes are to stay minutes.
 LARGE = 64 * 64  # pixels; of larger images `quick` takes less
 QUICK_LARGE = replace(
-    PRESETS["quick"], surrogates=("mixed-3",), sample=24, substitute=400, fewest=80
+    PRESETS["quick"],
+    surrogates=("mixed-3",),
+    sample=12,
+    budgets=(100, 300),
+    substitute=400,
+    aware_steps=10,
+    fewest=60,
+    checked=24,
+    dearest=False,
 )
 
 

@@ -107,7 +107,8 @@ def find_context(config: VerificationConfig) -> Context:
     check_writable(report_path(config.model))
     training = training_config(engine.card, gradients, config.data)
     written = dict(zip(config.eps, config.eps_given, strict=False))
-    training, no_start = with_known_start(training, gradients.run if gradients else None)
+    run = gradients.run if gradients else None
+    training, no_start = with_known_start(training, run)
     eps = tuple(sorted(set(config.eps or training.verification.eps)))
     if config.at_eps is not None and config.at_eps not in eps:
         raise UserError(f"`at_eps` {config.at_eps:g}", f"one of {', '.join(f'{e:g}' for e in eps)}")
@@ -175,16 +176,16 @@ def find_context(config: VerificationConfig) -> Context:
         radii=radii,
     )
     if Progress.shown:
-        told = forecast(suite, made, sets, members, data, split, radii, device)
-        say(f"{told}; {cost}")
+        say(f"{forecast(suite, made, sets, members, engine, data, split, radii, device)}; {cost}")
     made = made or surrogates(sets, data, device)
     variant = replace(variant, skips=all(residual_ends(each.members) for each in made))
     if config.auto_eps:
-        run = gradients.run if gradients else None
         control, sources = control_and_sources(run, made, training, device)
-        eps = halving_radii(control, sources, split, config.norm, config.seed)
+        eps = halving_radii(control, sources, split, config.norm, config.seed, preset.checked)
         variant = replace(variant, largest=max(eps))
     suite = [*presets.suite(variant, names), *more]
+    if Progress.shown and len(eps) != radii:
+        say(forecast(suite, made, [], members, engine, data, split, len(eps), device))
     return Context(
         config=config,
         preset=preset,

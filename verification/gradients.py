@@ -63,13 +63,23 @@ def ready(member: Member, device: torch.device, *, lowered: bool = False) -> Mem
     Args:
         member: a network.
         device: where the copy goes.
-        lowered: compute in bf16 where the hardware has it. For surrogates, which only resemble
-            the model anyway; gradients of the model itself stay in fp32.
+        lowered: compute in bf16 where the hardware has it, and gains by it. For surrogates, which
+            only resemble the model anyway; gradients of the model itself stay in fp32.
     """
     copy = folded(member).to(device)
     copy.to(memory_format=torch.channels_last)
-    copy.compute = autocast_dtype("auto" if lowered else "fp32", device)
+    depthwise = device.type == "cpu" and _depthwise(copy)
+    copy.compute = autocast_dtype("auto" if lowered and not depthwise else "fp32", device)
+    for module in copy.modules():
+        if isinstance(module, nn.ReLU6 | nn.Hardswish):  # in place, autograd would copy its input
+            module.inplace = False
     return copy
+
+
+def _depthwise(network: nn.Module) -> bool:
+    """Return whether it has depthwise convolutions, whose bf16 gradients are slow on a CPU."""
+    convolutions = (each for each in network.modules() if isinstance(each, nn.Conv2d))
+    return any(each.groups == each.in_channels > 1 for each in convolutions)
 
 
 def find_gradients(

@@ -19,7 +19,7 @@ from training.data.splits import Split, to_float
 from training.models.ensemble import Ensemble
 from training.seeds import generator
 from verification.attacks import losses
-from verification.attacks.batches import in_slices
+from verification.attacks.batches import in_slices, spread
 from verification.attacks.outcomes import Pixels
 from verification.attacks.target import Scorer
 
@@ -37,6 +37,7 @@ def unexplained(
     eps: float,
     norm: pgd.Norm,
     seed: int,
+    most: int = 0,
 ) -> npt.NDArray[np.float64]:
     """Return what share of the loss's changes the gradients do not explain, for each image.
 
@@ -48,17 +49,18 @@ def unexplained(
     Args:
         members: that give the gradients.
         engine: scores the file.
-        split: clean images; `MOST_IMAGES` of them are used, evenly spaced.
+        split: clean images.
         worst: adversarial images of the same radius, uint8 `[n, C, H, W]`, if there are any.
         eps: the radius.
         norm: of the ball.
         seed: of the random corners.
+        most: images that are used, evenly spaced; 0, and never more: `MOST_IMAGES`.
 
     Returns:
         float64, one value for each image used.
     """
-    rows = np.unique(np.linspace(0, len(split) - 1, MOST_IMAGES).round().astype(np.int64))
-    part = split.take(torch.from_numpy(rows).to(split.device))
+    rows = spread(split, MOST_IMAGES, most)
+    part = split.take(rows)
     clean = to_float(part.images)
     draw = generator(seed, "paths", device=split.device)
     ends = []
@@ -66,7 +68,7 @@ def unexplained(
         noise = torch.randn(clean.shape, generator=draw, device=split.device)
         ends.append(pgd.project(clean + eps * pgd.normalize(noise, norm), clean, eps, norm))
     if worst is not None:
-        ends.append(to_float(torch.from_numpy(worst[rows]).to(split.device)))
+        ends.append(to_float(torch.from_numpy(worst[rows.cpu().numpy()]).to(split.device)))
     labels = part.labels
     start, largest = _margins(engine, clean, labels)
     found = np.stack([_margins(engine, end, labels)[0] - start for end in ends])

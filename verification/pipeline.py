@@ -108,6 +108,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             "gradient_evaluations": spent.to_json(),
         }
         report = Report.from_json(nulls(table))
+        say("drawing the report")
         plots = illustrate(report, labels, context.engine, model.members, split, outcome)
         written, shown = pretty_json(report.to_json()), page(report, plots)
         evidence.finish(plots)

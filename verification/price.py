@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dverge_serve.progress import duration
+from dverge_serve.progress import duration, say
 from training.budget import gradient_evaluations
 from training.config import Config
 from training.data.splits import Split, TrainingData, to_float
@@ -20,6 +20,7 @@ from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.rounds import rounds
+from verification.attacks.target import Scorer
 from verification.gradients import ready
 from verification.surrogate import Surrogate
 from verification.surrogates import SurrogateSet
@@ -98,6 +99,24 @@ def gradient_cost(
     return total
 
 
+def answer_count(suite: Sequence[Attack], images: int, radii: int) -> int:
+    """Estimate how many answers of a model a suite asks for, queries and scoring together.
+
+    Args:
+        suite: the attacks.
+        images: how many are attacked.
+        radii: at how many each attack runs.
+    """
+    total = 0.0
+    for attack in suite:
+        times = 1 if attack.only_eps is not None else radii
+        attacked = min(attack.sample or images, images) * attack.nearest
+        scored = 2 * (1 + attack.control) * times  # in both versions; on the control, too
+        asked = attack.work * (1 if attack.one_search else times) if attack.asks else 0
+        total += attacked * (asked + scored)
+    return round(total)
+
+
 def price(
     suite: Sequence[Attack],
     sizes: Mapping[str, int],
@@ -137,6 +156,7 @@ def forecast(
     made: Sequence[Surrogate],
     sets: Sequence[SurrogateSet],
     members: Sequence[nn.Module],
+    engine: Scorer,
     data: TrainingData,
     split: Split,
     radii: int,
@@ -149,11 +169,13 @@ def forecast(
         made: surrogates that are there.
         sets: surrogates to train; those in the cache take no time.
         members: the model's own networks; none where they are not known.
+        engine: gives the model's answers.
         data: for training.
         split: the test images.
         radii: at how many each attack runs.
         device: where all of it runs.
     """
+    say("measuring what all this will take")
     networks, training = 0, 0.0
     seconds = {each.name: _seconds(each.members, split) for each in made}
     for each in sets:
@@ -174,10 +196,21 @@ def forecast(
         told = f"surrogates: {networks} networks to train for {epochs} epochs, "
         told += f"about {duration(training)}"
     attacks = gradient_cost(suite, seconds, len(split), radii)
+    attacks += answer_count(suite, len(split), radii) * _answer_seconds(engine, split)
+    checks = CHECKS * len(split) * seconds.get("target", 0.0)
     return (
         f"{told}; attacks: {len(suite)} at {radii} radii on {len(split)} images, "
-        f"about {duration(attacks)} and what the model's answers take"
+        f"about {duration(attacks)}; gates and other measurements: about {duration(checks)}"
     )
+
+
+def _answer_seconds(engine: Scorer, split: Split) -> float:
+    """Return the seconds that the model's answer to one image takes."""
+    images = to_float(split.images[:FEW]).cpu().numpy()
+    engine.run_all(images)  # prepares what later times use
+    begun = time.monotonic()
+    engine.run_all(images)
+    return (time.monotonic() - begun) / len(images)
 
 
 def _seconds(members: Sequence[nn.Module], split: Split) -> float:

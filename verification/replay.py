@@ -110,7 +110,7 @@ def replay(path: Path) -> Replay:
             extra[entry["attack"]] = (entry["eps"], quantized)
             continue
         attack, chosen = suite[entry["attack"]], ran[entry["attack"], entry["eps"]]
-        recorder.record(attack, entry["eps"], floats, quantized, chosen)
+        recorder.record(attack, entry["eps"], floats[chosen], quantized, chosen)
         count += 2 * int(chosen.sum())
 
     outcome, attacks = recorder.outcomes, list(suite.values())

@@ -8,10 +8,12 @@ import torch
 from dverge_serve.engine.outputs import Scores
 from dverge_serve.engine.report import Gate
 from dverge_serve.images import to_float
+from dverge_serve.progress import say
 from export.parity import compare, torch_scores
 from training.models.ensemble import Ensemble
 from verification import gates, model_gates
 from verification.attacks import presets
+from verification.attacks.batches import spread
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
@@ -43,6 +45,7 @@ def check(
         control: what the control is.
         leakage: what of the test images was seen in training.
     """
+    say("checking the model: the same answers twice, its gradients")
     mine, everyone = outcomes["model"], list(outcomes.values())
     clean = clean_scores(context.engine, context.split)
     zero, broken = None, None
@@ -90,7 +93,7 @@ def _again(context: Context, clean: Scores) -> tuple[Scores, Scores]:
 
 def _alone(context: Context, outcome: Outcomes) -> tuple[Scores, Scores]:
     """Score clean and attacked images in one batch, and one by one, as services are asked."""
-    rows = np.unique(np.linspace(0, len(context.split) - 1, ALONE).round().astype(np.int64))
+    rows = spread(context.split, ALONE).cpu().numpy()
     attacked = [pixels for (eps, _), pixels in outcome.worst.items() if eps == max(context.eps)]
     clean = context.split.images.cpu().numpy()
     return one_by_one(context.engine, np.concatenate([each[rows] for each in (clean, *attacked)]))
@@ -102,21 +105,20 @@ def _gradient_is_the_models(context: Context, model: Target, outcome: Outcomes) 
         return model_gates.gradient_is_the_models(None)
     eps, config = max(context.eps), context.config
     worst = outcome.worst.get((eps, "white_box"))
-    args = (model.members, context.engine, context.split, worst, eps, config.norm, config.seed)
-    return model_gates.gradient_is_the_models(unexplained(*args), context.engine.card.precision)
+    say("checking that the gradients explain the file's answers")
+    ends = (context.split, worst, eps, config.norm, config.seed, context.preset.checked)
+    left = unexplained(model.members, context.engine, *ends)
+    return model_gates.gradient_is_the_models(left, context.engine.card.precision)
 
 
 def _reaches_chance(context: Context, model: Target) -> Gate:
     """Attack at a radius that can hide the whole image."""
     attack, eps = presets.large(context.config.norm, context.split.images[0].numel())
-    rows = torch.from_numpy(
-        np.unique(np.linspace(0, len(context.split) - 1, HIDDEN).round().astype(np.int64))
-    )
     outcome = run_suite(
         [attack],
         {},
         {"model": model},
-        context.split.take(rows.to(context.split.device)),
+        context.split.take(spread(context.split, HIDDEN, context.preset.checked)),
         [eps],
         seed=context.config.seed,
         label=CHECKING,

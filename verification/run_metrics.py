@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dverge_serve.progress import say
 from training.methods.diversity import diversity
 from training.models.member import Member
+from verification.attacks.batches import spread
 from verification.attacks.cache import cached
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.target import Target
@@ -29,6 +31,7 @@ def measure(
     attacked, seed = worst_at(outcome, eps), context.config.seed
     if (members := model.members) is not None and context.config.norm == "linf":
         steps = context.preset.aware_steps
+        say("attacking the alarm: an attacker who knows it")
         pixels = cached(
             ["aware", eps, steps, seed, split.sha256, model.weights],
             lambda: {
@@ -47,7 +50,9 @@ def measure(
 
 
 def _matrices(context: Context, members: Sequence[Any]) -> dict[str, Any]:
+    say("measuring how the members differ")
     split, seed = context.split, context.config.seed
+    split = split.take(spread(split, context.preset.checked))
     found: dict[str, Any] = {"gradient_norms": flow(members, split, context.suite)[2]}
     if context.config.norm == "linf":
         middle = sorted(context.eps)[len(context.eps) // 2]

@@ -25,6 +25,7 @@ from training.models.pretrained import Start, last_layer
 from training.parallel.threads import side_by_side
 from training.pgd import cross_entropy, gradient
 from training.seeds import derive, generator
+from verification.attacks.batches import in_slices
 from verification.attacks.outcomes import Pixels
 from verification.attacks.query_attack import Answers
 from verification.attacks.target import Scorer
@@ -131,7 +132,7 @@ def steal(
     asked = seeds.images[first]
     told = _told(ask, asked)
     trainings: list[_Training | _LastLayer] = [
-        _LastLayer(member)
+        _LastLayer(member, device)
         if start and isinstance(last_layer(member)[1], nn.Linear)
         else _Training(member, generator(*names, index, device=device))
         for index, member in enumerate(members)
@@ -173,7 +174,12 @@ def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generato
     order = torch.randperm(count, generator=draw, device=device)
     x = to_float(asked[order])
     half = count // 2
-    toward = gradient(cross_entropy(ensemble, told[order][:half].argmax(1)), x[:half]).sign()
+    answers = told[order][:half].argmax(1)
+
+    def climbs(part: slice) -> Tensor:
+        return gradient(cross_entropy(ensemble, answers[part]), x[:half][part]).sign()
+
+    toward = torch.cat([x[:0], *in_slices(climbs, half, device)])
     share = torch.rand((count, 1, 1, 1), generator=draw, device=device)
     stepped = x[:half] + LARGEST_STEP * share[:half] * toward
     other = x[torch.randperm(count, generator=draw, device=device)[half:]]
@@ -186,16 +192,18 @@ def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generato
 class _LastLayer:
     """Fitting of the last layer of one network to soft labels."""
 
-    def __init__(self, member: Member) -> None:
-        self._member = member
+    def __init__(self, member: Member, device: torch.device) -> None:
+        self._member, self._before = member, ready(member, device)
+        self._features: list[Tensor] = []
 
     def run(self, images: Tensor, told: Tensor, last: bool) -> int:
-        """Fit it to all that was told; return how many gradients of the network that took: none."""
-        fit(
-            self._member,
-            last_features(self._member, map(to_float, torch.split(images, BATCH))),
-            told,
-        )
+        """Fit it to all that was told; return how many gradients of the network that took: none.
+
+        The layers before it stand still: features are computed once.
+        """
+        fresh = images[sum(map(len, self._features)) :]
+        self._features.append(last_features(self._before, map(to_float, torch.split(fresh, BATCH))))
+        fit(self._member, torch.cat(self._features), told)
         return 0
 
 

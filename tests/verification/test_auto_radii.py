@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dverge_serve.errors import UserError
+from dverge_serve.progress import Progress
 from tests.verification.models import Linear, linear_split
 from training.runs.directory import Run
 from verification.auto_radii import control_and_sources, halving_radii
@@ -39,6 +40,22 @@ def test_the_control_is_halved_at_the_radius_in_the_middle() -> None:
 def test_the_smallest_radius_is_one_step() -> None:
     split = linear_split([127, 128, 127, 128])
     assert halving_radii([Linear()], [[Linear()]], split, "linf", 0) == (1 / 255, 2 / 255)
+
+
+def test_few_radii_are_tried_where_a_small_one_halves_the_control(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "shown", True)
+    split = linear_split(NEAR + FAR)
+    halving_radii([Linear()], [[Linear()]], split, "linf", 0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "trying" in line]
+    tried = [round(255 * float(line.rpartition(" ")[2])) for line in lines]
+    assert tried == [1, 2, 4, 8, 6, 7]
+
+
+def test_fewer_images_are_used_if_so_asked() -> None:
+    split = linear_split([124, *[60] * 7, 131])  # the first and the last
+    assert halving_radii([Linear()], [[Linear()]], split, "linf", 0, 2)[1] == 4 / 255
 
 
 def test_the_control_is_not_attacked_from_its_own_weights_unless_there_are_no_others(

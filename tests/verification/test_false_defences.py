@@ -192,6 +192,9 @@ def test_a_gradients_integral_is_the_change_of_the_loss() -> None:
     assert shares.max() < 0.02
     other = unexplained([trained(2)], TorchEngine([honest]), split, None, 0.15, "linf", 0)
     assert np.median(other) > 0.05
+    assert not model_gates.gradient_is_the_models(other).passed  # 24 images are enough
+    less = unexplained([honest], TorchEngine([honest]), split, None, 0.15, "linf", 0, most=15)
+    assert (less.shape, less.max() < 0.02) == ((15,), True)
     l2 = unexplained([honest], TorchEngine([honest]), split, split.images.numpy(), 1.0, "l2", 0)
     assert l2.max() < 0.02
     few = model_gates.gradient_is_the_models(shares[:8])

@@ -6,20 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
+from dverge_serve.engine.outputs import Scores
 from tests.conftest import TINY
 from tests.verification.models import Linear, TorchEngine, linear_split
 from training.data.splits import load_test, load_training
 from training.recipe import load_recipe
-from verification.attacks.gradient_attack import GradientAttack
+from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.presets import Variant, suite
+from verification.attacks.rays import RayS
 from verification.attacks.square import Square
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.config import PRESETS, QUICK_LARGE, preset_for
-from verification.price import forecast, gradient_cost, price
+from verification.price import answer_count, forecast, gradient_cost, price
 from verification.surrogate_budget import FEWEST, MOST, PIXELS, within_pixels
 from verification.surrogates import surrogate_sets
 
@@ -55,6 +59,33 @@ def test_counted_gradients_are_those_that_are_computed() -> None:
     seen = sum(each.seen for each in (*members, *other, *own))
     assert gradient_cost(chosen, sizes, images=3, radii=2) == seen
     assert outcomes["model"].gradients + outcomes["control"].gradients == seen
+
+
+class Answering(TorchEngine):
+    """Counts the images that it answers."""
+
+    answered, sha256 = 0, "a file"
+
+    def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
+        self.answered += len(images)
+        return super().run_all(images)
+
+
+def test_counted_answers_are_those_that_are_asked_for(cache: Path) -> None:
+    square = Square(name="s", threat="queries", source="target", queries=5, control=False, sample=3)
+    chosen: list[Any] = [
+        Noise(name="noise", threat="transfer", source="none"),
+        GradientAttack(name="a", threat="white_box", source="target", steps=3, only_eps=1e-3),
+        square,
+        RayS(name="rays", queries=7, control=False),
+    ]
+    members = [Linear()]
+    engines = {name: Answering([*members]) for name in ("model", "control")}
+    targets = {name: Target(each, members, name) for name, each in engines.items()}
+    split = linear_split([10, 20, 30, 40])  # nothing breaks: all queries are spent
+    run_suite(chosen, {}, targets, split, [1e-3, 2e-3], seed=0)
+    asked = sum(each.answered for each in engines.values()) - 2 * len(split)  # the clean images
+    assert answer_count(chosen, images=4, radii=2) == asked
 
 
 def test_broken_images_cost_nothing_more() -> None:
@@ -106,7 +137,7 @@ def test_quick_attacks_as_many_images_as_fit_its_pixels() -> None:
 
     assert [images("quick", size) for size in (8, 32, 48, 64, 65, 224)] == [
         *(3906, 244, 120, 120),
-        *(80, 80),
+        *(60, 60),
     ]
     assert images("standard", 32) == images("standard", 224) == 0  # all of them
 
@@ -114,8 +145,7 @@ def test_quick_attacks_as_many_images_as_fit_its_pixels() -> None:
 def test_quick_takes_less_of_large_images_and_nothing_else_does() -> None:
     large, small = (preset_for("quick", (size, size)) for size in (128, 32))
     assert (large, small) == (QUICK_LARGE, PRESETS["quick"])
-    assert large.budgets == small.budgets
-    assert large.sample < small.sample
+    assert (large.budgets[0], large.sample) < (small.budgets[1], small.sample)
     assert large.substitute < small.substitute
     for name in ("standard", "full"):
         assert preset_for(name, (224, 224)) is PRESETS[name]
@@ -139,12 +169,14 @@ def test_the_forecast_names_what_will_take_how_long(
     sets = surrogate_sets(config, ["mixed-3", "mixed-5"])
     names = [name for each in sets for name in each.parts]
     chosen = suite(Variant(preset="quick", classes=10), names)
-    told = forecast(chosen, [], sets, [], data, split, 2, cpu)
+    engine = TorchEngine([Linear(classes=10)])
+    told = forecast(chosen, [], sets, [], engine, data, split, 2, cpu)
     assert told.startswith("surrogates: 5 networks to train for ")
     assert f"attacks: {len(chosen)} at 2 radii on {len(split)} images, about " in told
+    assert told.endswith("gates and other measurements: about 0s")  # without gradients
     folder = sets[0].folder(data)
     folder.mkdir(parents=True)
     (folder / "checkpoint.json").touch()
-    again = forecast(chosen, [], sets, [], data, split, 2, cpu)
+    again = forecast(chosen, [], sets, [], engine, data, split, 2, cpu)
     assert again.startswith("surrogates: none to train; ")
     (folder / "checkpoint.json").unlink()

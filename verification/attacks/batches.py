@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from training.data.splits import Split
 from training.parallel.threads import side_by_side
@@ -43,6 +45,18 @@ def in_slices(work: Callable[[slice], Result], count: int, device: torch.device)
     size = batch_size(count, LARGEST.get(device.type, LARGEST_ELSEWHERE))
     parts = [slice(start, start + size) for start in range(0, count, size)]
     return side_by_side(work, parts, device)
+
+
+def spread(split: Split, *most: int) -> Tensor:
+    """Return the positions of as many images as the smallest limit allows, evenly spaced, int64.
+
+    Args:
+        split: the images.
+        most: limits; 0 is none.
+    """
+    count = min([each for each in most if each], default=len(split))
+    rows = np.unique(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
+    return torch.from_numpy(rows).to(split.device)
 
 
 def batch_size(count: int, largest: int) -> int:

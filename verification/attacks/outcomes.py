@@ -57,17 +57,18 @@ class Outcomes:
 
         Args:
             key: the attack's name, its radius, and the version of the images that was scored.
-            scores: of all images.
+            scores: of the images it was run on.
             labels: `[n]`.
-            ran: bool `[n]`: images the attack was run on; the others survive.
+            ran: bool `[n]`: which they are; the others survive.
 
         Returns:
             which were answered wrongly, bool `[n]`.
         """
-        self.invalid |= ~np.isfinite(scores.logits).all(axis=1)
-        wrong: Mask = (scores.predictions != labels) & ran
+        self.invalid[ran] |= ~np.isfinite(scores.logits).all(axis=1)
+        wrong, soft = np.zeros_like(ran), np.ones_like(ran)
+        wrong[ran] = scores.predictions != labels[ran]
         self.survived[key] = ~wrong & self.survived.get(key, np.True_)
-        soft = (soft_answers(scores) == labels) | ~ran
+        soft[ran] = soft_answers(scores) == labels[ran]
         self.soft[key] = soft & self.soft.get(key, np.True_)
         self.ran[key[:2]] = np.asarray(ran | self.ran.get(key[:2], np.False_))
         return wrong
@@ -86,10 +87,12 @@ class Outcomes:
         self.broken[key] = broken | wrong
 
     def keep_margin(
-        self, eps: float, threat: str, scores: Scores, labels: npt.NDArray[np.int64]
+        self, eps: float, threat: str, scores: Scores, labels: npt.NDArray[np.int64], ran: Mask
     ) -> None:
-        """Keep how near each image's answer came to another one under this threat."""
-        found = -losses.margins(torch.from_numpy(scores.logits), torch.from_numpy(labels)).numpy()
+        """Keep how near the answers to the images that ran came to others under this threat."""
+        truth = torch.from_numpy(labels[ran])
+        found = np.full(len(ran), np.inf, np.float32)
+        found[ran] = -losses.margins(torch.from_numpy(scores.logits), truth).numpy()
         self.margins[eps, threat] = np.fmin(found, self.margins.get((eps, threat), np.inf))
 
     def nearest(self, standing: Mask, eps: float, threat: str, share: float) -> Mask:

@@ -91,9 +91,10 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         surrogates: names of the sources of transfer attacks.
     """
     preset, norm = variant.preset, variant.norm
+    size = variant.size or PRESETS[preset]
     chosen: list[Attack] = [
         Noise(name="noise", threat="transfer", source="none"),
-        UniversalPatterns(name="universal patterns"),
+        UniversalPatterns(name="universal patterns", control=size.dearest),
         replace(
             PGD,
             name="fgsm-ce on mean-logits",
@@ -112,9 +113,15 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         # Labels alone do not say which images are near.
         nearest=NEAREST if variant.scores else 1.0,
         largest=variant.largest,
+        dearest=size.dearest,
     )
-    chosen += white_box_attacks(preset, variant.classes, reference=variant.reference)
-    chosen += query_attacks(variant.size or PRESETS[preset], norm, variant.scores)
+    chosen += white_box_attacks(
+        preset,
+        variant.classes,
+        reference=variant.reference,
+        largest=None if size.dearest else variant.largest,
+    )
+    chosen += query_attacks(size, norm, variant.scores)
     return [replace(attack, norm=norm) for attack in chosen]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from training.data.splits import Split
 from verification.attacks.attack import Attack
@@ -54,6 +55,7 @@ class OutcomeRecorder:
         self._images = split.images.cpu().numpy()
         self._labels = split.labels.cpu().numpy()
         scores = engine.run_all(to_float(self._images))
+        self._nothing = Scores(scores.logits[:0], scores.member_logits[:0])
         finite: Mask = np.asarray(np.isfinite(scores.logits).all(axis=1))
         self.outcomes = Outcomes(
             {},
@@ -71,12 +73,13 @@ class OutcomeRecorder:
             deltas: the images' changes, float16 `[n, C, H, W]`.
             ran: bool `[n]`: images the attack was run on.
         """
-        floats = decode_fp16(self._images, deltas)
-        quantized = quantize_uint8(floats, self._images, eps, attack.norm)
+        clean, quantized = self._images[ran], self._images.copy()
+        floats = decode_fp16(clean, deltas[ran])
+        quantized[ran] = quantize_uint8(floats, clean, eps, attack.norm)
         self.outcomes.violations += count_norm_violations(
-            floats, quantized, self._images, eps, attack.norm
+            floats, quantized[ran], clean, eps, attack.norm
         )
-        self.outcomes.scored += int(ran.sum())
+        self.outcomes.scored += len(clean)
         return Scored(deltas, quantized, self.record(attack, eps, floats, quantized, ran))
 
     def record(
@@ -89,14 +92,21 @@ class OutcomeRecorder:
     ) -> tuple[Mask, Mask]:
         """Score both versions of the images and record the outcome.
 
+        Args:
+            attack: that made them.
+            eps: its radius.
+            floats: those that it was run on, `[ran.sum(), C, H, W]`.
+            quantized: all of them, in 8 bits.
+            ran: bool `[n]`: images the attack was run on.
+
         Returns:
             which were answered wrongly, as floats and in 8 bits, bool `[n]`.
         """
         broken = []
-        for version, pixels in zip(VERSIONS, (floats, to_float(quantized)), strict=True):
-            scores = self._engine.run_all(pixels)
+        for version, pixels in zip(VERSIONS, (floats, to_float(quantized[ran])), strict=True):
             key = (attack.name, eps, version)
+            scores = self._engine.run_all(pixels) if len(pixels) else self._nothing
             broken.append(self.outcomes.add(key, scores, self._labels, ran))
-            self.outcomes.keep_margin(eps, attack.threat, scores, self._labels)
+            self.outcomes.keep_margin(eps, attack.threat, scores, self._labels, ran)
         self.outcomes.keep_worst(eps, attack.threat, quantized, broken[1], ran)
         return broken[0], broken[1]

@@ -33,6 +33,7 @@ from verification.config import SUBSTITUTE
 # Stores one attack's images at one radius, for a replay: its name, eps, changes and 8-bit images.
 Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
+ANSWERS = 3  # in the time of one gradient
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Job:
         names: targets that the images are scored on.
         model: the source.
         weights: a hash of it; empty where nothing identifies it.
+        share: of the images that it is run on at most.
     """
 
     attack: Attack
@@ -54,12 +56,15 @@ class Job:
     names: Sequence[str]
     model: Model
     weights: str
+    share: float
 
     @property
     def work(self) -> int:
-        """Passes through a network in one restart, for progress."""
+        """Gradients of a network for each image in one restart, for progress."""
         members = len(self.model) if isinstance(self.model, Ensemble) else 1
-        return max(round(self.attack.work * self.attack.nearest), 1) * max(members, 1)
+        passes = self.attack.work * self.attack.nearest * self.share / len(self.radii)
+        passes /= ANSWERS if self.attack.asks else 1
+        return max(round(passes), 1) * max(members, 1)
 
 
 def run_suite(
@@ -99,7 +104,7 @@ def run_suite(
     recorders = {name: OutcomeRecorder(target.engine, split) for name, target in targets.items()}
     first = next(iter(targets))
     jobs = [
-        Job(attack, eps, radii if attack.one_search else [eps], *chosen)
+        Job(attack, eps, radii if attack.one_search else [eps], *chosen, _share(attack, split))
         for attack, eps, radii in _in_order(suite, eps_grid)
         for chosen in _pairs(attack, sources, targets)
     ]
@@ -110,6 +115,7 @@ def run_suite(
             if all(is_over(attack, suite, recorders[name].outcomes, eps) for name in job.names):
                 progress.advance(job.work * attack.restarts)
                 continue
+            progress.advance(0, f"{attack.name}, eps {eps:g}")
             kept: Scored | None = None
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]
@@ -122,10 +128,14 @@ def run_suite(
                         recorders[name].outcomes.queries[attack.name, eps] = queries
                     if name == first:
                         kept = found.after(kept)
-                progress.advance(job.work, f"{attack.name}, eps {eps:g}")
+                progress.advance(job.work)
             if keep is not None and kept is not None:
                 keep(attack.name, eps, kept.deltas, kept.quantized)
     return {name: recorder.outcomes for name, recorder in recorders.items()}
+
+
+def _share(attack: Attack, split: Split) -> float:
+    return min(attack.sample / len(split), 1.0) if attack.sample else 1.0
 
 
 def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:

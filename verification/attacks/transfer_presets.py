@@ -20,6 +20,7 @@ def transfer_attacks(
     skips: bool = True,
     nearest: float = NEAREST,
     largest: float | None = None,
+    dearest: bool = True,
 ) -> list[GradientAttack]:
     """Return a preset's transfer attacks.
 
@@ -32,13 +33,18 @@ def transfer_attacks(
         skips: whether the surrogates have residual branches (SGM).
         nearest: share of the standing images that get the dearer attacks.
         largest: the only radius of the dearest; by default all.
+        dearest: whether these are run at all; without them those on the nearest images are the
+            dearest, from whole ensembles alone, which are the only sources of cross-entropy, too.
     """
     ensembles = [name for name in surrogates if name not in brief]
-    chosen = _fast(surrogates)
+    whole = [name for name in surrogates if name not in parts]
+    chosen = _fast(surrogates if dearest else whole)
+    if not dearest:
+        chosen += _fast([name for name in surrogates if name in parts], ["cw"])
     if preset != "quick":
         chosen += _protocol(ensembles, skips)
-    whole = [name for name in surrogates if name not in parts]
-    chosen += _nearest(surrogates, whole, nearest, largest)
+    singles = surrogates if dearest else whole
+    chosen += _nearest(singles, whole, nearest, largest, dearest)
     if preset == "full":
         vmi = replace(
             MPGD, name="vmi", steps=10, random_start=False, variance_samples=20, skip_broken=True
@@ -47,17 +53,24 @@ def transfer_attacks(
     return chosen
 
 
-def _fast(surrogates: Sequence[str]) -> list[GradientAttack]:
+def _fast(
+    surrogates: Sequence[str], losses: Sequence[LossName] = ("ce", "cw")
+) -> list[GradientAttack]:
     """Return the transfer attacks that break most for each gradient.
 
     Images break under different networks: a few large steps from each alone, and from small
     ensembles, find more than many steps from all at once.
     """
-    return _from_each(surrogates, replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4))
+    fast = replace(MPGD, name="mpgd-fast", steps=5, rel_stepsize=0.4)
+    return _from_each(surrogates, fast, losses)
 
 
 def _nearest(
-    surrogates: Sequence[str], ensembles: Sequence[str], share: float, largest: float | None
+    surrogates: Sequence[str],
+    ensembles: Sequence[str],
+    share: float,
+    largest: float | None,
+    dearest: bool,
 ) -> list[GradientAttack]:
     """Return dearer transfer attacks, each of its own kind, on the images nearest to breaking.
 
@@ -66,6 +79,7 @@ def _nearest(
     under the largest ensemble. More steps of plain momentum find none.
     """
     one = replace(MPGD, steps=10, skip_broken=True, nearest=share, control=False)
+    one = one if dearest else replace(one, only_eps=largest)
     bsr = replace(one, name="bsr-nearest", shuffles=4)
     mef = replace(one, name="mef-nearest", flat_samples=4, momentum=0.5)
     pgn = replace(one, name="pgn-nearest", penalty_samples=2)
@@ -75,7 +89,7 @@ def _nearest(
         *_from_each(ensembles, mef, ["cw"]),
         *_from_each(ensembles, pgn, ["ce"]),
     ]
-    if share < 1:  # the nearest of these, where they are known
+    if dearest and share < 1:  # the nearest of these, where they are known
         one = replace(one, nearest=share / 2, restarts=2, only_eps=largest)
         long = replace(one, name="m-di2-long-nearest", steps=50, diversity=0.5)
         vmi = replace(one, name="vmi-nearest", variance_samples=5)

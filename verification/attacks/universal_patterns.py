@@ -9,7 +9,9 @@ added to any photograph, is enough.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +41,8 @@ class UniversalPatterns(Attack, kind="patterns"):
     fewer images.
     """
 
+    one_search: ClassVar[bool] = True
+
     threat: Threat = "transfer"
     source: str = "target"
 
@@ -52,15 +56,51 @@ class UniversalPatterns(Attack, kind="patterns"):
         """Passes through the source, for progress: all patterns on a sample of 200 images."""
         return 64
 
-    @torch.no_grad()
     def run(
         self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
     ) -> Crafted:
+        """Craft one version of every image; see `Attack.run`."""
+        return self.run_radii(model, images, labels, [eps], *seed)[0]
+
+    def run_radii(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        radii: Sequence[float],
+        *seed: int | str,
+    ) -> list[Crafted]:
+        """Craft at every radius; see `Attack.run_radii`.
+
+        A pattern that breaks none of the sample at one radius is not tried at smaller ones.
+        """
+        tried_on = TRIED_ON * LARGE // max(images.shape[2] * images.shape[3], LARGE)
+        order = np.random.default_rng(derive(*seed)).permutation(len(images))
+        order = order[: max(tried_on, AT_LEAST)]
+        sample = torch.from_numpy(np.sort(order)).to(images.device)
+        every, made = patterns(*images.shape[1:]), dict[float, Crafted]()
+        for eps in sorted(radii, reverse=True):
+            made[eps], bites = self._craft(model, images, labels, eps, every, sample)
+            every = every[bites] if bites.any() else every[:KEPT]
+        return [made[eps] for eps in radii]
+
+    @torch.no_grad()
+    def _craft(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        every: Tensor,
+        sample: Tensor,
+    ) -> tuple[Crafted, Tensor]:
         """Craft one version of every image: the first pattern that breaks it, else the best one.
 
         The perturbation is a whole number of 8-bit steps in Linf; in L2 its length is eps.
+
+        Returns:
+            the images, and which of the patterns broke any of the sample.
         """
-        every = patterns(*images.shape[1:])
         size = uint8_steps(eps) / 255 if self.norm == "linf" else eps / every[0].numel() ** 0.5
 
         def added(pattern: Tensor, x: Tensor) -> Tensor:
@@ -69,10 +109,6 @@ class UniversalPatterns(Attack, kind="patterns"):
         def wrong(x: Tensor, y: Tensor) -> Tensor:
             return model(x).argmax(1).to(y.device) != y
 
-        tried_on = TRIED_ON * LARGE // max(images.shape[2] * images.shape[3], LARGE)
-        order = np.random.default_rng(derive(*seed)).permutation(len(images))
-        order = order[: max(tried_on, AT_LEAST)]
-        sample = torch.from_numpy(np.sort(order)).to(images.device)
         x, y = images[sample], labels[sample]
         broken = torch.stack([wrong(added(pattern, x), y) for pattern in every])
         chosen = [every[index] for index in most_breaking(broken, KEPT)]
@@ -85,7 +121,8 @@ class UniversalPatterns(Attack, kind="patterns"):
             fallen = wrong(tried, labels[standing])
             found[standing[fallen]] = tried[fallen]
             standing = standing[~fallen]
-        return Crafted(found)
+        told = broken & ~broken.all(0)  # not the images that are wrong whatever is added
+        return Crafted(found), told.any(1).cpu()
 
 
 def patterns(channels: int, height: int, width: int) -> Tensor:

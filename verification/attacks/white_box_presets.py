@@ -14,20 +14,25 @@ CYCLES = 6  # of rounds, at most
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
 
-def white_box_attacks(preset: str, classes: int, *, reference: bool = False) -> list[Attack]:
+def white_box_attacks(
+    preset: str, classes: int, *, reference: bool = False, largest: float | None = None
+) -> list[Attack]:
     """Return a preset's white-box attacks: weak ones first, then rounds on what stands.
 
     Args:
         preset: `quick`, `standard` or `full`.
         classes: DLR needs three, its targeted form four.
         reference: whether pyautoattack is installed.
+        largest: the only radius of the weak ones of `quick` but the first; by default all.
     """
     chosen: list[Attack] = []
     if preset == "quick":
         # Both ways of combining the members, in case a saturated softmax hides the gradient.
         forms: list[tuple[LossName, OutputName]]
         forms = [("ce", "mean-logits"), ("cw", "mean-logits"), ("ce", "mean-softmax")]
-        chosen += _on_each(forms, replace(PGD, steps=5, rel_stepsize=0.4, control=False))
+        weak = replace(PGD, steps=5, rel_stepsize=0.4, control=False)
+        chosen += _on_each(forms[:1], weak)
+        chosen += _on_each(forms[1:], replace(weak, only_eps=largest))
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
     else:
         chosen += _protocol(classes)

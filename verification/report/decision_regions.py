@@ -17,11 +17,13 @@ from training.models.ensemble import Ensemble
 from training.seeds import generator
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.target import Scorer
+from verification.config import LARGE
 from verification.report import plots
 
 SHOWN = 6
 AROUND = 3  # images with decision regions
-POINTS = 41
+POINTS = 41  # of each axis of a plane
+FEWER = 21  # on large images
 
 
 def illustrate(
@@ -73,14 +75,15 @@ def plane(
     random direction of signs: a point `(a, b)` changes no pixel by more than `|a| + |b|`.
 
     Returns:
-        class indices `[images, members + 1, POINTS, POINTS]`, the ensemble last.
+        class indices `[images, members + 1, points, points]`, the ensemble last.
     """
     x0 = to_float(split.images)
     loss = pgd.cross_entropy(Ensemble(members), split.labels)
     draw = generator("plane", device=x0.device)
     along = pgd.gradient(loss, x0).sign()
     aside = torch.randn(x0.shape, generator=draw, device=x0.device).sign()
-    axis = np.linspace(-reach, reach, POINTS, dtype=np.float32)
+    points = FEWER if x0[0, 0].numel() > LARGE else POINTS
+    axis = np.linspace(-reach, reach, points, dtype=np.float32)
     answers = []
     for image, one, two in zip(x0, along, aside, strict=True):
         grid = (
@@ -91,4 +94,4 @@ def plane(
         scores = engine.run_all(np.clip(grid.reshape(-1, *image.shape), 0, 1))
         each = scores.member_logits.argmax(-1).T
         answers.append(np.concatenate([each, scores.predictions[None]]))
-    return np.array(answers).reshape(len(x0), -1, POINTS, POINTS)
+    return np.array(answers).reshape(len(x0), -1, points, points)

@@ -16,7 +16,7 @@ from training.models.bn_folding import folded
 from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
-from verification.attacks.batches import LARGEST, batch_size, in_batches
+from verification.attacks.batches import LARGEST, batch_size, in_batches, spread
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import _Shared
 
@@ -104,3 +104,13 @@ def test_one_graph_behind_several_members_keeps_threads_apart(
     found = in_batches(lambda part, start: shared(part.images.float()), split)
     expected = split.images.float().mean((1, 2, 3))
     torch.testing.assert_close(torch.cat(found)[:, 0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"),
+    [((3,), [0, 2, 4]), ((4, 2), [0, 4]), ((0, 9), [0, 1, 2, 3, 4]), ((), [0, 1, 2, 3, 4])],
+)
+def test_images_are_evenly_spaced_and_no_more_than_any_limit(
+    most: tuple[int, ...], rows: list[int]
+) -> None:
+    assert spread(pictures(5), *most).tolist() == rows

@@ -30,11 +30,39 @@ from verification.attacks.square import Square
 from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
 from verification.attacks.white_box_presets import CYCLES
-from verification.config import PRESETS, SUBSTITUTE
+from verification.config import PRESETS, QUICK_LARGE, SUBSTITUTE, Preset
 
 
 def gradients(attacks: Sequence[Attack]) -> list[GradientAttack]:
     return [attack for attack in attacks if isinstance(attack, GradientAttack)]
+
+
+def test_on_large_images_the_dearest_are_left_out_and_weak_ones_run_in_the_largest_ball() -> None:
+    def of(size: Preset) -> dict[str, Attack]:
+        variant = Variant(
+            preset="quick",
+            classes=10,
+            parts=frozenset(["b"]),
+            brief=frozenset(["b"]),
+            size=size,
+            largest=0.1,
+        )
+        return {attack.name: attack for attack in suite(variant, ["a", "b"])}
+
+    small, large = of(PRESETS["quick"]), of(QUICK_LARGE)
+    left = [name for name in small if name not in large and "queries" not in name]
+    assert {name.partition(" ")[0] for name in left} == {
+        *("m-di2-nearest-ce", "m-di2-nearest-cw", "m-di2-long-nearest-ce", "m-di2-long-nearest-cw"),
+        *("vmi-nearest-ce", "mpgd-fast-ce"),
+    }
+    kept = ["mpgd-fast-ce from a", "mpgd-fast-cw from b", "m-di2-nearest-ce from a"]
+    assert {*kept, "bsr-nearest-cw from a"} <= large.keys()
+    weak = [name for name, attack in large.items() if attack.only_eps]
+    nearest = [name for name in large if "-nearest-" in name]
+    assert weak == [*nearest, "pgd-cw on mean-logits", "pgd-ce on mean-softmax"]
+    assert not [name for name, attack in small.items() if "pgd" in name and attack.only_eps]
+    assert small["universal patterns"].control
+    assert not large["universal patterns"].control
 
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
+from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from tests.verification.models import EPS, Linear, TorchEngine, attack_linear, linear_split
 from training.pgd import Norm
@@ -344,3 +346,23 @@ def test_attacks_from_the_substitute_are_scored_on_the_model_alone() -> None:
     sources = {"s": ([Linear()], "s")}
     found = run_suite([plain], sources, targets, linear_split([120]), [EPS], seed=0)
     assert [name for name in names if found[name].has(plain, EPS)] == ["model", "against"]
+
+
+def test_images_that_an_attack_was_not_run_on_are_not_scored() -> None:
+    class Asked(TorchEngine):
+        images = 0
+
+        def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
+            self.images += len(images)
+            return super().run_all(images)
+
+    members, split = [Linear()], linear_split([10, 120, 140, 200])
+    engine = Asked([*members])
+    first = GradientAttack(name="a", threat="white_box", source="target", steps=10)
+    chosen = [first, replace(first, name="b", skip_broken=True)]
+    target = {"model": Target(engine, members, "")}
+    outcome = run_suite(chosen, {}, target, split, [EPS], seed=0)["model"]
+    left = outcome.ran["b", EPS]
+    assert left.tolist() == [True, False, False, True]
+    assert engine.images == 4 + 2 * 4 + 2 * 2  # the clean ones, and both versions of each attack's
+    assert outcome.survived["b", EPS, "float"].all()

@@ -154,3 +154,13 @@ def test_every_model_meets_the_patterns_that_are_worst_for_it() -> None:
         assert outcome.clean.all()
         assert not outcome.robust([ATTACK], EPS).any()
         assert outcome.violations == 0
+
+
+def test_a_pattern_that_breaks_none_is_not_tried_at_a_smaller_radius() -> None:
+    model = Step(waves((1, 8, 8))["checkerboard"], EPS)
+    x, labels = torch.full((300, 1, 8, 8), 0.5), torch.zeros(300, dtype=torch.long)
+    small, large = ATTACK.run_radii(model, x, labels, [0.6 * EPS, EPS], 0)
+    assert model.asked == (len(patterns(1, 8, 8)) + 1) * TRIED_ON + 2 * 300
+    for made, eps in ((small, 0.6 * EPS), (large, EPS)):
+        assert (model(made.images).argmax(1) == 1).all()
+        assert (made.images - x).abs().max() <= eps + 1e-6
