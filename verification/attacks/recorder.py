@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from training.data.splits import Split
 from verification.attacks.attack import Attack
@@ -54,6 +55,7 @@ class OutcomeRecorder:
         self._images = split.images.cpu().numpy()
         self._labels = split.labels.cpu().numpy()
         scores = engine.run_all(to_float(self._images))
+        self._of_none = Scores(scores.logits[:0], scores.member_logits[:0])
         finite: Mask = np.asarray(np.isfinite(scores.logits).all(axis=1))
         self.outcomes = Outcomes(
             {},
@@ -87,16 +89,16 @@ class OutcomeRecorder:
         quantized: Pixels,
         ran: Mask,
     ) -> tuple[Mask, Mask]:
-        """Score both versions of the images and record the outcome.
+        """Score both versions of the images that the attack was run on, and record the outcome.
 
         Returns:
             which were answered wrongly, as floats and in 8 bits, bool `[n]`.
         """
         broken = []
-        for version, pixels in zip(VERSIONS, (floats, to_float(quantized)), strict=True):
-            scores = self._engine.run_all(pixels)
+        for version, pixels in zip(VERSIONS, (floats[ran], to_float(quantized[ran])), strict=True):
+            scores = self._engine.run_all(pixels) if ran.any() else self._of_none
             key = (attack.name, eps, version)
             broken.append(self.outcomes.add(key, scores, self._labels, ran))
-            self.outcomes.keep_margin(eps, attack.threat, scores, self._labels)
+            self.outcomes.keep_margin(eps, attack.threat, scores, self._labels, ran)
         self.outcomes.keep_worst(eps, attack.threat, quantized, broken[1], ran)
         return broken[0], broken[1]
