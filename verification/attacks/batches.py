@@ -28,6 +28,7 @@ def in_batches(work: Callable[[Split, int], Result], split: Split) -> list[Resul
         work: takes a batch and the position of its first image, which names its random draws.
         split: images and labels.
     """
+
     def one(part: slice) -> Result:
         return work(split.take(part), part.start)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from tests.verification.models import EPS, Linear, TorchEngine, attack_linear, linear_split
 from training.pgd import Norm
@@ -156,6 +157,24 @@ def test_the_matrix_marks_images_that_an_attack_skipped() -> None:
     # 140 breaks as a float alone, which is enough.
     ran = outcome.ran[second.name, EPS]
     assert line(outcome.survived[second.name, EPS, "float"], ran) == "--1"
+
+
+def test_only_the_images_that_an_attack_was_run_on_are_scored() -> None:
+    seen: list[int] = []
+
+    class Noted(TorchEngine):
+        def run_all(self, images: Any) -> Scores:
+            seen.append(len(images))
+            return super().run_all(images)
+
+    first = GradientAttack(name="a", threat="white_box", source="target", steps=3, loss="cw")
+    chosen = [first, *(replace(first, name=name, skip_broken=True) for name in "bc")]
+    target = Target(Noted([Linear()]), [Linear()])
+    found = run_suite(chosen, {}, {"m": target}, linear_split([10, 120, 120]), [EPS], seed=0)["m"]
+    assert seen == [3, *(3, 3), *(1, 1), *(1, 1)]  # clean; then each as floats and in 8 bits
+    assert found.robust(chosen, EPS).tolist() == [True, False, False]
+    # The only one left has the margin of the only one scored; the others keep theirs.
+    assert (found.margins[EPS, "white_box"] > 0).tolist() == [True, False, False]
 
 
 def test_attacks_by_queries_share_a_random_sample_and_count_their_queries() -> None:
