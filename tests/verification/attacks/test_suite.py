@@ -167,7 +167,7 @@ def test_only_the_images_that_an_attack_was_run_on_are_scored() -> None:
             seen.append(len(images))
             return super().run_all(images)
 
-    first = GradientAttack(name="a", threat="white_box", source="target", steps=3, loss="cw")
+    first = GradientAttack(name="a", threat="white_box", source="target", steps=10, loss="cw")
     chosen = [first, *(replace(first, name=name, skip_broken=True) for name in "bc")]
     target = Target(Noted([Linear()]), [Linear()])
     found = run_suite(chosen, {}, {"m": target}, linear_split([10, 120, 120]), [EPS], seed=0)["m"]
