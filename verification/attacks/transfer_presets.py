@@ -74,7 +74,7 @@ def _nearest(
     found = _from_each(surrogates, resized)
     if share < 1:  # the nearest of these, where they are known
         one = replace(one, nearest=share / 2, only_eps=largest)
-        again = replace(resized, nearest=share / 2, steps=5, rel_stepsize=0.4, restarts=4)
+        again = replace(resized, nearest=share / 2, steps=5, rel_stepsize=0.4, restarts=6)
         found += _from_each(surrogates, replace(again, name="m-di2-fast-nearest"))
         found += _from_each(
             surrogates, replace(one, name="vmi-nearest", variance_samples=5), ["ce"]
