@@ -69,7 +69,7 @@ def _control(context: Context, source: ExportSource, indices: Sequence[int]) -> 
     with tempfile.TemporaryDirectory(prefix="dverge-") as folder:
         path = Path(folder) / "control.onnx"
         export(source, path, target="cpu")
-        engine = _Part(Engine(path, device="cpu"), list(indices))
+        engine = _Part(Engine(path, device="cpu", spinning=False), list(indices))
     whole = [member for member in source.ensemble if isinstance(member, Member)]
     members = [ready(whole[index], context.device) for index in indices]
     weights = part_sha256(source.card.weights_sha256, indices, len(whole))

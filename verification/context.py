@@ -98,7 +98,7 @@ def find_context(config: VerificationConfig) -> Context:
         if not config.eps and config.at_eps is None:  # nobody knows which radii are right for it
             config = replace(config, eps_given=(AUTO,))
     else:
-        engine = Engine(config.model, device="cpu")
+        engine = Engine(config.model, device="cpu", spinning=False)
         gradients = find_gradients(
             engine.card, config.model, run=config.run, checkpoint=config.checkpoint, device=device
         )
@@ -220,7 +220,7 @@ def find_context(config: VerificationConfig) -> Context:
 def _opponent(path: Path | None, card: Card) -> Engine | None:
     if path is None:
         return None
-    engine = Engine(path, device="cpu")
+    engine = Engine(path, device="cpu", spinning=False)
     if engine.card.labels != card.labels or engine.card.input_shape != card.input_shape:
         raise UserError(
             f"{path} has other classes or another input", "a model of the same images and labels"

@@ -101,4 +101,4 @@ def _integrals(
             total += (slope * change).sum((1, 2, 3)).double() / POINTS
         return total
 
-    return torch.cat(in_slices(batch, len(start), start.device)).cpu().numpy()
+    return torch.cat(in_slices(batch, len(start), start)).cpu().numpy()

@@ -179,7 +179,7 @@ def _fresh(ensemble: Ensemble, asked: Tensor, told: Tensor, draw: torch.Generato
     def climbs(part: slice) -> Tensor:
         return gradient(cross_entropy(ensemble, answers[part]), x[:half][part]).sign()
 
-    toward = torch.cat([x[:0], *in_slices(climbs, half, device)])
+    toward = torch.cat([x[:0], *in_slices(climbs, half, x)])
     share = torch.rand((count, 1, 1, 1), generator=draw, device=device)
     stepped = x[:half] + LARGEST_STEP * share[:half] * toward
     other = x[torch.randperm(count, generator=draw, device=device)[half:]]

@@ -112,7 +112,7 @@ def test_gradients_from_the_cache_are_counted_as_if_they_were_made(cache: Path) 
 @pytest.mark.parametrize(
     # The recipe `images` distils with one step and one partner: its training is the cheaper one.
     ("preset", "share"),
-    [("digits", 0.8), ("images", 1.6)],
+    [("digits", 0.55), ("images", 1.2)],
 )
 def test_what_quick_costs_beside_the_training_of_the_model(preset: str, share: float) -> None:
     config = load_recipe(preset)

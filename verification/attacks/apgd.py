@@ -194,7 +194,7 @@ def _climb_all(
         start = pgd.random_start(best.clean[rows[part]], best.eps, draw, best.norm)
         climb(best, loss, rows[part], start, steps)
 
-    in_slices(batch, len(rows), rows.device)
+    in_slices(batch, len(rows), best.clean)
 
 
 def _targeted(labels: Tensor, targets: Tensor, scores: Tensor, rows: Tensor) -> Tensor:

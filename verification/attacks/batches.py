@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from training.data.splits import Split
-from training.parallel.threads import side_by_side
+from training.parallel.threads import one_thread_inside, side_by_side
+from verification.config import LARGE
 
 Result = TypeVar("Result")
 # What a core works on at once: larger is faster until its cache is full.
@@ -29,22 +30,31 @@ def in_batches(work: Callable[[Split, int], Result], split: Split) -> list[Resul
         work: takes a batch and the position of its first image, which names its random draws.
         split: images and labels.
     """
-    return in_slices(lambda part: work(split.take(part), part.start), len(split), split.device)
+
+    def one(part: slice) -> Result:
+        return work(split.take(part), part.start)
+
+    return in_slices(one, len(split), split.images)
 
 
-def in_slices(work: Callable[[slice], Result], count: int, device: torch.device) -> list[Result]:
+def in_slices(work: Callable[[slice], Result], count: int, like: Tensor) -> list[Result]:
     """Return `work(part)` of every batch of `count` images, in their order.
 
-    The result depends neither on the number of threads nor on their timing.
+    The result depends neither on the number of threads nor on their timing. A single batch of small
+    images has one thread: a second one saves it little time, and where other processes use the
+    cores, it burns many times its work in waiting.
 
     Args:
         work: takes the positions of a batch; `part.start` names its random draws.
         count: how many images there are.
-        device: where they are.
+        like: images `[n, C, H, W]` of their size, where they are.
     """
-    size = batch_size(count, LARGEST.get(device.type, LARGEST_ELSEWHERE))
+    size = batch_size(count, LARGEST.get(like.device.type, LARGEST_ELSEWHERE))
     parts = [slice(start, start + size) for start in range(0, count, size)]
-    return side_by_side(work, parts, device)
+    if len(parts) == 1 and like.device.type == "cpu" and like.shape[2] * like.shape[3] <= LARGE:
+        with one_thread_inside():
+            return [work(parts[0])]
+    return side_by_side(work, parts, like.device)
 
 
 def spread(split: Split, *most: int) -> Tensor:

@@ -59,7 +59,7 @@ class BestImages:
             scores = scores.scatter(1, self.labels[part, None], -torch.inf)
             return scores.argsort(1, descending=True)[:, :-1]
 
-        return torch.cat(in_slices(order, len(self.clean), self.clean.device))
+        return torch.cat(in_slices(order, len(self.clean), self.clean))
 
     @torch.no_grad()
     def record(self, rows: Tensor, x: Tensor, scores: Tensor) -> None:

@@ -53,7 +53,7 @@ class Noise(Attack, kind="noise"):
             draw = generator(*seed, part.start, device=images.device)
             return pgd.random_start(images[part], eps, draw, self.norm)
 
-        return Crafted(torch.cat(in_slices(batch, len(images), images.device)))
+        return Crafted(torch.cat(in_slices(batch, len(images), images)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class GradientAttack(Attack, kind="gradient"):
 
         skips = self.skip_gamma != 1
         with skip_gradient(members, self.skip_gamma) if skips else contextlib.nullcontext():
-            return Crafted(torch.cat(in_slices(batch, len(images), images.device)))
+            return Crafted(torch.cat(in_slices(batch, len(images), images)))
 
     def loss_on(self, members: Sequence[nn.Module], labels: Tensor) -> pgd.Loss:
         """Return the per-image loss to raise on these members, a function of the images."""

@@ -57,17 +57,18 @@ class Outcomes:
 
         Args:
             key: the attack's name, its radius, and the version of the images that was scored.
-            scores: of the images it was run on.
-            labels: `[n]`.
-            ran: bool `[n]`: which they are; the others survive.
+            scores: of the images the attack was run on.
+            labels: of all, `[n]`.
+            ran: bool `[n]`: which these are; the others survive.
 
         Returns:
             which were answered wrongly, bool `[n]`.
         """
         self.invalid[ran] |= ~np.isfinite(scores.logits).all(axis=1)
-        wrong, soft = np.zeros_like(ran), np.ones_like(ran)
+        wrong = np.zeros_like(ran)
         wrong[ran] = scores.predictions != labels[ran]
         self.survived[key] = ~wrong & self.survived.get(key, np.True_)
+        soft = np.ones_like(ran)
         soft[ran] = soft_answers(scores) == labels[ran]
         self.soft[key] = soft & self.soft.get(key, np.True_)
         self.ran[key[:2]] = np.asarray(ran | self.ran.get(key[:2], np.False_))
@@ -89,11 +90,10 @@ class Outcomes:
     def keep_margin(
         self, eps: float, threat: str, scores: Scores, labels: npt.NDArray[np.int64], ran: Mask
     ) -> None:
-        """Keep how near the answers to the images that ran came to others under this threat."""
-        truth = torch.from_numpy(labels[ran])
-        found = np.full(len(ran), np.inf, np.float32)
-        found[ran] = -losses.margins(torch.from_numpy(scores.logits), truth).numpy()
-        self.margins[eps, threat] = np.fmin(found, self.margins.get((eps, threat), np.inf))
+        """Keep how near each image's answer came to another one under this threat; see `add`."""
+        logits, wanted = torch.from_numpy(scores.logits), torch.from_numpy(labels[ran])
+        margins = self.margins.setdefault((eps, threat), np.full(len(ran), np.inf, np.float32))
+        margins[ran] = np.fmin(-losses.margins(logits, wanted).numpy(), margins[ran])
 
     def nearest(self, standing: Mask, eps: float, threat: str, share: float) -> Mask:
         """Return this share of the standing images, those nearest to another answer, `[n]`."""

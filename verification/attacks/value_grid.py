@@ -145,6 +145,8 @@ def grid_attacks(
             threat="transfer",
             source=source,
             momentum=1.0,
+            steps=5,
+            rel_stepsize=0.4,
             control=True,
         )
         for source in surrogates[-1:]

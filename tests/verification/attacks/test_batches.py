@@ -16,7 +16,7 @@ from training.models.bn_folding import folded
 from training.models.ensemble import Ensemble
 from training.models.member import Member
 from training.models.resnet import resnet_stages
-from verification.attacks.batches import LARGEST, batch_size, in_batches, spread
+from verification.attacks.batches import LARGEST, batch_size, in_batches, in_slices, spread
 from verification.attacks.gradient_attack import GradientAttack
 from verification.gradients import _Shared
 
@@ -85,6 +85,19 @@ def test_batches_run_at_the_same_time(threads: Callable[[int], None]) -> None:
     meeting = threading.Barrier(2, timeout=60)  # each waits for the other: alone, it would break
     found = in_batches(lambda part, start: meeting.wait(), pictures(LARGEST["cpu"] + 1))
     assert sorted(found) == [0, 1]
+
+
+def test_a_single_batch_of_small_images_has_one_thread_and_one_of_large_images_has_all(
+    threads: Callable[[int], None],
+) -> None:
+    threads(2)
+
+    def inside(size: int) -> list[int]:
+        like = torch.zeros(1, 3, size, size)
+        return in_slices(lambda part: torch.get_num_threads(), LARGEST["cpu"], like)
+
+    assert (inside(64), inside(65)) == ([1], [2])
+    assert torch.get_num_threads() == 2
 
 
 def test_one_graph_behind_several_members_keeps_threads_apart(

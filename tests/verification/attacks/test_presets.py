@@ -29,6 +29,7 @@ from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
 from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
+from verification.attacks.transfer_presets import NEAREST
 from verification.attacks.white_box_presets import CYCLES
 from verification.config import PRESETS, QUICK_LARGE, SUBSTITUTE, Preset
 
@@ -128,9 +129,12 @@ def test_networks_alone_get_the_fast_attacks_and_ensembles_the_rest() -> None:
         }
         for name in ("one", "small", "large")
     }
-    assert kinds["one"] == {"mpgd-fast", "m-di2-nearest", "m-di2-long-nearest", "vmi-nearest"}
+    assert kinds["one"] == {"mpgd-fast", "m-di2-nearest", "m-di2-fast-nearest", "vmi-nearest"}
     assert kinds["small"] == kinds["one"] | {"mpgd", "m-di2", "sgm"}
     assert kinds["large"] == kinds["small"] | {f"{kind}-nearest" for kind in ("bsr", "mef", "pgn")}
+    fast = {(each.source, each.loss) for each in chosen if each.name.startswith("mpgd-fast")}
+    both = {(name, loss) for name in ("one", "two", "small") for loss in ("ce", "cw")}
+    assert fast == both | {("large", "cw")}
 
 
 def test_a_suite_comes_back_from_its_json() -> None:
@@ -235,5 +239,5 @@ def test_where_labels_alone_are_seen_no_image_counts_as_near() -> None:
         chosen = suite(Variant(preset="quick", classes=10, scores=scores), ["s"])
         return {each.nearest for each in chosen if "-nearest" in each.name}
 
-    assert shares(scores=True) == {0.2, 0.1}
+    assert shares(scores=True) == {NEAREST, NEAREST / 2}
     assert shares(scores=False) == {1.0}

@@ -160,6 +160,24 @@ def test_the_matrix_marks_images_that_an_attack_skipped() -> None:
     assert line(outcome.survived[second.name, EPS, "float"], ran) == "--1"
 
 
+def test_only_the_images_that_an_attack_was_run_on_are_scored() -> None:
+    seen: list[int] = []
+
+    class Noted(TorchEngine):
+        def run_all(self, images: Any) -> Scores:
+            seen.append(len(images))
+            return super().run_all(images)
+
+    first = GradientAttack(name="a", threat="white_box", source="target", steps=10, loss="cw")
+    chosen = [first, *(replace(first, name=name, skip_broken=True) for name in "bc")]
+    target = Target(Noted([Linear()]), [Linear()])
+    found = run_suite(chosen, {}, {"m": target}, linear_split([10, 120, 120]), [EPS], seed=0)["m"]
+    assert seen == [3, *(3, 3), *(1, 1), *(1, 1)]  # clean; then each as floats and in 8 bits
+    assert found.robust(chosen, EPS).tolist() == [True, False, False]
+    # The only one left has the margin of the only one scored; the others keep theirs.
+    assert (found.margins[EPS, "white_box"] > 0).tolist() == [True, False, False]
+
+
 def test_attacks_by_queries_share_a_random_sample_and_count_their_queries() -> None:
     chosen = [
         Square(name="square", queries=5, sample=2),
@@ -346,23 +364,3 @@ def test_attacks_from_the_substitute_are_scored_on_the_model_alone() -> None:
     sources = {"s": ([Linear()], "s")}
     found = run_suite([plain], sources, targets, linear_split([120]), [EPS], seed=0)
     assert [name for name in names if found[name].has(plain, EPS)] == ["model", "against"]
-
-
-def test_images_that_an_attack_was_not_run_on_are_not_scored() -> None:
-    class Asked(TorchEngine):
-        images = 0
-
-        def run_all(self, images: npt.NDArray[np.float32]) -> Scores:
-            self.images += len(images)
-            return super().run_all(images)
-
-    members, split = [Linear()], linear_split([10, 120, 140, 200])
-    engine = Asked([*members])
-    first = GradientAttack(name="a", threat="white_box", source="target", steps=10)
-    chosen = [first, replace(first, name="b", skip_broken=True)]
-    target = {"model": Target(engine, members, "")}
-    outcome = run_suite(chosen, {}, target, split, [EPS], seed=0)["model"]
-    left = outcome.ran["b", EPS]
-    assert left.tolist() == [True, False, False, True]
-    assert engine.images == 4 + 2 * 4 + 2 * 2  # the clean ones, and both versions of each attack's
-    assert outcome.survived["b", EPS, "float"].all()
