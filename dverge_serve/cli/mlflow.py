@@ -37,9 +37,10 @@ def mlflow(
         str, typer.Option(help="Its name. [default: $MLFLOW_EXPERIMENT_NAME, or Default]")
     ] = "",
 ) -> None:
-    """Log a model in MLflow: settings, training curves, figures, files, the model itself.
+    """Log a model in MLflow, with its run, report and other files.
 
-    From the model file and what lies beside it: report, provenance, card, signature.
+    Parameters, metrics by epoch, the report's figures, and the model with a schema, to be loaded
+    from there.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -77,7 +77,7 @@ def logged(tiny_run: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def leaves(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, dict)
         found |= leaves(value, f"{before}{key}.") if nested else {before + key: value}
