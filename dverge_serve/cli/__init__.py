@@ -22,6 +22,7 @@ TRAIN = (
     "matplotlib",
 )
 EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(("onnx2torch", "pyautoattack"), "audit")
+EXTRAS |= dict.fromkeys(("mlflow", "pandas"), "mlflow")
 
 # What the machine says no to; other errors of files are mistakes of ours.
 NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP}
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors go to standard error in one line."""
     # Each registers its commands, in the order help shows them.
     from dverge_serve.cli import train, export, verify, serve, predict  # noqa: F401, I001, RUF100
-    from dverge_serve.cli import inspect, card, bench, bento, sign, doctor  # noqa: F401, I001, RUF100
+    from dverge_serve.cli import inspect, card, mlflow, bench, bento, sign, doctor  # noqa: F401, I001, RUF100
 
     from dverge_serve.progress import show
 

@@ -19,7 +19,7 @@ PANELS = {
     "Live service": ("url", "requests", "rate"),
     "Demand": ("min_accuracy", "at_eps", "threat"),
     "Hardware": ("device",),
-    "Output": ("out", "resume", "dry_run", "junit", "bom"),
+    "Output": ("out", "resume", "dry_run", "junit", "bom", "tracking_uri", "experiment"),
 }
 
 

@@ -1,0 +1,50 @@
+"""The command that logs a model in MLflow: mlflow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dverge_serve.cli import app
+from dverge_serve.cli.options import Model
+from dverge_serve.cli.panels import InPanels
+
+# MLflow's own variables, where the user has not set them: a folder may be the store, nobody but the
+# tracking server is told or asked anything, MLflow prints no addresses, and a server that does not
+# answer is given up after seconds.
+DEFAULTS = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@app.command(cls=InPanels, epilog="Example: dverge mlflow model.onnx --tracking-uri mlruns")
+def mlflow(
+    model: Model = Path("model.onnx"),
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was exported from. [default: found in runs/]")
+    ] = None,
+    tracking_uri: Annotated[
+        str, typer.Option(help="A server's address, or a folder. [default: $MLFLOW_TRACKING_URI]")
+    ] = "",
+    experiment: Annotated[
+        str, typer.Option(help="Its name. [default: $MLFLOW_EXPERIMENT_NAME, or Default]")
+    ] = "",
+) -> None:
+    """Log a model in MLflow, with its run, report and other files.
+
+    Parameters, metrics by epoch, the report's figures, and the model with a schema, to be loaded
+    from there.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from verification.mlflow import log_to_mlflow
+
+    done = log_to_mlflow(model, run=run, tracking_uri=tracking_uri, experiment=experiment)
+    typer.echo(f"logged as run {done.run_id}, the model as {done.model_uri}")
