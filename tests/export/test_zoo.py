@@ -1,0 +1,23 @@
+"""The members that the project offers: the file that the page `docs/model-zoo.md` describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.published_checkpoint import read_published
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "examples" / "zoo" / "cifar10-dverge-3xresnet20.safetensors"
+
+
+def test_the_page_describes_the_file_and_it_is_read() -> None:
+    found = read_published(FILE)
+    assert found.sha256 in (ROOT / "docs" / "model-zoo.md").read_text(encoding="utf-8")
+    assert (len(found.members), str(found.resnet)) == (3, "resnet20 of width 16")
+    assert found.resnet.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-6)
+    answers = {int(member(torch.full((1, 3, 32, 32), 0.5)).argmax()) for member in found.members}
+    assert all(0 <= answer < found.resnet.classes for answer in answers)
+    assert FILE.stat().st_size < 2_000_000
