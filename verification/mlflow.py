@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 NAME = "model"  # of the model in MLflow
+# What the command sets of MLflow's own variables, where its user has not set them: a folder may be
+# the store, nobody but the tracking server is told or asked anything, MLflow prints no addresses,
+# and a server that does not answer is given up after seconds.
+DEFAULTS = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 class Logged(NamedTuple):

@@ -12,17 +12,6 @@ from dverge_serve.cli import app
 from dverge_serve.cli.options import Model
 from dverge_serve.cli.panels import InPanels
 
-# MLflow's own variables, where the user has not set them: a folder may be the store, nobody but the
-# tracking server is told or asked anything, MLflow prints no addresses, and a server that does not
-# answer is given up after seconds.
-DEFAULTS = {
-    "MLFLOW_ALLOW_FILE_STORE": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
 
 @app.command(cls=InPanels, epilog="Example: dverge mlflow model.onnx --tracking-uri mlruns")
 def mlflow(
@@ -42,9 +31,9 @@ def mlflow(
     Parameters, metrics by epoch, the report's figures, and the model with a schema, to be loaded
     from there.
     """
+    from verification.mlflow import DEFAULTS, log_to_mlflow
+
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    from verification.mlflow import log_to_mlflow
-
     done = log_to_mlflow(model, run=run, tracking_uri=tracking_uri, experiment=experiment)
     typer.echo(f"logged as run {done.run_id}, the model as {done.model_uri}")

@@ -285,8 +285,8 @@ def test_a_note_stands_until_the_next_one(
     with Progress("training", 100) as progress:
         progress.advance(0, "loss 0.9")
         clock.now += 6
-        progress.advance()
-    assert "1%, 9m 54s left, loss 0.9" in capsys.readouterr().err
+        progress.advance(3)
+    assert "3%, 3m 14s left, loss 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shown")

@@ -61,6 +61,7 @@ def test_ctrl_c_ends_it_quickly_and_quietly(tmp_path: Path) -> None:
     assert "Traceback" not in server.log
 
 
+@pytest.mark.usefixtures("with_a_terminal")
 def test_a_closed_terminal_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
     tiny.save_gray_model(tmp_path / "model.onnx")
     with serving(tmp_path) as server:

@@ -29,6 +29,7 @@ class Busy(supervisor.Supervisor):
             raise ConflictError
 
 
+@pytest.mark.usefixtures("with_a_terminal")
 @pytest.mark.parametrize("name", ["term", "int", "hup"])
 def test_a_signal_that_comes_while_a_worker_is_started_ends_it(
     name: str, monkeypatch: pytest.MonkeyPatch

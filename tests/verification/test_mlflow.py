@@ -17,13 +17,13 @@ from mlflow.artifacts import download_artifacts
 
 from dverge_serve import Engine
 from dverge_serve.cli import run
-from dverge_serve.cli.mlflow import DEFAULTS
 from dverge_serve.engine.provenance import provenance_path
 from dverge_serve.engine.report import report_path
 from tests.cli.running import complains, python
 from tests.serving import tiny
 from tests.verification.report.test_page import table
 from training.runs.tensorboard import scalars
+from verification.mlflow import DEFAULTS
 
 
 @pytest.fixture(scope="module", autouse=True)
