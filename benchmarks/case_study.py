@@ -29,16 +29,13 @@ def rows(model: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         model: its name, for people.
         report: as its JSON file has it.
     """
-    given = report["threat_model"]["eps_given"]
     alone = (report["control"] or {}).get("robust_accuracy", [])
     first = {"images": report["clean_accuracy"]["n"], "clean": _share(report["clean_accuracy"])}
-    for at, control, text in zip_longest(report["robust_accuracy"], alone, given, fillvalue=None):
-        if at is None:  # `auto` alone, of several radii
-            break
+    for at, control in zip_longest(report["robust_accuracy"], alone):
         yield {
             "model": model,
             **first,
-            "eps": written(at["eps"], text if text and "/" in text else ""),
+            "eps": written(at["eps"]),
             "transfer": _share(at["transfer"]),
             "control": _share(control and control["transfer"]),
             "white_box": _share(at["white_box"]),
