@@ -4,14 +4,18 @@
   headers for another protocol, skip the body, and read it as a request of its own.
 - Headers, trailers and the framing of chunks are bounded; trailers are dropped.
 - A caller that has closed its sending side still gets its answer.
+- Headers and body of an answer leave together.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from dverge_serve.serving.joined_writes import JoinedWrites
 
 # Bytes of a message that are not its body: headers, sizes of chunks, trailers. More are taken only
 # along with a body of that length.
@@ -33,6 +37,10 @@ class Protocol(HttpToolsProtocol):
     _replaying = False
     _framing = 0
     _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin a connection."""
+        super().connection_made(cast(asyncio.Transport, JoinedWrites(transport, self.loop)))
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come."""
