@@ -18,7 +18,8 @@ from benchmarks.bench import machine
 from benchmarks.report import finish, parser
 from dverge_serve.engine.radius import written
 
-COLUMNS = ["model", "images", "clean", "eps", "transfer", "control", "white_box", "verdict"]
+COLUMNS = ["model", "images", "clean", "clean_of_more"]
+COLUMNS += ["eps", "transfer", "control", "white_box", "verdict"]
 SUFFIX = ".report.json"
 
 
@@ -30,7 +31,12 @@ def rows(model: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         report: as its JSON file has it.
     """
     alone = (report["control"] or {}).get("robust_accuracy", [])
-    first = {"images": report["clean_accuracy"]["n"], "clean": _share(report["clean_accuracy"])}
+    more = report.get("more_clean_images")
+    first = {
+        "images": report["clean_accuracy"]["n"],
+        "clean": _share(report["clean_accuracy"]),
+        "clean_of_more": more and f"{_share(more['model'])} of {more['model']['n']:,}",
+    }
     for at, control in zip_longest(report["robust_accuracy"], alone):
         yield {
             "model": model,

@@ -28,6 +28,7 @@ from verification.foreign_model import gives_scores
 from verification.leakage import known_leakage
 from verification.live import Caller, attack_service
 from verification.metrics.by_queries import under_substitute
+from verification.metrics.more_clean_images import more_clean_images
 from verification.report.decision_regions import illustrate
 from verification.report.evidence import EvidenceWriter, evidence_folder
 from verification.report.examples import examples
@@ -75,6 +76,7 @@ def _attack_and_report(config: VerificationConfig) -> Report:
             checks=gradients(),
         )
         table = assemble(context, outcomes, control, checks, measured)
+        table["more_clean_images"] = more_clean_images(context, targets)
         table["substitute"] = {
             **stolen.to_json(),
             "agreement": stolen.agreement(context.engine, split),

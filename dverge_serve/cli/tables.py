@@ -46,6 +46,9 @@ def report_table(report: Report) -> None:
     control = report.control
     held = percent(control.clean_accuracy) if control else "-"
     rows = [("clean", interval(report.clean_accuracy), "", held)]
+    if more := report.more_clean_images:
+        clean = f"clean, of {more.model.n:,}"
+        rows.append((clean, interval(more.model), "", percent(more.control)))
     for eps, row in report.robust_accuracy.items():
         held = percent(control.robust_accuracy[eps].transfer) if control else "-"
         rows.append((report.radius(eps), interval(row.transfer), interval(row.white_box), held))

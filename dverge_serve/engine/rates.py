@@ -106,6 +106,20 @@ class Substitute:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanAccuracies:
+    """Clean accuracy of the model and its control on more images than were attacked."""
+
+    model: Rate
+    control: Rate | None
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> CleanAccuracies:
+        """Return it from the report's section `more_clean_images`."""
+        control = table["control"]
+        return cls(model=pick(Rate, table["model"]), control=control and pick(Rate, control))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accuracies:
     """Clean accuracy, and robust accuracy by radius, in rising order."""
 

@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 from dverge_serve.engine.live_report import Live
 from dverge_serve.engine.radius import written
-from dverge_serve.engine.rates import Accuracies, ByQueries, Substitute, accuracies, pick
+from dverge_serve.engine.rates import (
+    Accuracies,
+    ByQueries,
+    CleanAccuracies,
+    Substitute,
+    accuracies,
+    pick,
+)
 from dverge_serve.errors import UserError
 from dverge_serve.files import read_json
 
@@ -96,6 +103,7 @@ class Report(Accuracies):
     data: Images
     norm: Literal["Linf", "L2"]
     seed: int
+    more_clean_images: CleanAccuracies | None  # None where all test images were attacked
     by_queries: tuple[ByQueries, ...]
     substitute: Substitute | None  # None in reports of older versions
     control: Control | None
@@ -140,7 +148,7 @@ class Report(Accuracies):
     @classmethod
     def _from_table(cls, table: dict[str, Any]) -> Report:
         control, against, live = table["control"], table["against"], table.get("live", {})
-        stolen = table.get("substitute")
+        stolen, more = table.get("substitute"), table.get("more_clean_images")
         rows = tuple(pick(Comparison, row) for row in against["comparison"]) if against else ()
         return pick(
             cls,
@@ -149,6 +157,7 @@ class Report(Accuracies):
             model=pick(VerifiedModel, table["model"]),
             data=pick(Images, table["data"]),
             norm=table["threat_model"]["norm"],
+            more_clean_images=CleanAccuracies.from_json(more) if more else None,
             by_queries=tuple(map(ByQueries.from_json, table.get("by_queries", ()))),
             substitute=Substitute.from_json(stolen) if stolen else None,
             control=control and pick(Control, control, **accuracies(control)),

@@ -22,6 +22,7 @@ def report(*, control: bool) -> dict[str, Any]:
     return {
         "verdict": "VALID",
         "clean_accuracy": rate(0.9),
+        "more_clean_images": {"model": rate(0.8) | {"n": 1500}, "control": None},
         "robust_accuracy": [
             {"eps": each, "transfer": rate(0.7), "white_box": rate(0.2)} for each in eps
         ],
@@ -36,6 +37,7 @@ def test_a_row_for_each_radius() -> None:
         "model": "signs",
         "images": 40,
         "clean": "0.900 (0.800 to 1.000)",
+        "clean_of_more": "0.800 (0.700 to 0.900) of 1,500",
         "eps": "4/255 = 0.0157",
         "transfer": "0.700 (0.600 to 0.800)",
         "control": "0.300 (0.200 to 0.400)",
@@ -48,6 +50,11 @@ def test_a_row_for_each_radius() -> None:
 def test_a_report_without_a_control() -> None:
     first, _ = case_study.rows("m", report(control=False))
     assert first["control"] is None
+
+
+def test_a_report_that_attacked_all_its_images() -> None:
+    first, _ = case_study.rows("m", report(control=False) | {"more_clean_images": None})
+    assert first["clean_of_more"] is None
 
 
 def test_it_is_kept_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,8 @@ def test_radii_by_search_end_with_a_control_that_falls(
     model = tmp_path / "model.onnx"
     shutil.copy(tiny_model, model)
     report = verify(model, run=tiny_run, eps="auto", images=48, device="cpu")
+    assert report.more_clean_images is not None
+    assert report.more_clean_images.model.n == 64
     half, whole, twice = report.robust_accuracy
     steps = [round(255 * each) for each in (half, whole, twice)]
     assert [each / 255 for each in steps] == [half, whole, twice]

@@ -107,6 +107,9 @@ def _metrics(report: Report) -> Iterator[dict[str, Any]]:
     """Yield every figure with its interval; the slice says of which images, threat and radius."""
     images = f"{report.data.name}, {report.data.part}, {report.data.n} images"
     yield _metric("clean accuracy", report.clean_accuracy, images)
+    if more := report.more_clean_images:
+        where = f"{report.data.name}, {report.data.part}, {more.model.n} images"
+        yield _metric("clean accuracy", more.model, where)
     for eps, row in report.robust_accuracy.items():
         where = f"{images}, {report.norm} eps {eps:g}"
         rates = {"transfer": row.transfer, "white-box": row.white_box, "all": row.all}

@@ -315,6 +315,14 @@ def test_the_live_service_is_told_in_words() -> None:
     assert "It stopped answering: no answer from &lt;host&gt;" in gone
 
 
+def test_more_clean_images_have_a_row() -> None:
+    assert "clean, of" not in shown()
+    text = shown(more_clean_images={"model": rate(0.8) | {"n": 1500}, "control": rate(0.9)})
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", text[text.index("clean, of") - 40 :])
+    assert cells[:2] == ["clean, of 1500 images", "80.0 (75.0-85.0)"]
+    assert cells[5] == "90.0%"
+
+
 def test_callers_have_a_table_a_curve_and_a_stolen_model() -> None:
     text = unescape(shown(pictures={"queries": PNG}))
     cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", text[text.index("Callers who see only") :])
