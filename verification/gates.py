@@ -13,7 +13,7 @@ from dverge_serve.engine.report import Gate, Verdict
 from verification.attacks.attack import Attack
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.outcomes import Mask, Outcomes
-from verification.attacks.rounds import CONVERGED, last_cycle
+from verification.attacks.rounds import CONVERGED, last_cycle, searches
 
 CONTROL_KEEPS = 0.5  # share of its clean accuracy the control may keep at the largest eps
 SURROGATES_BEHIND = 0.1  # of the model's clean accuracy, on the same images
@@ -94,18 +94,25 @@ def iterative_beats_single(
 
 def converged(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) -> Gate:
     """At each radius the last cycle of white-box rounds breaks less than half a percent."""
-    found = {each: last_cycle(suite, outcome, each) for each in sorted(eps)}
-    known = {each: last for each, last in found.items() if last is not None}
-    if len(known) < len(found):
+    told, ok = [], True
+    for kind, search in searches(suite).items():
+        radii = [each for each in sorted(eps) if search[0].only_eps in (None, each)]
+        found = {each: last_cycle(search, outcome, each) for each in radii}
+        if None in found.values():
+            return Gate("converged", None, "INCONCLUSIVE", NO_WEIGHTS)
+        last = {each: cycle for each, cycle in found.items() if cycle is not None}
+        ok &= all(cycle.converged for cycle in last.values())
+        broken = [
+            f"{cycle.broken} at eps {each:g} (of {cycle.rounds} rounds)"
+            for each, cycle in last.items()
+        ]
+        told.append(f"{kind}: {', '.join(broken)}")
+    if not told:
         return Gate("converged", None, "INCONCLUSIVE", NO_WEIGHTS)
-    told = [
-        f"{last.broken} at eps {each:g} (of {last.rounds} rounds)" for each, last in known.items()
-    ]
     detail = (
-        f"images broken by the last cycle of white-box rounds: {', '.join(told)}; "
+        f"images broken by the last cycle of white-box rounds: {'; '.join(told)}; "
         f"fewer than {CONVERGED:.1%} of {len(outcome.clean)} show that it has converged"
     )
-    ok = all(last.converged for last in known.values())
     return Gate("converged", ok, "INCONCLUSIVE", detail)
 
 

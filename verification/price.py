@@ -19,7 +19,7 @@ from training.trainer import prepare
 from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
-from verification.attacks.rounds import rounds
+from verification.attacks.rounds import cycle_length, searches
 from verification.attacks.target import Scorer
 from verification.gradients import ready
 from verification.surrogate import Surrogate
@@ -83,8 +83,9 @@ def gradient_cost(
         images: how many are attacked.
         radii: at how many each attack runs.
     """
-    total, whole = 0.0, rounds(suite)
-    later = whole[len({each.loss for each in whole}) :]  # few images are left to them, or none
+    total = 0.0
+    # Few images are left to the later rounds, or none.
+    later = [each for one in searches(suite).values() for each in one[cycle_length(one) :]]
     for attack in suite:
         if attack.asks or attack in later:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,14 @@ from tests.verification.models import (
 from tests.verification.report.schema import REPORT_SCHEMA
 from verification import gates, model_gates
 from verification.attacks import rounds
+from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.outcomes import Outcomes
 from verification.attacks.presets import Variant, large, suite
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 from verification.attacks.universal_patterns import UniversalPatterns
+from verification.attacks.white_box_presets import SAMPLE
 from verification.gradients import flow
 from verification.metrics.robust_accuracy import comparison
 from verification.next_steps import FAILED, NOT_RUN, advised
@@ -209,13 +213,15 @@ def test_one_step_must_not_break_what_many_do_not() -> None:
     assert gates.iterative_beats_single(nothing, chosen, [EPS]).passed is None
 
 
-ROUNDS = rounds.rounds(suite(Variant(preset="quick", classes=2), []))  # ce, cw, ce, cw, ...
+QUICK = suite(Variant(preset="quick", classes=2), [])
+ROUNDS = rounds.searches(QUICK)["apgd"]  # ce, cw, ce, cw, ...
+ANNEALED = rounds.searches(QUICK)["annealed"]
 
 
-def after_rounds(*broken: int) -> Outcomes:
+def after_rounds(*broken: int, search: Sequence[AdaptivePGD] = ROUNDS) -> Outcomes:
     """Rounds at two radii: at the first everything stands, at the second each breaks so many."""
     outcome, left = outcome_of([1] * 400), np.ones(400, bool)
-    for attack, count in zip(ROUNDS, broken, strict=False):
+    for attack, count in zip(search, broken, strict=False):
         fallen = np.flatnonzero(left)[:count]
         for eps in (EPS, 2 * EPS):
             outcome.ran[attack.name, eps] = left if eps > EPS else np.ones(400, bool)
@@ -243,8 +249,25 @@ def test_the_last_cycle_must_break_less_than_half_a_percent(
     following = ROUNDS[len(broken)]
     assert rounds.is_over(following, ROUNDS, outcome, EPS)
     assert rounds.is_over(following, ROUNDS, outcome, 2 * EPS) is passes
-    fgsm, *_ = chosen = [*suite(Variant(preset="quick", classes=2), [])]
-    assert not rounds.is_over(fgsm, chosen, outcome, EPS)  # not a round
+    fgsm, *_ = QUICK
+    assert not rounds.is_over(fgsm, QUICK, outcome, EPS)  # not a round
+
+
+@pytest.mark.parametrize(("broken", "passes"), [((0,), True), ((1,), False), ((5, 1), True)])
+def test_one_image_of_the_sample_sends_annealed_pgd_on_to_all(
+    broken: tuple[int, ...], passes: bool
+) -> None:
+    outcome = after_rounds(*broken, search=ANNEALED)
+    assert gates.converged(outcome, ANNEALED, [2 * EPS]).passed is passes
+    assert rounds.is_over(ANNEALED[len(broken)], QUICK, outcome, 2 * EPS) is passes
+    assert (ANNEALED[0].sample, ANNEALED[1].sample) == (SAMPLE, 0)
+
+
+def test_a_search_at_the_largest_radius_alone_is_not_missed_at_the_others() -> None:
+    alone = [replace(each, only_eps=2 * EPS) for each in ANNEALED]
+    outcome = after_rounds(0, search=alone)
+    assert gates.converged(outcome, alone, [EPS, 2 * EPS]).passed
+    assert gates.converged(outcome_of([1]), alone, [EPS, 2 * EPS]).passed is None
 
 
 def test_a_radius_without_a_whole_cycle_has_not_converged() -> None:

@@ -65,8 +65,37 @@ class AdaptivePGD(Attack, kind="apgd"):
         goals = self._losses(best)
         for number, ((share, steps), loss) in enumerate(product(climbs, goals)):
             if steps:
-                _climb_all(best, loss, best.nearest(share), steps, (*seed, number))
+                self._climb_all(best, loss, best.nearest(share), steps, (*seed, number))
         return Crafted(best.images)
+
+    def climb(self, best: BestImages, loss: RowLoss, rows: Tensor, x: Tensor, steps: int) -> None:
+        """Run Auto-PGD (algorithm 1) on some images; those that are done drop out.
+
+        Args:
+            best: scores the iterates and keeps the best ones.
+            loss: to raise; it is given the scores of some rows, and which they are.
+            rows: int64 `[n]`: the images.
+            x: where each begins, `[n, C, H, W]` in the ball.
+            steps: gradient steps.
+        """
+        climb(best, loss, rows, x, steps)
+
+    def _climb_all(
+        self,
+        best: BestImages,
+        loss: RowLoss,
+        rows: Tensor,
+        steps: int,
+        seed_path: tuple[int | str, ...],
+    ) -> None:
+        """Climb with some images from random starts, a batch at a time."""
+
+        def batch(part: slice) -> None:
+            draw = generator(*seed_path, part.start, device=rows.device)
+            start = pgd.random_start(best.clean[rows[part]], best.eps, draw, best.norm)
+            self.climb(best, loss, rows[part], start, steps)
+
+        in_slices(batch, len(rows), best.clean)
 
     @property
     def work(self) -> int:
@@ -116,15 +145,7 @@ class Climb:
 
 
 def climb(best: BestImages, loss: RowLoss, rows: Tensor, x: Tensor, steps: int) -> None:
-    """Run Auto-PGD (algorithm 1) on some images; those that are done drop out.
-
-    Args:
-        best: scores the iterates and keeps the best ones.
-        loss: to raise; it is given the scores of some rows, and which they are.
-        rows: int64 `[n]`: the images.
-        x: where each begins, `[n, C, H, W]` in the ball.
-        steps: gradient steps.
-    """
+    """Run Auto-PGD; see `AdaptivePGD.climb`."""
     none = torch.full_like(x[:, 0, 0, 0], -torch.inf)
     at = Climb(
         rows=rows,
@@ -164,17 +185,7 @@ def climb(best: BestImages, loss: RowLoss, rows: Tensor, x: Tensor, steps: int) 
 
 def _evaluate(best: BestImages, loss: RowLoss, at: Climb) -> Tensor:
     """Return the gradient at `x`; note the loss there, and the scores."""
-    seen: list[Tensor] = []
-
-    def noted(x: Tensor) -> Tensor:
-        scores = best.model(x)
-        values = loss(scores, at.rows)
-        seen.extend((scores.detach(), values.detach()))
-        return values
-
-    gradient = pgd.gradient(noted, at.x)
-    scores, values = seen
-    best.record(at.rows, at.x, scores)
+    gradient, values = recorded_gradient(best, loss, at.rows, at.x)
     at.rises += values > at.value
     better = values > at.best_value
     at.value = values
@@ -184,17 +195,22 @@ def _evaluate(best: BestImages, loss: RowLoss, at: Climb) -> Tensor:
     return gradient
 
 
-def _climb_all(
-    best: BestImages, loss: RowLoss, rows: Tensor, steps: int, seed_path: tuple[int | str, ...]
-) -> None:
-    """Climb with some images from random starts, a batch at a time; see `climb`."""
+def recorded_gradient(
+    best: BestImages, loss: RowLoss, rows: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return gradient and value of the loss at `x`, and let `best` see the scores there."""
+    seen: list[Tensor] = []
 
-    def batch(part: slice) -> None:
-        draw = generator(*seed_path, part.start, device=rows.device)
-        start = pgd.random_start(best.clean[rows[part]], best.eps, draw, best.norm)
-        climb(best, loss, rows[part], start, steps)
+    def noted(x: Tensor) -> Tensor:
+        scores = best.model(x)
+        values = loss(scores, rows)
+        seen.extend((scores.detach(), values.detach()))
+        return values
 
-    in_slices(batch, len(rows), best.clean)
+    gradient = pgd.gradient(noted, x)
+    scores, values = seen
+    best.record(rows, x, scores)
+    return gradient, values
 
 
 def _targeted(labels: Tensor, targets: Tensor, scores: Tensor, rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from training.pgd import Norm
+from verification.attacks.annealed import AnnealedPGD
 from verification.attacks.apgd import AdaptivePGD
 from verification.attacks.attack import JSON_FORM, Attack, ReportedAttack
 from verification.attacks.autoattack import AutoAttack
@@ -28,6 +29,7 @@ ATTACK_KINDS: tuple[type[Attack], ...] = (
     UniversalPatterns,
     GradientAttack,
     AdaptivePGD,
+    AnnealedPGD,
     GridAttack,
     InkAttack,
     Square,
@@ -119,7 +121,8 @@ def suite(variant: Variant, surrogates: Sequence[str]) -> list[Attack]:
         preset,
         variant.classes,
         reference=variant.reference,
-        largest=None if size.dearest else variant.largest,
+        largest=variant.largest,
+        dearest=size.dearest,
     )
     chosen += query_attacks(size, norm, variant.scores)
     return [replace(attack, norm=norm) for attack in chosen]

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from verification.attacks.annealed import AnnealedPGD
 from verification.attacks.apgd import NEAREST, AdaptivePGD
 from verification.attacks.attack import Attack
 from verification.attacks.autoattack import AutoAttack
 from verification.attacks.gradient_attack import GradientAttack, LossName, OutputName
 
 CYCLES = 6  # of rounds, at most
+SAMPLE = 80  # images, those included that do not stand
 PGD = GradientAttack(name="pgd", threat="white_box", source="target")
 
 
 def white_box_attacks(
-    preset: str, classes: int, *, reference: bool = False, largest: float | None = None
+    preset: str,
+    classes: int,
+    *,
+    reference: bool = False,
+    largest: float | None = None,
+    dearest: bool = True,
 ) -> list[Attack]:
     """Return a preset's white-box attacks: weak ones first, then rounds on what stands.
 
@@ -23,7 +30,8 @@ def white_box_attacks(
         preset: `quick`, `standard` or `full`.
         classes: DLR needs three, its targeted form four.
         reference: whether pyautoattack is installed.
-        largest: the only radius of the weak ones of `quick` but the first; by default all.
+        largest: radius, where it is known: the only one of annealed PGD in `quick`.
+        dearest: whether all weak attacks of `quick` run at every radius, not at `largest` alone.
     """
     chosen: list[Attack] = []
     if preset == "quick":
@@ -32,11 +40,13 @@ def white_box_attacks(
         forms = [("ce", "mean-logits"), ("cw", "mean-logits"), ("ce", "mean-softmax")]
         weak = replace(PGD, steps=5, rel_stepsize=0.4, control=False)
         chosen += _on_each(forms[:1], weak)
-        chosen += _on_each(forms[1:], replace(weak, only_eps=largest))
+        chosen += _on_each(forms[1:], replace(weak, only_eps=None if dearest else largest))
         chosen += _rounds(classes, steps=10, nearest_steps=50, targets=2)
+        chosen += _annealed(largest)
     else:
         chosen += _protocol(classes)
         chosen += _rounds(classes, steps=20, nearest_steps=100, targets=9)
+        chosen += _annealed(None)
     if preset == "full":
         chosen += _whole(reference)
     return chosen
@@ -91,6 +101,29 @@ def _rounds(classes: int, steps: int, nearest_steps: int, targets: int) -> list[
         for cycle in range(2, CYCLES + 1)
         for each in chosen
     ]
+
+
+def _annealed(only_eps: float | None) -> list[AnnealedPGD]:
+    """Return rounds of annealed PGD: on some of what stands, and on all of it if one falls.
+
+    They break nothing where the scores are smooth; where they are not, Auto-PGD ends too early,
+    and so do short rounds.
+    """
+    one = AnnealedPGD(
+        name="annealed-cw, round 1",
+        threat="white_box",
+        source="target",
+        loss="cw",
+        steps=100,
+        sample=SAMPLE,
+        skip_broken=True,
+        gate="converged",
+        control=False,
+        only_eps=only_eps,
+    )
+    whole = replace(one, sample=0, steps=300, restarts=2)
+    more = range(2, CYCLES + 1)
+    return [one, *(replace(whole, name=f"annealed-cw, round {number}") for number in more)]
 
 
 def _whole(reference: bool) -> list[Attack]:

@@ -15,7 +15,7 @@ from training.seeds import generator
 from verification.attacks import losses
 from verification.attacks.apgd import AdaptivePGD, ApgdLoss, checkpoints
 from verification.attacks.presets import Variant, suite
-from verification.attacks.rounds import rounds
+from verification.attacks.rounds import searches
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 
@@ -144,7 +144,7 @@ def test_rounds_go_on_until_a_cycle_breaks_almost_nothing() -> None:
     outcome = run_suite(
         [*chosen, ordinary], {}, {"m": target}, linear_split(VALUES), [EPS], seed=0
     )["m"]
-    first, second, third, *rest = rounds(chosen)
+    first, second, third, *rest = searches(chosen)["apgd"]
     # The first round breaks all there is: the cycle of the second and third breaks nothing.
     assert all(outcome.has(attack, EPS) for attack in (first, second, third, ordinary))
     assert not any(outcome.has(attack, EPS) for attack in rest)  # not run

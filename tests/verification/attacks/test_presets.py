@@ -24,13 +24,13 @@ from verification.attacks.hop_skip_jump import HopSkipJump
 from verification.attacks.presets import Variant, suite
 from verification.attacks.query_attack import QueryAttack
 from verification.attacks.rays import RayS
-from verification.attacks.rounds import rounds
+from verification.attacks.rounds import searches
 from verification.attacks.skip_gradient import residual_ends
 from verification.attacks.square import Square
 from verification.attacks.suite import Source, run_suite
 from verification.attacks.target import Target
 from verification.attacks.transfer_presets import NEAREST
-from verification.attacks.white_box_presets import CYCLES
+from verification.attacks.white_box_presets import CYCLES, SAMPLE
 from verification.config import PRESETS, QUICK_LARGE, SUBSTITUTE, Preset
 
 
@@ -60,7 +60,8 @@ def test_on_large_images_the_dearest_are_left_out_and_weak_ones_run_in_the_large
     assert {*kept, "bsr-nearest-cw from a"} <= large.keys()
     weak = [name for name, attack in large.items() if attack.only_eps]
     nearest = [name for name in large if "-nearest-" in name]
-    assert weak == [*nearest, "pgd-cw on mean-logits", "pgd-ce on mean-softmax"]
+    annealed = [name for name in large if name.startswith("annealed")]
+    assert weak == [*nearest, "pgd-cw on mean-logits", "pgd-ce on mean-softmax", *annealed]
     assert not [name for name, attack in small.items() if "pgd" in name and attack.only_eps]
     assert small["universal patterns"].control
     assert not large["universal patterns"].control
@@ -71,7 +72,7 @@ def test_presets_are_what_they_say(preset: str) -> None:
     chosen = suite(Variant(preset=preset, classes=10, reference=True), ["a", "b", "c"])
     names = [attack.name for attack in chosen]
     assert len(set(names)) == len(names)
-    skipping = {"apgd", "vmi", "reweighted", "autoattack"}
+    skipping = {"apgd", "annealed", "vmi", "reweighted", "autoattack"}
     for attack in chosen:
         skips = attack.name.split("-")[0].split()[0] in skipping or "-nearest-" in attack.name
         assert attack.skip_broken is skips
@@ -79,9 +80,12 @@ def test_presets_are_what_they_say(preset: str) -> None:
             each.skip_broken and each.threat == attack.threat
             for each in chosen[: chosen.index(attack)]
         )
-    order = [attack.loss for attack in rounds(chosen)]
+    found = searches(chosen)
+    order = [attack.loss for attack in found["apgd"]]
     assert order == ["ce", "cw", "dlr", "targeted"] * CYCLES
-    assert [attack.control for attack in rounds(chosen)] == [True] + [False] * (len(order) - 1)
+    assert [attack.control for attack in found["apgd"]] == [True] + [False] * (len(order) - 1)
+    assert [attack.sample for attack in found["annealed"]] == [SAMPLE] + [0] * (CYCLES - 1)
+    assert not any(attack.control for attack in found["annealed"])
     (base,) = [attack for attack in gradients(chosen) if attack.name == "pgd-cw on mean-logits"]
     if preset != "quick":  # the paper: 5 versions for each surrogate and loss, 30 in all
         protocol = [
@@ -106,7 +110,7 @@ def test_presets_are_what_they_say(preset: str) -> None:
     assert {attack.source for attack in gradients(callers)} == {SUBSTITUTE}
     two = suite(Variant(preset=preset, classes=2), ["a"])
     assert not any(attack.loss == "dlr" for attack in gradients(two))
-    assert [attack.loss for attack in rounds(two)] == ["ce", "cw"] * CYCLES
+    assert [attack.loss for attack in searches(two)["apgd"]] == ["ce", "cw"] * CYCLES
     in_l2 = suite(Variant(preset=preset, classes=3, norm="l2"), ["a"])
     assert {attack.norm for attack in in_l2} == {"l2"}
     in_l2 = [attack for attack in in_l2 if isinstance(attack, QueryAttack)]
