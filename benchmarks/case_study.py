@@ -35,7 +35,7 @@ def rows(model: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     first = {
         "images": report["clean_accuracy"]["n"],
         "clean": _share(report["clean_accuracy"]),
-        "clean_of_more": more and f"{_share(more['model'])} of {more['model']['n']:,}",
+        "clean_of_more": f"{_share(more['model'])} of {more['model']['n']:,}" if more else None,
     }
     for at, control in zip_longest(report["robust_accuracy"], alone):
         yield {
@@ -50,7 +50,7 @@ def rows(model: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _share(rate: Mapping[str, Any] | None) -> str | None:
-    return rate and f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+    return f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})" if rate else None
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     options.add_argument("name", help="of the figures")
     options.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
     chosen = options.parse_args()
-    found = []
+    found: list[dict[str, Any]] = []
     made_on: dict[str, Any] = {}
     for path in chosen.reports:
         report = json.loads(path.read_bytes())
