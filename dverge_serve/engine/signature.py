@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dverge_serve.engine.pem import check_certificates, check_private_key
 from dverge_serve.engine.trust import Trust
 from dverge_serve.errors import UserError
 from dverge_serve.files import atomic_path
@@ -72,6 +73,10 @@ def sign(
     """
     files = covered(path)
     _require()
+    if key is not None:
+        check_private_key(key, password)
+    for each in (*([certificate] if certificate else ()), *chain):
+        check_certificates(each)
     from model_signing import signing
 
     config = signing.Config().set_hashing_config(_hashing(_root(path), files))
@@ -115,6 +120,7 @@ def verify(path: Path, trust: Trust) -> dict[str, str]:
     """
     files, root, signature = covered(path), _root(path), signature_path(path)
     _require()
+    trust.check_files()
     from model_signing import verifying
 
     with tempfile.TemporaryDirectory() as folder:
