@@ -18,9 +18,10 @@ def card(
         Path | None, typer.Option(help="The file to write. [default: standard output]")
     ] = None,
 ) -> None:
-    """Write a model's card: Markdown with Hugging Face's metadata.
+    """Write a model's card, in Markdown.
 
-    From the model file and, where they are beside it, its report and its provenance.
+    With Hugging Face's metadata; from the model file and, where they are beside it, its report and
+    its provenance.
     """
     from dverge_serve.engine.model_card import model_card
     from dverge_serve.engine.provenance import read_provenance

@@ -43,9 +43,10 @@ def sign(
         ),
     ] = False,
 ) -> None:
-    """Sign a model with its report and provenance, or everything in a folder.
+    """Sign a model, or everything in a folder.
 
-    The signature is model.sig beside model.onnx, in the format of OpenSSF Model Signing.
+    A model is signed with its report, provenance and other files. The signature is model.sig
+    beside model.onnx, in the format of OpenSSF Model Signing.
     """
     if sigstore == (key is not None):
         raise UserError(
@@ -79,9 +80,10 @@ def verify_signature(
         typer.Option(help="For Sigstore: who vouched for --identity, an OpenID Connect issuer."),
     ] = "",
 ) -> None:
-    """Check that a model, its report and its provenance are those that a signer signed.
+    """Check that a model or a folder is as it was signed.
 
-    Exit code 2, and a line that names the file, if one was changed, added or removed.
+    A model is checked with its report, provenance and other files. Exit code 2, and a line that
+    names the file, if one was changed, added or removed.
     """
     from dverge_serve.engine.signature import verify
     from dverge_serve.engine.trust import Trust
