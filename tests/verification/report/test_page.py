@@ -190,6 +190,7 @@ def test_names_are_never_markup() -> None:
     assert "&lt;script&gt;" in text
     assert "<b>" not in text
     assert "a &lt; b &amp; c" in text
+    assert _words("use `<b>` or `eps` auto") == "use <code>&lt;b&gt;</code> or <code>eps</code> auto"
 
 
 @pytest.mark.parametrize("verdict", ["VALID", "INCONCLUSIVE", "INVALID"])
@@ -197,7 +198,7 @@ def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
     text = shown(verdict=verdict)
     body = text[text.index("<main>") :]
     assert body.index(f"<strong>{verdict}</strong>") < body.index("<h2>")
-    assert "<code>parity</code> could not be run: not run. What to do: give the `run`." in body
+    assert "<code>parity</code> could not be run: not run. What to do: give the <code>run</code>." in body
 
 
 def test_test_images_seen_in_training_are_named() -> None:
