@@ -87,7 +87,7 @@ def prune(
             else:
                 entry.unlink()
             count, freed = count + 1, freed + size
-    typer.echo(f"deleted {count} entries, {gigabytes(freed)}")
+    typer.echo(f"deleted {count} {'entry' if count == 1 else 'entries'}, {gigabytes(freed)}")
 
 
 def _newest(entry: Path) -> float:

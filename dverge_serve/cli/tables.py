@@ -130,7 +130,7 @@ def demo_table(report: Report, standard: Accuracies, eps: float) -> None:
 
 
 def card_table(facts: dict[str, Any]) -> None:
-    """Print what a model file is, one fact a line; those with a hash last, which is never broken."""
+    """Print what a model file is, one fact a line; last those with a hash, which stays whole."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

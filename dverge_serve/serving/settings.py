@@ -64,7 +64,7 @@ class Settings:
     log: Log = "text"
     """Form of the log lines."""
     watch: Watching = "observe"
-    """Near-copies of one image beyond `DVERGE_WATCH_BUDGET`: counted and logged, or refused (429)."""
+    """Near-copies beyond `DVERGE_WATCH_BUDGET`: counted and logged, or refused as well (429)."""
     watch_budget: int = 50
     """Near-copies of one image that each worker takes in a day."""
 

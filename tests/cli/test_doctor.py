@@ -99,7 +99,7 @@ def test_the_cache_is_listed_by_its_parts(cache: Path, capsys: pytest.CaptureFix
 
 def test_pruning_deletes_what_is_old(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cache", "prune", "attacks"]) == 0
-    assert capsys.readouterr().out.startswith("deleted 1 entries")
+    assert capsys.readouterr().out.startswith("deleted 1 entry,")
     assert {each.name for each in cache.rglob("*")} >= {"new.npz", "old"}
     assert run(["cache", "prune"]) == 0
     assert [each.name for each in (cache / "surrogates").iterdir()] == ["new"]

@@ -31,12 +31,13 @@ def test_hidden_files_are_no_images(
 
 
 def test_a_file_name_that_is_not_utf8_does_not_lose_the_answers(
-    tiny_model: Path, digit: Path, tmp_path: Path
+    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = tmp_path / os.fsdecode(b"gr\xfcn.png")
     odd.write_bytes(digit.read_bytes())
     answers = tmp_path / "answers.csv"
     assert run(["predict", str(tiny_model), str(odd), "--csv", str(answers)]) == 0
+    assert capsys.readouterr().err.endswith(f"wrote {answers}: 1 image\n")
     assert "gr\\udcfcn.png" in answers.read_text(encoding="utf-8")
 
 

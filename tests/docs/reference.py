@@ -52,7 +52,7 @@ def cli() -> str:
         "| 2 | a mistake of the user or a problem of the environment; one line says which |\n"
         "| 3 | the verification is INCONCLUSIVE or INVALID, even if `--min-accuracy` is met |\n"
         "| 70 | a bug in this project |\n"
-        "| 130 | interrupted |\n\n"
+        "| 130 | interrupted; `dverge serve` ends with 0 at Ctrl-C |\n\n"
         "## Shell completion\n\n`dverge --install-completion` installs completion for the current "
         "shell;\n`dverge --show-completion` prints it.\n"
     )

@@ -89,7 +89,7 @@ def test_what_serve_is_given_wins_over_the_environment(
 
 
 def test_an_empty_protection_is_refused_not_ignored(launched: list[Settings]) -> None:
-    """It comes from a variable that is not set; the service would be open to anyone, or serve any model."""
+    """It comes from a variable that is not set; the service would serve anyone, or any model."""
     with pytest.raises(UserError, match="`token` is empty"):
         serve("127.0.0.1", free_port(), token="")
     signer = ("PUBLIC_KEY", "CERTIFICATE", "IDENTITY", "ISSUER")

@@ -74,7 +74,7 @@ def _templates() -> Environment:
 
 def _words(text: str) -> Markup:
     """Return advice as HTML, what is in backticks as code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))  # noqa: S704 - escaped
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 def _percent(rate: dict[str, Any] | None) -> str:
