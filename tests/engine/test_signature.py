@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from dverge_serve.cli import run
 from dverge_serve.engine.signature import PARTS, covered, sign, verify
@@ -233,7 +234,7 @@ def test_a_key_that_cannot_sign(
 ) -> None:
     signers.key(tmp_path)
     signers.key(tmp_path, "locked", encrypted=True)
-    others = {"rsa": rsa.generate_private_key(65537, 2048)}
+    others: dict[str, PrivateKeyTypes] = {"rsa": rsa.generate_private_key(65537, 2048)}
     others["k1"] = ec.generate_private_key(ec.SECP256K1())
     for stem, key in others.items():
         (tmp_path / f"{stem}.pem").write_bytes(signers.pem(key))

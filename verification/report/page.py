@@ -67,8 +67,8 @@ def _templates() -> Environment:
         "hyphens": lambda name: name.replace("_", "-"),
         "interval": _interval,
         "percent": _percent,
-        "words": _words,
     }
+    found.filters["words"] = _words
     return found
 
 
