@@ -14,12 +14,12 @@ CURVES = {"secp256r1", "secp384r1", "secp521r1"}
 EXPECTED = "an elliptic-curve one (P-256, P-384 or P-521) as a PEM file"
 
 
-def check_private_key(path: Path, password: str) -> None:
+def check_private_key(path: Path, password: str | None) -> None:
     """Refuse a file that holds no private key to sign with.
 
     Args:
         path: the file.
-        password: of the key, if it is encrypted.
+        password: of the key, if it is encrypted; None if it must not be, as beside a certificate.
 
     Raises:
         UserError: it cannot be read, or is no such key, or the password does not fit.
@@ -29,11 +29,13 @@ def check_private_key(path: Path, password: str) -> None:
 
     data = _read(path)
     try:
-        key = load_pem_private_key(data, password.encode() or None)
+        key = load_pem_private_key(data, (password or "").encode() or None)
     except TypeError as error:  # one of key and password is without the other
         if password:
             raise UserError(f"`password` is set, and {path} is not encrypted", "none") from error
-        raise UserError(f"{path} is an encrypted key", "its password in `password`") from error
+        plain = "beside `certificate` one that is not encrypted"
+        expected = plain if password is None else "its password in `password`"
+        raise UserError(f"{path} is an encrypted key", expected) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         wrong = f"{path} is no private key" + (" that `password` decrypts" if password else "")
         raise UserError(wrong, EXPECTED) from error

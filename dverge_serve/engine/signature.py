@@ -64,7 +64,7 @@ def sign(
         path: the model file or the folder.
         key: PEM file of an elliptic-curve private key (P-256, P-384 or P-521). Without it, by
             Sigstore, with the identity of the CI job or of a person at a browser.
-        password: of the key, if it is encrypted.
+        password: of the key, if it is encrypted, which it cannot be beside a certificate.
         certificate: PEM file of the signer's certificate, of the same key.
         chain: PEM files of the certificates between the signer's and the root.
 
@@ -74,7 +74,7 @@ def sign(
     files = covered(path)
     _require()
     if key is not None:
-        check_private_key(key, password)
+        check_private_key(key, password if certificate is None else None)
     for each in (*([certificate] if certificate else ()), *chain):
         check_certificates(each)
     from model_signing import signing

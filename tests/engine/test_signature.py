@@ -255,6 +255,9 @@ def test_a_file_that_is_no_key_or_certificate_is_told_before_any_signature_is_ju
         complains(capsys, verify_by, f"{file} is no certificate; expected")
     signed_by = ["sign", name, "--key", str(signer.private), "--certificate", name]
     complains(capsys, signed_by, f"{model} is no certificate; expected")
+    locked = signers.key(model.parent, "locked", encrypted=True)
+    signed_by = ["sign", name, "--key", str(locked.private), "--certificate", name]
+    complains(capsys, signed_by, "expected beside --certificate one that is not encrypted")
 
 
 def test_many_names_are_told_as_a_count(
