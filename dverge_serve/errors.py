@@ -72,6 +72,15 @@ class NotMetError(UserError):
     exit_code = Exit.NOT_MET
 
 
+def brief(error: Exception, most: int = 200) -> str:
+    """Return what another library's error says in one line of at most so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= most:
+        return text
+    start = text[: most - 4]
+    return f"{start.rpartition(' ')[0] or start} ..."
+
+
 def printable(text: str) -> str:
     """Return the text with `?` for characters that a terminal could obey, e.g. escape codes."""
     return "".join(c if c.isprintable() or c.isspace() else "?" for c in text)

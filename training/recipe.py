@@ -102,9 +102,20 @@ def recipe_for(data: str | None, *, weights: bool = False) -> tuple[str, dict[st
 
 
 def data_overrides(data: str | Path) -> dict[str, Any]:
-    """Return what `--data` changes: a data set by name, or a folder of images."""
+    """Return what `--data` changes: a data set by name, a folder of images or a CSV file.
+
+    Raises:
+        UserError: it is none of them.
+    """
     if str(data) in DATASETS:
         return {"data.name": str(data), "data.path": ""}
+    path = Path(data)
+    if not (path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())):
+        raise UserError(
+            f"{data} is no folder" if path.exists() else f"no folder {data}",
+            "a folder of train/<class>/ and test/<class>/, a CSV file, or a data set's name",
+            nearest(str(data), SUITED),
+        )
     return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
 
 

@@ -189,7 +189,9 @@ class VerificationConfig:
             raise UserError("`norm` l2 without `eps`", "L2 radii, e.g. `eps` 0.25,0.5")
         most = 1.0 if self.norm == "linf" else math.inf
         if not all(0 < eps <= most and math.isfinite(eps) for eps in self.eps):
-            raise UserError(f"`eps` {given}", "radii above 0 with commas between, e.g. 0.05,0.1")
+            limits = "above 0" if self.norm == "l2" else "above 0 and at most 1"
+            expected = f"radii {limits} with commas between, e.g. 0.05,0.1 or 8/255"
+            raise UserError(f"`eps` {given}", expected)
         if self.images is not None and self.images < 1:
             raise UserError(f"`images` {self.images}", "1 or more")
         if self.at_eps is not None and self.eps and self.at_eps not in self.eps:

@@ -8,6 +8,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from dverge_serve.errors import brief
 from verification.contract import LEAST_PROBABILITY, Contract
 from verification.foreign_file import ForeignFile
 from verification.foreign_model import ForeignEngine
@@ -83,8 +84,8 @@ def find_foreign_gradients(
         network.one_by_one = not _alike(network, probe, apart)
     # An operator it does not know may raise any exception.
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        return None, f"onnx2torch cannot read the file ({type(error).__name__}: {told})"
+        told = f"{type(error).__name__}: {brief(error)}"
+        return None, f"onnx2torch cannot read the file ({told})"
     softmax = (
         ", with the log of its softmax as logits" if engine.contract.outputs == "softmax" else ""
     )

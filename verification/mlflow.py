@@ -17,7 +17,7 @@ from dverge_serve.engine.rates import Accuracies, Rate
 from dverge_serve.engine.report import Report, read_report, report_path
 from dverge_serve.engine.session import Engine
 from dverge_serve.engine.signature import covered, signature_path
-from dverge_serve.errors import UserError
+from dverge_serve.errors import UserError, brief
 from training.runs.tensorboard import scalars
 from verification.gradients import find_run
 
@@ -103,9 +103,12 @@ def log_to_mlflow(
                 mlflow.log_artifact(str(file))
     # Some stores of artefacts need packages of their own.
     except (mlflow.MlflowException, ModuleNotFoundError) as error:
-        text = " ".join(str(error).split())[:300]
+        cause: BaseException = error
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
+        away = f"cannot be reached ({cause})" if isinstance(cause, ConnectionError) else ""
         raise UserError(
-            f"MLflow at {mlflow.get_tracking_uri()} refused ({text})",
+            f"MLflow at {mlflow.get_tracking_uri()} {away or f'refused ({brief(error, 300)})'}",
             "a tracking server that takes runs and models, or a folder",
         ) from error
     return Logged(active.info.run_id, logged.model_uri)

@@ -110,6 +110,8 @@ def run(arguments: list[str]) -> int:
 
 def as_flags(text: str) -> str:
     """Return a library's message with options in place of the parameters that it names."""
+    from dverge_serve.cli.sign import PASSWORD
+
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     options = {
         option.strip("-").replace("-", "_"): option
@@ -118,7 +120,7 @@ def as_flags(text: str) -> str:
         for option in parameter.opts
         if option.startswith("--")
     }
-    return rename_parameters(text, options | {"overrides": "--set"})
+    return rename_parameters(text, options | {"overrides": "--set", "password": PASSWORD})
 
 
 def main() -> NoReturn:

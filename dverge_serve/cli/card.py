@@ -18,13 +18,14 @@ def card(
         Path | None, typer.Option(help="The file to write. [default: standard output]")
     ] = None,
 ) -> None:
-    """Write a model's card: Markdown with Hugging Face's metadata.
+    """Write a model's card, in Markdown.
 
-    From the model file and, where they are beside it, its report and its provenance.
+    With Hugging Face's metadata; from the model file and, where they are beside it, its report and
+    its provenance.
     """
     from dverge_serve.engine.model_card import model_card
     from dverge_serve.engine.provenance import read_provenance
-    from dverge_serve.engine.report import Report, read_report
+    from dverge_serve.engine.report import Report, no_report, read_report
     from dverge_serve.engine.session import Engine
     from dverge_serve.files import write_atomic
 
@@ -32,6 +33,8 @@ def card(
         about, sha256 = engine.card, engine.sha256
     table = read_report(model, sha256)
     report = None if table is None else Report.from_json(table)
+    if report is None:
+        typer.echo(f"{no_report(model)}: the card says that robustness was not measured", err=True)
     text = model_card(about, sha256, report, read_provenance(model, sha256))
     if out is None:
         typer.echo(text, nl=False)

@@ -15,8 +15,15 @@ from dverge_serve.cli import app
 from dverge_serve.cli.options import AsJson
 from dverge_serve.errors import UserError, one_of
 
-cache_app = typer.Typer(no_args_is_help=True, help="Show or empty the cache.")
+cache_app = typer.Typer()
 app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache(context: typer.Context) -> None:
+    """Show or empty the cache."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command(epilog="Example: dverge doctor")
@@ -80,7 +87,7 @@ def prune(
             else:
                 entry.unlink()
             count, freed = count + 1, freed + size
-    typer.echo(f"deleted {count} entries, {gigabytes(freed)}")
+    typer.echo(f"deleted {count} {'entry' if count == 1 else 'entries'}, {gigabytes(freed)}")
 
 
 def _newest(entry: Path) -> float:

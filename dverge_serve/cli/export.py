@@ -53,9 +53,10 @@ def export(
     ] = "",
     data_licence: Annotated[str, typer.Option(help="The training images' licence.")] = "",
 ) -> None:
-    """Fuse the members into one graph, and write its provenance beside it.
+    """Fuse the members into one graph.
 
     The graph averages the members' logits; it is checked against torch before it gets its name.
+    Its provenance is written beside it.
     """
     if model.suffix != ".onnx":
         raise UserError(f"'{model}' as the model's name", "a file name ending in .onnx")

@@ -25,7 +25,7 @@ def inspect(
 
     Labels, input, members, training and, where a matching report is beside it, robustness.
     """
-    from dverge_serve.engine.report import headline, read_report
+    from dverge_serve.engine.report import headline, no_report, read_report
     from dverge_serve.engine.session import Engine
 
     engine = Engine(model, device="cpu")
@@ -52,7 +52,7 @@ def inspect(
         "data set": card.dataset,
         "precision": card.precision,
         "written by": f"dverge {card.tool_version}",
-        **_robustness(report),
+        **(_robustness(report) if report else {"robustness": no_report(model)}),
     }
     card_table(facts)
 
@@ -76,12 +76,10 @@ def _show_provenance(
         card_table({"sha256": sha256, **facts(found, report)})
 
 
-def _robustness(table: dict[str, Any] | None) -> dict[str, str]:
+def _robustness(table: dict[str, Any]) -> dict[str, str]:
     from dverge_serve.cli.tables import interval
     from dverge_serve.engine.report import Report
 
-    if table is None:
-        return {"robustness": "no report for this file"}
     verdict = f"verified, {table.get('verdict', 'unknown')}"
     try:
         report = Report.from_json(table)

@@ -26,10 +26,10 @@ def mlflow(
         str, typer.Option(help="Its name. [default: $MLFLOW_EXPERIMENT_NAME, or Default]")
     ] = "",
 ) -> None:
-    """Log a model in MLflow, with its run, report and other files.
+    """Log a model with its run and report in MLflow.
 
-    Parameters, metrics by epoch, the report's figures, and the model with a schema, to be loaded
-    from there.
+    Parameters, metrics by epoch, the report's figures, the files beside the model, and the model
+    with a schema, to be loaded from there.
     """
     from verification.mlflow import DEFAULTS, log_to_mlflow
 

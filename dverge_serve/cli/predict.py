@@ -45,7 +45,7 @@ def predict(
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        typer.echo(f"wrote {csv_file}: {len(rows)} images", err=True)
+        typer.echo(f"wrote {csv_file}: {len(rows)} image{'s' * (len(rows) != 1)}", err=True)
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     elif csv_file is None:

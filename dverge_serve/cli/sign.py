@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from dverge_serve.errors import UserError
 Signed = Annotated[
     Path, typer.Argument(help="A model file, or a folder.", metavar="MODEL.onnx|FOLDER")
 ]
+MOST_NAMES = 10
 PASSWORD = "DVERGE_KEY_PASSWORD"  # noqa: S105 - the variable's name
 
 
@@ -41,9 +43,10 @@ def sign(
         ),
     ] = False,
 ) -> None:
-    """Sign a model with its report and provenance, or everything in a folder.
+    """Sign a model, or everything in a folder.
 
-    The signature is model.sig beside model.onnx, in the format of OpenSSF Model Signing.
+    A model is signed with its report, provenance and other files. The signature is model.sig
+    beside model.onnx, in the format of OpenSSF Model Signing.
     """
     if sigstore == (key is not None):
         raise UserError(
@@ -58,8 +61,7 @@ def sign(
     done = signature.sign(
         path, key=key, password=password, certificate=certificate, chain=tuple(chain or ())
     )
-    names = ", ".join(each.name for each in signature.covered(path))
-    typer.echo(f"wrote {done}, which covers {names}")
+    typer.echo(f"wrote {done}, which covers {_told(each.name for each in signature.covered(path))}")
 
 
 @app.command("verify-signature", epilog="Example: dverge verify-signature --public-key signer.pub")
@@ -78,12 +80,19 @@ def verify_signature(
         typer.Option(help="For Sigstore: who vouched for --identity, an OpenID Connect issuer."),
     ] = "",
 ) -> None:
-    """Check that a model, its report and its provenance are those that a signer signed.
+    """Check that a model or a folder is as it was signed.
 
-    Exit code 2, and a line that names the file, if one was changed, added or removed.
+    A model is checked with its report, provenance and other files. Exit code 2, and a line that
+    names the file, if one was changed, added or removed.
     """
     from dverge_serve.engine.signature import verify
     from dverge_serve.engine.trust import Trust
 
     trust = Trust(public_key=public_key, certificate=certificate, identity=identity, issuer=issuer)
-    typer.echo(f"signed: {', '.join(sorted(verify(path, trust)))}")
+    typer.echo(f"signed: {_told(sorted(verify(path, trust)))}")
+
+
+def _told(files: Iterable[str]) -> str:
+    """Return the names of a few files, or how many there are."""
+    names = list(files)
+    return ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from rich.text import Text
 from dverge_serve.engine.radius import written
 from dverge_serve.errors import printable
 from dverge_serve.progress import gigabytes
+
+HASH = re.compile("[0-9a-f]{64}")
 
 if TYPE_CHECKING:
     from dverge_serve.engine.environment import CacheUse, Finding
@@ -127,13 +130,17 @@ def demo_table(report: Report, standard: Accuracies, eps: float) -> None:
 
 
 def card_table(facts: dict[str, Any]) -> None:
-    """Print what a model file is, one fact a line."""
+    """Print what a model file is, one fact a line; last those with a hash, which stays whole."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    hashed = {name: value for name, value in facts.items() if HASH.search(str(value))}
     for name, value in facts.items():
-        table.add_row(name, plain(value))
+        if name not in hashed:
+            table.add_row(name, plain(value))
     show(table)
+    for name, value in hashed.items():
+        Console().print(plain(f"{name}: {value}"), soft_wrap=True)
 
 
 def bench_table(rows: list[dict[str, Any]], title: str) -> None:

@@ -246,8 +246,7 @@ def _dry_run(config: Config, device: str, seconds: float | None) -> None:
             raise
         # The recipe's settings were asked for; the images may come later.
         typer.echo(f"no estimate: {as_flags(str(error))}", err=True)
-    finally:
-        typer.echo(json.dumps(config.to_json(), indent=2))
+    typer.echo(json.dumps(config.to_json(), indent=2))
     if cost:
         _say_cost(cost, str(chosen))
 

@@ -112,7 +112,7 @@ def verify_robustness(
     from dverge_serve.cli import as_flags
     from dverge_serve.cli.tables import live_line, report_table, verdict_lines
     from dverge_serve.engine.provenance import read_provenance
-    from dverge_serve.engine.report import report_path
+    from dverge_serve.engine.report import page_path, report_path
     from dverge_serve.files import check_writable, pretty_json, write_atomic
     from verification import verify
     from verification.report.bill_of_materials import bill_of_materials
@@ -146,11 +146,11 @@ def verify_robustness(
     report_table(report)
     if report.live is not None:
         typer.echo(live_line(report.live))
-    typer.echo(f"report in {report_path(model)}")
+    typer.echo(f"report in {report_path(model)} and {page_path(model)}")
     met, told = _demand(report, min_accuracy, at_eps, threat)
     if junit is not None:
         case = [] if min_accuracy is None else [(f"at least {min_accuracy:g}", met, told)]
-        write_atomic(junit, junit_xml(report, case))
+        write_atomic(junit, as_flags(junit_xml(report, case).decode()).encode())
     if bom is not None:
         provenance = read_provenance(model, report.model.sha256)
         write_atomic(bom, pretty_json(bill_of_materials(report, provenance)))

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from dverge_serve.engine.card import INPUT, Card
 from dverge_serve.engine.providers import CPU, PROVIDER, Device, providers
-from dverge_serve.errors import UserError
+from dverge_serve.errors import UserError, brief
 
 MAX_BYTES = 2 * 1024**3
 WARNINGS, NOTHING = 2, 4  # severities from which ONNX Runtime prints; the first is its default
@@ -58,7 +58,7 @@ def cpu_session(data: bytes, path: Path, *, threads: int, spinning: bool) -> ort
         return _session(data, options, [CPU])
     # ONNX Runtime raises a different class for every way a file can be wrong.
     except Exception as error:
-        text = _text(error)
+        text = brief(error)
         if "external" in text.lower():
             raise UserError(
                 f"{path} keeps its weights in other files",
@@ -104,7 +104,7 @@ def gpu_session(
         session.run(None, {INPUT: np.zeros((1, *card.input_shape), np.float32)})
     except Exception as error:
         raise UserError(
-            f"{device} cannot run {path} ({(missing or [_text(error)])[0]})",
+            f"{device} cannot run {path} ({(missing or [brief(error)])[0]})",
             "a GPU with its libraries, and free memory on it",
             "install `dverge-serve[gpu]` or use `device` cpu",
         ) from error
@@ -165,7 +165,3 @@ def _options(path: Path) -> ort.SessionOptions:
 def _session(data: bytes, options: ort.SessionOptions, on: list[Any]) -> ort.InferenceSession:
     # Without its fallback: after an error of the GPU, in any call, it would go on on the CPU.
     return ort.InferenceSession(data, options, providers=on, enable_fallback=0)
-
-
-def _text(error: Exception) -> str:
-    return (" ".join(str(error).split()) or "no reason given")[:200]

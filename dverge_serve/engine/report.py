@@ -204,6 +204,18 @@ def read_report(model: Path, model_sha256: str) -> dict[str, Any] | None:
     return report if matches else None
 
 
+def no_report(model: Path) -> str:
+    """Say why `read_report` found no report of `model`, in words."""
+    path = report_path(model)
+    if not path.exists():
+        return "no report for this file"
+    try:
+        Report.load(path)
+    except UserError as error:
+        return error.found
+    return f"{path.name} is about another file"
+
+
 def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a report's figures that are for anybody: they do not help an attacker."""
     keys = ("verdict", "clean_accuracy", "robust_accuracy")

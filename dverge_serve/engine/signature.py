@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dverge_serve.engine.pem import check_certificates, check_private_key
 from dverge_serve.engine.trust import Trust
-from dverge_serve.errors import UserError
+from dverge_serve.errors import UserError, brief
 from dverge_serve.files import atomic_path
 
 SUFFIX = ".sig"
@@ -63,7 +64,7 @@ def sign(
         path: the model file or the folder.
         key: PEM file of an elliptic-curve private key (P-256, P-384 or P-521). Without it, by
             Sigstore, with the identity of the CI job or of a person at a browser.
-        password: of the key, if it is encrypted.
+        password: of the key, if it is encrypted, which it cannot be beside a certificate.
         certificate: PEM file of the signer's certificate, of the same key.
         chain: PEM files of the certificates between the signer's and the root.
 
@@ -72,6 +73,10 @@ def sign(
     """
     files = covered(path)
     _require()
+    if key is not None:
+        check_private_key(key, password if certificate is None else None)
+    for each in (*([certificate] if certificate else ()), *chain):
+        check_certificates(each)
     from model_signing import signing
 
     config = signing.Config().set_hashing_config(_hashing(_root(path), files))
@@ -93,7 +98,7 @@ def sign(
     except UserError:
         raise
     except Exception as error:  # of files, keys, certificates, or Sigstore's services
-        raise UserError(f"cannot sign {path} ({_text(error)})", "a key that can be used") from error
+        raise UserError(f"cannot sign {path} ({brief(error)})", "a key that can be used") from error
     return signature_path(path)
 
 
@@ -115,6 +120,7 @@ def verify(path: Path, trust: Trust) -> dict[str, str]:
     """
     files, root, signature = covered(path), _root(path), signature_path(path)
     _require()
+    trust.check_files()
     from model_signing import verifying
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +148,7 @@ def verify(path: Path, trust: Trust) -> dict[str, str]:
             if hashing_config.found:
                 raise _difference(root, listed, hashing_config.found) from error
             raise UserError(
-                f"{signature} is not a valid signature by the trusted signer ({_text(error)})",
+                f"{signature} is not a valid signature by the trusted signer ({brief(error)})",
                 next_step="have the model signed by whom you trust",
             ) from error
         trust.check_identity(copy.read_bytes(), signature)
@@ -166,7 +172,7 @@ def _hashing(root: Path, files: list[Path]) -> Any:
             try:
                 manifest = super().hash(root, files_to_hash=files)
             except ValueError as error:  # a link, or a special file
-                raise UserError(f"{root} cannot be hashed ({_text(error)})") from error
+                raise UserError(f"{root} cannot be hashed ({brief(error)})") from error
             rows = manifest.resource_descriptors()
             self.found = {row.identifier: row.digest.digest_hex for row in rows}
             return manifest
@@ -174,10 +180,6 @@ def _hashing(root: Path, files: list[Path]) -> Any:
     config = Files().set_ignored_paths(paths=(), ignore_git_paths=False)
     config.found = {}
     return config
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _listed(copy: Path, signature: Path) -> dict[str, str]:

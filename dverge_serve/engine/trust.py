@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dverge_serve.engine.pem import check_certificates, check_public_key
 from dverge_serve.errors import UserError
 
 
@@ -49,6 +50,25 @@ class Trust:
         for path in (self.public_key, self.certificate):
             if path is not None and not path.is_file():
                 raise UserError(f"no file {path}", "PEM of the signer's key or of its authority")
+
+    @property
+    def told(self) -> str:
+        """Whose signature counts, for people."""
+        if self.public_key is not None:
+            return f"the key in {self.public_key.name}"
+        by = self.issuer if self.certificate is None else self.certificate.name
+        return f"{self.identity}, for whom {by} vouches"
+
+    def check_files(self) -> None:
+        """Refuse a file that holds no public key or no certificate.
+
+        Raises:
+            UserError: the file cannot be read, or holds something else.
+        """
+        if self.public_key is not None:
+            check_public_key(self.public_key)
+        if self.certificate is not None:
+            check_certificates(self.certificate)
 
     def configure(self, config: Any) -> None:
         """Tell the package's `verifying.Config` how to check a signature."""

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dverge_serve.serving.loaded_model import ServedModel
+from dverge_serve.serving.model_report import ModelReport
 from dverge_serve.serving.responses import HTML, Response
 from dverge_serve.serving.settings import Exposure
 
@@ -88,13 +89,16 @@ def _facts(served: ServedModel, expose: Exposure) -> list[tuple[str, str]]:
         ("Members", f"{card.members}, answering by the mean of their logits"),
         ("Trained on", card.dataset),
         ("Model file", f"sha256 {served.sha256}"),
-        *([] if expose == "label" else _report(served.report.headline)),
+        *([] if expose == "label" else _report(served.report)),
     ]
 
 
-def _report(headline: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _report(report: ModelReport) -> list[tuple[str, str]]:
+    headline = report.headline
     if headline is None:
-        return [("Robustness", "not verified: no report lies beside this model")]
+        foreign = "the report beside this model is about another file"
+        why = foreign if report.state == "foreign" else "no report lies beside this model"
+        return [("Robustness", f"not verified: {why}")]
     rows = [("Verification", str(headline.get("verdict", "unknown")))]
     if isinstance(headline.get("clean_accuracy"), dict):
         rows.append(("Clean accuracy", _figure(headline["clean_accuracy"])))

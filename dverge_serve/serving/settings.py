@@ -34,15 +34,15 @@ class Settings:
     model_public_key: str = ""
     """Serve no model that is not signed with this key: a PEM file. None by default."""
     model_certificate: str = ""
-    """The same by a certificate: a PEM file with the authority's; with `model_identity`."""
+    """The same by a certificate: a PEM file with the authority's; with `DVERGE_MODEL_IDENTITY`."""
     model_identity: str = ""
     """Who signed: a name in the signer's certificate."""
     model_issuer: str = ""
-    """OpenID Connect issuer of `model_identity`, for signatures by Sigstore."""
+    """OpenID Connect issuer of `DVERGE_MODEL_IDENTITY`, for signatures by Sigstore."""
     token: str = ""
     """Bearer token that callers must show; none by default."""
     admin_token: str = ""
-    """Bearer token for reload and metrics, in place of `token`; none by default."""
+    """Bearer token for reload and metrics, in place of `DVERGE_TOKEN`; none by default."""
     expose: Exposure | None = None
     """How much callers see; unset means `full` on loopback and `scores` beyond it."""
     max_body_bytes: int = 8_388_608
@@ -64,7 +64,7 @@ class Settings:
     log: Log = "text"
     """Form of the log lines."""
     watch: Watching = "observe"
-    """Near-copies of one image beyond `watch_budget`: counted and logged, or refused too (429)."""
+    """Near-copies beyond `DVERGE_WATCH_BUDGET`: counted and logged, or refused as well (429)."""
     watch_budget: int = 50
     """Near-copies of one image that each worker takes in a day."""
 
@@ -110,8 +110,8 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from `DVERGE_*` variables; an empty one counts as unset.
 
-        Not so an empty token: it most likely came from a variable that is not set, and the service
-        would be open to anyone.
+        Not so a token, hash or signer: an empty one most likely came from a variable that is not
+        set, and the service would be open to anyone, or serve any model.
 
         Unknown names are left alone: Kubernetes, for one, makes up `DVERGE_PORT` for a Service
         called dverge.
@@ -124,8 +124,9 @@ class Settings:
         for field in dataclasses.fields(cls):
             name = variable(field.name)
             text = environ.get(name, "").strip()
-            if field.name in _TOKENS and name in environ and not text:
-                raise UserError(f"{name} is empty", "a token", "unset it to ask for none")
+            if name in environ and not text and field.default == "":
+                expected = "a token" if field.name in _TOKENS else "a value"
+                raise UserError(f"{name} is empty", expected, "unset it to ask for none")
             if text:
                 values[field.name] = _parse(field.name, text, field.default)
         return cls(**values)

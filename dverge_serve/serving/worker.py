@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dverge_serve.engine.trust import Trust
 from dverge_serve.errors import UserError
 from dverge_serve.serving.loaded_model import ServedModel
 from dverge_serve.serving.logs import LOGGER
@@ -43,6 +44,7 @@ class Worker:
         self.loading: asyncio.Task[None] | None = None
         self._on_failure = on_failure
         self._folder = folder
+        self._trust: Trust | None = None
         self._own_folder: tempfile.TemporaryDirectory[str] | None = None
         self._reloader: Reloader | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -53,7 +55,8 @@ class Worker:
         if self._folder is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
             self._folder = Path(self._own_folder.name)
-        versions = ModelVersions(self._folder, self.settings.trust)
+        self._trust = self.settings.trust
+        versions = ModelVersions(self._folder, self._trust)
         self._reloader = Reloader(versions, self.settings, self.number, self._serve)
         self.loading = asyncio.get_running_loop().create_task(self._load())
         if self._reloader.any_served:
@@ -146,11 +149,12 @@ class Worker:
         self.metrics.model(served.card.name, served.sha256, serving=True, alarm=alarm)
         LOGGER.log(
             logging.INFO if alarm else logging.WARNING,
-            "worker %d serves %s (%s, sha256 %s) on %s with %s",
+            "worker %d serves %s (%s, sha256 %s) on %s with %s; %s",
             self.number,
             served.card.name,
             self.settings.model,
             served.sha256,
             served.engine.provider,
             served.report.told,
+            f"signed by {self._trust.told}" if self._trust else "no signature is asked for",
         )

@@ -66,6 +66,12 @@ def test_the_templates_are_yaml_and_set_what_the_script_reads() -> None:
     gitlab = yaml.safe_load((CI / "gitlab-ci.yml").read_text())["model"]
     for variables in (github["env"], gitlab["variables"]):
         assert all(f"${{{name}:-" in script for name in variables if name != "DVERGE_CACHE")
+    used = {step["uses"]: step for step in github["steps"] if "uses" in step}
+    restored, saved = (used[f"actions/cache/{what}@v4"] for what in ("restore", "save"))
+    assert saved["if"] == "always()"
+    assert saved["with"].items() <= restored["with"].items()
+    assert saved["with"]["key"].startswith(restored["with"]["restore-keys"])
+    assert gitlab["cache"]["when"] == "always"
     runs = [step["run"] for step in github["steps"] if "run" in step]
     assert runs == gitlab["script"]
     assert (ROOT / runs[-1].split()[-1]).is_file()

@@ -13,8 +13,10 @@ import torch
 
 from dverge_serve import __version__
 from dverge_serve.cli import as_flags, run
+from dverge_serve.engine.report import Report
 from tests.cli.running import complains, python
 from tests.serving import tiny
+from tests.verification.report.test_page import table
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,10 @@ from tests.serving import tiny
         (["export", "model"], "ending in .onnx"),
         (["verify-robustness"], "no model at model.onnx"),
         (["verify-robustness", "--eps", "big"], "8/255 or auto"),
+        (
+            ["verify-robustness", "--eps", "8"],
+            "above 0 and at most 1 with commas",
+        ),
         (["verify-robustness", "--at-eps", "8/0"], "--at-eps '8/0'"),
         (["verify-robustness", "--eps", "0.1", "--at-eps", "0.2"], "one of --eps"),
         (["verify-robustness", "--threat", "magic"], "transfer, white-box or all"),
@@ -97,6 +103,15 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert command in listed
         assert run([command, "--help"]) == 0
         assert f"Example: dverge {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_summary_of_a_command_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in ([], ["cache"]):
+        assert run([*group, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +219,16 @@ def test_the_four_commands_and_the_gate(
     assert verdict == "verdict INCONCLUSIVE"
     assert failed.startswith("control-falls failed: at eps 1/255 = 0.00392")
     assert step.startswith("  what to do: use --eps auto")
+
+
+def test_a_verification_names_its_page_and_junit_the_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("verification.verify", lambda *_, **__: Report.from_json(table()))
+    assert run(["verify-robustness", "m.onnx", "--junit", "checks.xml"]) == 0
+    assert "report in m.report.json and m.report.html" in capsys.readouterr().out
+    assert "give the --run" in Path("checks.xml").read_text()
 
 
 def test_the_package_lists_its_names_without_importing_them(tmp_path: Path) -> None:

@@ -19,6 +19,14 @@ def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
     return {each["what"]: each for each in json.loads(capsys.readouterr().out)}
 
 
+def test_the_cache_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cache"]) == 0
+    told = capsys.readouterr()
+    assert "prune" in told.out
+    assert told.err == ""
+    complains(capsys, ["cache", "nonsense"], "No such command 'nonsense'")
+
+
 def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     found = findings(capsys)
     assert found["cores"]["found"].endswith(f"of {os.cpu_count()}")
@@ -91,7 +99,7 @@ def test_the_cache_is_listed_by_its_parts(cache: Path, capsys: pytest.CaptureFix
 
 def test_pruning_deletes_what_is_old(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cache", "prune", "attacks"]) == 0
-    assert capsys.readouterr().out.startswith("deleted 1 entries")
+    assert capsys.readouterr().out.startswith("deleted 1 entry,")
     assert {each.name for each in cache.rglob("*")} >= {"new.npz", "old"}
     assert run(["cache", "prune"]) == 0
     assert [each.name for each in (cache / "surrogates").iterdir()] == ["new"]

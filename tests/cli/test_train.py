@@ -52,12 +52,22 @@ def test_a_recipe_of_another_size_than_the_named_set_is_refused_before_any_downl
 
 
 def test_a_wrong_folder_is_a_mistake_on_a_dry_run_too(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(["train", "--data", str(tmp_path / "nowhere"), "--dry-run"]) == 2
-    told = capsys.readouterr()
-    assert json.loads(told.out)["name"] == "images"
-    assert "no folder" in told.err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for data, words in (
+        ("fotos", "no folder fotos; expected a folder of train/<class>/"),
+        ("cifar", "did you mean 'cifar10'?"),
+        ("file", "file is no folder; expected"),
+        ("photos/train", f"give --data {tmp_path / 'photos'}\n"),
+        ("photos/train/cat", f"give --data {tmp_path / 'photos'}\n"),
+    ):
+        assert run(["train", "--data", data, "--dry-run"]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert words in told.err
 
 
 def test_an_architecture_that_does_not_take_the_images_is_a_mistake(

@@ -12,7 +12,9 @@ import pytest
 from dverge_serve import Engine
 from dverge_serve.cli import run
 from dverge_serve.engine.report import report_path
+from dverge_serve.files import sha256
 from tests.cli.running import python
+from tests.serving import tiny
 
 
 def test_hidden_files_are_no_images(
@@ -29,12 +31,13 @@ def test_hidden_files_are_no_images(
 
 
 def test_a_file_name_that_is_not_utf8_does_not_lose_the_answers(
-    tiny_model: Path, digit: Path, tmp_path: Path
+    tiny_model: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = tmp_path / os.fsdecode(b"gr\xfcn.png")
     odd.write_bytes(digit.read_bytes())
     answers = tmp_path / "answers.csv"
     assert run(["predict", str(tiny_model), str(odd), "--csv", str(answers)]) == 0
+    assert capsys.readouterr().err.endswith(f"wrote {answers}: 1 image\n")
     assert "gr\\udcfcn.png" in answers.read_text(encoding="utf-8")
 
 
@@ -74,6 +77,27 @@ def test_inspect(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["robustness"] is None
     assert run(["inspect", str(tiny_model)]) == 0
     assert "no report for this file" in capsys.readouterr().out
+
+
+def test_the_report_of_another_file_is_told_as_one(
+    reported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_gray_model(reported, ("other", "labels"))
+    assert run(["inspect", str(reported)]) == 0
+    assert "gray.report.json is about another file" in capsys.readouterr().out
+    assert run(["card", str(reported)]) == 0
+    assert "gray.report.json is about another file: the card" in capsys.readouterr().err
+    report_path(reported).write_text("{}")
+    assert run(["inspect", str(reported)]) == 0
+    assert "is not a report this version reads" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_hash_is_never_broken(
+    reported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(["inspect", str(reported)]) == 0
+    assert sha256(reported.read_bytes()) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["clean_accuracy", "data", "gates", "verdict"])

@@ -41,11 +41,9 @@ def pages() -> dict[str, str]:
 def cli() -> str:
     """Return the help of every command."""
     run(["--version"])  # registers the commands
-    group = typer.main.get_command(app)
-    parts = ["# Command line\n"]
-    parts.append(f"```\n{_help(group, 'dverge')}\n```\n")
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        parts.append(f"## dverge {name}\n\n```\n{_help(command, f'dverge {name}')}\n```\n")
+    (_, whole), *commands = _commands(typer.main.get_command(app), "dverge")
+    parts = ["# Command line\n", f"```\n{whole}\n```\n"]
+    parts += [f"## {name}\n\n```\n{text}\n```\n" for name, text in commands]
     parts.append(
         "## Exit codes\n\n| code | means |\n|---|---|\n"
         "| 0 | done; for a verification: VALID |\n"
@@ -54,11 +52,18 @@ def cli() -> str:
         "| 2 | a mistake of the user or a problem of the environment; one line says which |\n"
         "| 3 | the verification is INCONCLUSIVE or INVALID, even if `--min-accuracy` is met |\n"
         "| 70 | a bug in this project |\n"
-        "| 130 | interrupted |\n\n"
+        "| 130 | interrupted; `dverge serve` ends with 0 at Ctrl-C |\n\n"
         "## Shell completion\n\n`dverge --install-completion` installs completion for the current "
         "shell;\n`dverge --show-completion` prints it.\n"
     )
     return "\n".join(parts)
+
+
+def _commands(command: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the help of a command and, for a group, of what is in it."""
+    yield name, _help(command, name)
+    for part, each in getattr(command, "commands", {}).items():
+        yield from _commands(each, f"{name} {part}")
 
 
 def _help(command: Any, name: str) -> str:
@@ -139,7 +144,7 @@ def settings() -> str:
             assert isinstance(line.target, ast.Name)
             assert isinstance(text.value, ast.Constant)
             default = getattr(Settings(), line.target.id)
-            shown = f"`{default}`" if default not in ("", None) else "none"
+            shown = {"": "none", None: "unset"}.get(default, f"`{default}`")
             words = python.escape(" ".join(str(text.value.value).split()))
             rows.append(f"| `DVERGE_{line.target.id.upper()}` | {shown} | {words} |")
     return (

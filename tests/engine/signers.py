@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 PASSWORD = "a password"
 EMAIL = "release@example.org"
@@ -25,21 +26,23 @@ class Key(NamedTuple):
 def key(folder: Path, name: str = "signer", *, encrypted: bool = False) -> Key:
     made = ec.generate_private_key(ec.SECP256R1())
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(
-        made.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.BestAvailableEncryption(PASSWORD.encode())
-            if encrypted
-            else serialization.NoEncryption(),
-        )
-    )
+    private.write_bytes(pem(made, encrypted=encrypted))
     public.write_bytes(
         made.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
     )
     return Key(private, public, made)
+
+
+def pem(key: PrivateKeyTypes, *, encrypted: bool = False) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(PASSWORD.encode())
+        if encrypted
+        else serialization.NoEncryption(),
+    )
 
 
 def certificate(folder: Path, of: Key, name: str, by: Key, *, authority: bool = False) -> Path:

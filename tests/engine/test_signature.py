@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from dverge_serve.cli import run
 from dverge_serve.engine.signature import PARTS, covered, sign, verify
@@ -205,10 +207,69 @@ def test_sigstore_gets_the_identity_and_its_issuer(
 
 def test_an_encrypted_key(model: Path, tmp_path: Path) -> None:
     signer = signers.key(tmp_path, "locked", encrypted=True)
-    with pytest.raises(UserError, match="cannot sign"):
-        sign(model, key=signer.private)
     sign(model, key=signer.private, password=signers.PASSWORD)
     assert verify(model, by(signer))
+
+
+@pytest.mark.parametrize(
+    ("name", "password", "words"),
+    [
+        ("locked.pem", "", "locked.pem is an encrypted key; expected its password in DVERGE_KEY_"),
+        ("locked.pem", "wrong", "is no private key that DVERGE_KEY_PASSWORD decrypts"),
+        ("signer.pem", "none", "DVERGE_KEY_PASSWORD is set, and "),
+        ("signer.pub", "", "signer.pub is no private key; expected an elliptic-curve one (P-256"),
+        ("rsa.pem", "", "rsa.pem is a private key of another kind; expected an elliptic-curve"),
+        ("k1.pem", "", "of the curve secp256k1; expected an elliptic-curve one (P-256"),
+        ("none.pem", "", "cannot read "),
+    ],
+)
+def test_a_key_that_cannot_sign(
+    name: str,
+    password: str,
+    words: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    signers.key(tmp_path)
+    signers.key(tmp_path, "locked", encrypted=True)
+    others: dict[str, PrivateKeyTypes] = {"rsa": rsa.generate_private_key(65537, 2048)}
+    others["k1"] = ec.generate_private_key(ec.SECP256K1())
+    for stem, key in others.items():
+        (tmp_path / f"{stem}.pem").write_bytes(signers.pem(key))
+    monkeypatch.setenv("DVERGE_KEY_PASSWORD", password)
+    complains(capsys, ["sign", str(model), "--key", str(tmp_path / name)], words)
+    assert not model.with_suffix(".sig").exists()
+
+
+def test_a_file_that_is_no_key_or_certificate_is_told_before_any_signature_is_judged(
+    model: Path, signer: signers.Key, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = str(model)  # not signed
+    for file in (signer.private, model):
+        verify_by = ["verify-signature", name, "--public-key", str(file)]
+        complains(capsys, verify_by, f"{file} is no public key; expected an elliptic-curve one")
+    for file in (signer.public, model):
+        verify_by = ["verify-signature", name, "--identity", "me", "--certificate", str(file)]
+        complains(capsys, verify_by, f"{file} is no certificate; expected")
+    signed_by = ["sign", name, "--key", str(signer.private), "--certificate", name]
+    complains(capsys, signed_by, f"{model} is no certificate; expected")
+    locked = signers.key(model.parent, "locked", encrypted=True)
+    signed_by = ["sign", name, "--key", str(locked.private), "--certificate", name]
+    complains(capsys, signed_by, "expected beside --certificate one that is not encrypted")
+
+
+def test_many_names_are_told_as_a_count(
+    model: Path, signer: signers.Key, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for at in range(20):
+        (model.parent / f"{at}.png").touch()
+    count = len(covered(model.parent))
+    assert run(["sign", str(model.parent), "--key", str(signer.private)]) == 0
+    assert capsys.readouterr().out.endswith(f"model.sig, which covers {count} files\n")
+    assert run(["verify-signature", str(model.parent), "--public-key", str(signer.public)]) == 0
+    assert capsys.readouterr().out == f"signed: {count} files\n"
 
 
 def test_other_verifiers_of_the_format_accept_it(model: Path, signer: signers.Key) -> None:
@@ -251,7 +312,7 @@ def test_the_commands(model: Path, signer: signers.Key, capsys: pytest.CaptureFi
         (["sign", name, *key, "--sigstore"], "--key with --sigstore"),
         (["sign", name, "--sigstore", "--certificate", name], "--certificate or --chain without"),
         (["sign", f"{name}x", *key], "no model at"),
-        (["sign", name, "--key", "none.pem"], "cannot sign"),
+        (["sign", name, "--key", "none.pem"], "cannot read none.pem (No such file"),
         (["verify-signature", name], ways),
         (["verify-signature", name, *public, "--issuer", "x"], ways),
         (

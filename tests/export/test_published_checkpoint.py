@@ -163,8 +163,8 @@ def test_foreign_files_and_code_in_pickles(
     Path("names").write_text("a\nb\n")
     for arguments, words in (
         (["--checkpoint", "none.pth", "--labels", "cifar10"], "cannot read none.pth"),
-        (["--checkpoint", "text.pth", "--labels", "cifar10"], "is damaged"),
-        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "is damaged"),
+        (["--checkpoint", "text.pth", "--labels", "cifar10"], "text.pth is no weights file"),
+        (["--checkpoint", "empty.pth", "--labels", "cifar10"], "is no weights file"),
         (["--checkpoint", "evil.pth", "--labels", "cifar10"], "is damaged, or not of"),
         (["--checkpoint", "half.pth", "--labels", "cifar10"], "is damaged"),
         (["--checkpoint", "module.pth", "--labels", "cifar10"], "torch.nn.modules.linear.Linear"),

@@ -257,7 +257,11 @@ def test_compose_hides_the_service_behind_the_proxy() -> None:
     assert "ports" not in service
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
-    assert set(service["environment"]) <= VARIABLES
+    variables = dict(line.partition("=")[::2] for line in service["environment"])
+    assert set(variables) <= VARIABLES
+    # An unset variable must not reach the service as an empty one, nor the other way round.
+    assert "DVERGE_MODEL_PUBLIC_KEY" in service["environment"]
+    assert not [line for line in service["environment"] if ":-" in line]
     assert int(service["stop_grace_period"].rstrip("s")) >= 2 * Settings().timeout_s
     for part in compose["services"].values():
         for volume in part.get("volumes", []):

@@ -67,7 +67,7 @@ async def test_a_report_about_another_file_is_not_shown(start: Start, tmp_path: 
     client = await start(model=model)
     refusal(await client.get("/report"), "no_report")
     assert (await client.get("/model")).json()["report"] is None
-    assert "not verified" in (await client.get("/")).text
+    assert "not verified: the report beside this model is about" in (await client.get("/")).text
 
 
 async def test_the_example_names_the_service_as_it_was_reached(start: Start) -> None:

@@ -88,11 +88,13 @@ def test_what_serve_is_given_wins_over_the_environment(
     assert (settings.workers, settings.token, settings.device) == (1, "mine", "auto")
 
 
-def test_an_empty_token_is_refused_not_ignored(launched: list[Settings]) -> None:
-    """It comes from a variable that is not set; the service would be open to anyone."""
+def test_an_empty_protection_is_refused_not_ignored(launched: list[Settings]) -> None:
+    """It comes from a variable that is not set; the service would serve anyone, or any model."""
     with pytest.raises(UserError, match="`token` is empty"):
         serve("127.0.0.1", free_port(), token="")
-    for name in ("DVERGE_TOKEN", "DVERGE_ADMIN_TOKEN"):
+    signer = ("PUBLIC_KEY", "CERTIFICATE", "IDENTITY", "ISSUER")
+    protections = ("TOKEN", "ADMIN_TOKEN", "MODEL_SHA256", *(f"MODEL_{each}" for each in signer))
+    for name in (f"DVERGE_{each}" for each in protections):
         for value in ("", "  "):
             with pytest.raises(UserError, match=f"{name} is empty"):
                 Settings.from_environment({name: value})

@@ -59,6 +59,7 @@ def test_a_signed_model_is_served_and_reloaded_and_a_tampered_one_is_not(
             return httpx.get(f"{server.url}/livez").headers["x-model-sha256"]
 
         before = served()
+        assert "; signed by the key in signer.pub" in server.log
         put(folder, "another")
         for words in ("model.onnx is not the file that was signed", "model.onnx is not signed"):
             status, told = reload()
@@ -83,6 +84,8 @@ def test_a_signed_model_is_served_and_reloaded_and_a_tampered_one_is_not(
             {"DVERGE_MODEL_PUBLIC_KEY": "none.pub"},
             "none.pub; expected PEM of the signer's key",
         ),
+        ({"DVERGE_MODEL_PUBLIC_KEY": "model.onnx"}, "model.onnx is no public key"),
+        ({"DVERGE_MODEL_PUBLIC_KEY": ""}, "DVERGE_MODEL_PUBLIC_KEY is empty"),
         (
             {"DVERGE_MODEL_ISSUER": "x"},
             "DVERGE_MODEL_PUBLIC_KEY and DVERGE_MODEL_ISSUER for the signer of a model; expected "

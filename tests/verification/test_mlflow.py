@@ -186,6 +186,9 @@ def test_one_line_and_nothing_logged(
     complains(capsys, [*to_store, "--run", str(tmp_path)], "no run at")
     unknown = ["mlflow", str(model), "--tracking-uri", "nonsense://server"]
     complains(capsys, unknown, "MLflow at nonsense://server refused")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nobody = ["mlflow", str(model), "--tracking-uri", "http://127.0.0.1:9"]
+    complains(capsys, nobody, "http://127.0.0.1:9 cannot be reached (")
     mlflow.set_tracking_uri(None)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     complains(capsys, ["mlflow", str(model)], "expected --tracking-uri or MLFLOW_TRACKING_URI")

@@ -99,7 +99,10 @@ def _folder(root: Path, group: str) -> ImageFolder:
     tests = [name for name in TEST_FOLDERS if (root / name).is_dir()]
     above = root.absolute().parent
     is_part = root.name in ("train", *TEST_FOLDERS) and (above / "train").is_dir()
+    in_part = above.name in ("train", *TEST_FOLDERS) and (above.parent / "train").is_dir()
     left_out: list[LeftOut] = []
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder" if root.exists() else f"no folder {root}", layout)
     whole = not is_part and not tests and not (root / "train").is_dir()
     if whole and len(_folders(root)) > 1:
         classes = _classes(root, layout, left_out)
@@ -107,7 +110,8 @@ def _folder(root: Path, group: str) -> ImageFolder:
         return ImageFolder(root, *_parts(classes, root, groups), left_out, True, groups)
     for part in ("train", tests[0] if tests else "test"):
         if not (root / part).is_dir():
-            next_step = f"give `data` {above}" if is_part else ""
+            whole_set = above if is_part else above.parent if in_part else None
+            next_step = f"give `data` {whole_set}" if whole_set else ""
             raise UserError(f"no folder {root / part}", layout, next_step)
     train, test = (_classes(root / name, layout, left_out) for name in ("train", tests[0]))
     left_out += [LeftOut(root / name, f"beside {tests[0]}/, the test set") for name in tests[1:]]

@@ -83,7 +83,9 @@ def _table(content: bytes, path: Path) -> Mapping[Any, Any]:
         return parse(content, path)
     except UserError as error:
         if not content.startswith(_PICKLES):  # only now: a safetensors file may begin so, too
-            raise UserError(f"{error.found}", EXPECTED) from error
+            # The header's length, 8 bytes, and the header, which is JSON.
+            found = error.found if content[8:9] == b"{" else f"{path} is no weights file"
+            raise UserError(found, EXPECTED) from error
     try:
         if content.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(content)) as parts:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dverge_serve.engine.rates import ByQueries
 from dverge_serve.engine.report import Report
@@ -67,7 +68,13 @@ def _templates() -> Environment:
         "interval": _interval,
         "percent": _percent,
     }
+    found.filters["words"] = _words
     return found
+
+
+def _words(text: str) -> Markup:
+    """Return advice as HTML, what is in backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 def _percent(rate: dict[str, Any] | None) -> str:

@@ -96,7 +96,7 @@ def test_no_folder_given() -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     message = refusal(from_folder(tmp_path / "nowhere"))
-    assert f"no folder {tmp_path / 'nowhere' / 'train'}" in message
+    assert f"no folder {tmp_path / 'nowhere'};" in message
     assert "train/<class>/" in message
 
 

@@ -16,7 +16,7 @@ from jinja2 import UndefinedError
 
 from dverge_serve.engine.report import Report
 from verification.report import plots
-from verification.report.page import page
+from verification.report.page import _words, page
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -190,6 +190,7 @@ def test_names_are_never_markup() -> None:
     assert "&lt;script&gt;" in text
     assert "<b>" not in text
     assert "a &lt; b &amp; c" in text
+    assert _words("use `<b>` or `eps`") == "use <code>&lt;b&gt;</code> or <code>eps</code>"
 
 
 @pytest.mark.parametrize("verdict", ["VALID", "INCONCLUSIVE", "INVALID"])
@@ -197,7 +198,7 @@ def test_the_verdict_comes_first_with_what_was_not_passed(verdict: str) -> None:
     text = shown(verdict=verdict)
     body = text[text.index("<main>") :]
     assert body.index(f"<strong>{verdict}</strong>") < body.index("<h2>")
-    assert "<code>parity</code> could not be run: not run. What to do: give the `run`." in body
+    assert "<code>parity</code> could not be run: not run. What to do: give the <code>" in body
 
 
 def test_test_images_seen_in_training_are_named() -> None:
