@@ -21,15 +21,16 @@ class JoinedWrites:
     def write(self, data: bytes) -> None:
         """Send `data` at the end of this step."""
         if not self._pieces:
-            self._loop.call_soon(self._send)
+            self._loop.call_soon(self.flush)
         self._pieces.append(data)
 
     def close(self) -> None:
         """Close the connection once all is sent."""
-        self._send()
+        self.flush()
         self._transport.close()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        """Send what was written at once: before the transport closes by itself."""
         if self._pieces and not self._transport.is_closing():
             self._transport.write(b"".join(self._pieces))
         self._pieces.clear()

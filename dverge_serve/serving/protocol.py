@@ -40,7 +40,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
-        super().connection_made(cast(asyncio.Transport, JoinedWrites(transport, self.loop)))
+        self._writes = JoinedWrites(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, self._writes))
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come."""
@@ -87,6 +88,7 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for a while if an answer is still to be sent."""
+        self._writes.flush()
         if not self._is_answering or self.scheme == "https":  # TLS has no half-closed connections
             return False
         self.cycle.keep_alive = False

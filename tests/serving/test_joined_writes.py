@@ -76,6 +76,14 @@ async def test_an_answer_is_sent_before_the_connection_closes(
     assert wire.closed
 
 
+async def test_an_answer_is_sent_before_a_caller_who_has_closed_is_let_go(
+    protocol: Protocol, wire: Wire
+) -> None:
+    protocol.transport.write(b"refused")
+    assert protocol.eof_received() is False  # the transport closes now
+    assert wire.sent == [b"refused"]
+
+
 async def test_nothing_is_sent_on_a_closed_connection(protocol: Protocol, wire: Wire) -> None:
     protocol.transport.write(b"late")
     wire.closed = True

@@ -46,6 +46,13 @@ CONTRACTS: list[Any] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that is named in these tests; what they read is `DATA`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colours").mkdir()
+
+
 def opened(path: Path, given: dict[str, Any] | None = None, *, search: bool = False) -> Any:
     return open_engine(path, THEIRS, "colours", given or {}).settled(
         DATA, given or {}, search=search

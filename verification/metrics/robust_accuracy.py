@@ -73,9 +73,10 @@ def figures(outcome: Outcomes, suite: Sequence[Attack], eps: Sequence[float]) ->
 
 
 def _sampled(outcome: Outcomes, attack: Attack, eps: float) -> Mask:
-    """Return which images survive an attack, of those in its sample."""
+    """Return which images survive an attack, of those in its sample; of all if it skips some."""
     robust = outcome.robust([attack], eps)
-    return robust[outcome.ran[attack.name, eps]] if attack.sample else robust
+    counted = attack.sample and not attack.skip_broken
+    return robust[outcome.ran[attack.name, eps]] if counted else robust
 
 
 def comparison(
