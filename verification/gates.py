@@ -169,7 +169,8 @@ def control_falls(
         return Gate(name, None, "INCONCLUSIVE", "no undefended control of this model's own run")
     kept, clean = control.robust(transfer, max(eps)).mean(), control.clean.mean()
     detail = (
-        f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean; "
+        f"at eps {written(max(eps))} the {what} keeps {kept:.3f} of {clean:.3f} clean, "
+        "universal patterns aside; "
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
     if searched:

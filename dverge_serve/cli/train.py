@@ -45,7 +45,12 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run directory. [default: runs/<recipe>-<time>]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where the run stopped; with RECIPE or --data, begin it."
+        ),
+    ] = False,
     members: Annotated[int | None, typer.Option(help="How many members.")] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Of all randomness. [default: 0]")] = None,
