@@ -121,12 +121,17 @@ def momentum_rule(momentum: float, norm: Norm = "linf") -> StepRule:
 
     def direction(gradient: Tensor) -> Tensor:
         nonlocal velocity
-        size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
-        unit = gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
+        unit = unit_l1(gradient)
         velocity = unit if velocity is None else momentum * velocity + unit
         return normalize(velocity, norm)
 
     return direction
+
+
+def unit_l1(gradient: Tensor) -> Tensor:
+    """Return each image's gradient divided by its L1 norm; one of zero stays zero."""
+    size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+    return gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
 def cross_entropy(output: Output, labels: Tensor) -> Loss:

@@ -37,9 +37,7 @@ class AnnealedPGD(AdaptivePGD, kind="annealed"):
             gradient, _ = recorded_gradient(best, loss, rows, x)
             left = ~best.done[rows]
             rows, x, velocity, gradient = (each[left] for each in (rows, x, velocity, gradient))
-            length = gradient.abs().sum((1, 2, 3), keepdim=True)
-            unit = gradient / length.clamp_min(torch.finfo(gradient.dtype).tiny)
-            velocity = MOMENTUM * velocity + unit
+            velocity = MOMENTUM * velocity + pgd.unit_l1(gradient)
             size = best.eps * FIRST * (1 + math.cos(math.pi * step / steps)) / 2 + LAST
             ahead = x + size * pgd.normalize(velocity, best.norm)
             x = pgd.project(ahead, best.clean[rows], best.eps, best.norm)
