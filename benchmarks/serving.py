@@ -11,8 +11,6 @@ left out, and the report says so.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import secrets
 import signal
@@ -23,7 +21,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ import numpy as np
 
 from benchmarks import overload
 from benchmarks.bench import bar, machine, say
+from benchmarks.peers.peer import FASTAPI, PEERS, absent
 from benchmarks.report import busy_percent, finish, turns
 from benchmarks.requests import png, tensors
 from benchmarks.server import Server, load
@@ -39,15 +37,7 @@ from dverge_serve.engine.session import Engine
 
 SINGLES = (1, 16, 64)
 BATCH, BATCH_CONNECTIONS = 32, 4
-OURS, FASTAPI = "dverge-serve", "fastapi"
-# Each with the packages that it needs.
-PEERS = {
-    FASTAPI: ("fastapi", "uvicorn"),
-    "fastapi-batching": ("fastapi", "uvicorn"),
-    "bentoml": ("bentoml",),
-    "litserve": ("litserve",),
-    "ray-serve": ("ray",),
-}
+OURS = "dverge-serve"
 COLUMNS = ["server", "case", "per_s", "p50_ms", "p99_ms", *overload.COLUMNS]
 
 
@@ -71,49 +61,16 @@ def save_model(path: Path) -> None:
     path.write_bytes(build_graph(ensemble, replace(card, form="grouped")))
 
 
-def absent(peers: Collection[str]) -> dict[str, str]:
-    """Return the peers that cannot run here, each with the reason."""
-    lacking = {
-        peer: [package for package in PEERS[peer] if find_spec(package) is None] for peer in peers
-    }
-    return {
-        peer: f"{' and '.join(packages)} not installed: pip install '.[bench]'"
-        for peer, packages in lacking.items()
-        if packages
-    }
-
-
 def servers_for(model: Path, peers: Collection[str]) -> list[Server]:
-    """Return our service, the same with a short queue, and the peers, each with what it is sent."""
-    picture, python = png(), [sys.executable, "-m"]
-    raw, as_json = {"content-type": "image/png"}, {"content-type": "application/json"}
-    encoded = base64.b64encode(picture).decode()
-    ours = [*python, "dverge_serve", "serve", str(model), "--port", "PORT", "--device", "cpu"]
+    """Return our service, the same with a short queue, and these peers."""
+    picture, kind = png(), {"content-type": "image/png"}
+    ours = [sys.executable, "-m", "dverge_serve", "serve", str(model)]
+    ours += ["--port", "PORT", "--device", "cpu"]
     short = ["env", f"DVERGE_QUEUE={overload.SHORT_QUEUE}", *ours]
-    bentoml = [*python, "bentoml", "serve", "benchmarks.peers.bentoml_service:Classify"]
-
-    def peer(module: str) -> list[str]:
-        return [*python, f"benchmarks.peers.{module}", "PORT"]
-
-    def sent(value: Any) -> bytes:
-        return json.dumps(value).encode()
-
-    found = [
-        Server(FASTAPI, peer("fastapi_server"), "/health", picture, raw),
-        Server("fastapi-batching", peer("fastapi_batching"), "/health", picture, raw),
-        Server(
-            *("bentoml", [*bentoml, "--host", "127.0.0.1", "--port", "PORT"], "/readyz"),
-            *(sent({"images": [encoded]}), as_json),
-        ),
-        Server(
-            *("litserve", peer("litserve_server"), "/health", sent({"image": encoded}), as_json)
-        ),
-        Server("ray-serve", peer("ray_server"), "/health", picture, raw),
-    ]
     return [
-        Server(OURS, ours, "/readyz", picture, raw),
-        Server(f"{OURS}-short-queue", short, "/readyz", picture, raw),
-        *(server for server in found if server.name in peers),
+        Server(OURS, ours, "/readyz", picture, kind),
+        Server(f"{OURS}-short-queue", short, "/readyz", picture, kind),
+        *(PEERS[name].server(name, picture) for name in peers),
     ]
 
 

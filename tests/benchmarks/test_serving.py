@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from benchmarks import overload, serving
 from benchmarks.overload import LOST, OK, REFUSED, Ask
+from benchmarks.peers.peer import FASTAPI, PEERS, Peer, absent
 from benchmarks.requests import png
 from dverge_serve.engine.session import Engine
 from tests.serving.tiny import save_linear_model
@@ -29,23 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", serving.PEERS)
-def test_peers_classify_the_picture_as_the_engine_does(
-    name: str, model: Path, tmp_path: Path
-) -> None:
-    if why := serving.absent([name]):
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_classify_the_picture_as_the_engine_does(name: str, model: Path) -> None:
+    if why := absent([name]):
         pytest.skip(why[name])
     server = serving.servers_for(model, [name])[-1]
-    try:
-        server.start(serving.environment_for(model, tmp_path), tmp_path / "log")
-        url = f"http://127.0.0.1:{server.port}/predict"
-        request = urllib.request.Request(url, server.body, server.headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            found = json.loads(answer.read())
-    finally:
-        if server.process:
-            server.signal(signal.SIGKILL)
-            server.process.wait()
+    # Ray puts sockets in there, whose paths must be short.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            server.start(serving.environment_for(model, Path(folder)), Path(folder) / "log")
+            url = f"http://127.0.0.1:{server.port}/predict"
+            request = urllib.request.Request(url, server.body, server.headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found = json.loads(answer.read())
+        finally:
+            if server.process:
+                server.signal(signal.SIGKILL)
+                server.process.wait()
     with Engine(model, device="cpu", threads=1) as engine:
         expected = engine.predict([png()])[0]
     (got,) = found if isinstance(found, list) else [found]
@@ -56,11 +58,9 @@ def test_peers_classify_the_picture_as_the_engine_does(
 def test_a_peer_that_is_not_installed_is_left_out_and_the_report_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(serving.PEERS, "other", ("json", "no_such_package"))
-    assert serving.absent(["other"]) == {
-        "other": "no_such_package not installed: pip install '.[bench]'"
-    }
-    assert serving.absent(["bentoml"]) == {}
+    monkeypatch.setitem(PEERS, "other", Peer(("json", "no_such_package"), ()))
+    assert absent(["other"]) == {"other": "no_such_package not installed: pip install '.[bench]'"}
+    assert absent(["bentoml"]) == {}
 
 
 class Fake(asyncio.Protocol):
@@ -147,7 +147,7 @@ def rows(peer: float) -> dict[tuple[str, str], dict[str, Any]]:
     """Return a run in which a peer has `peer` times our throughput and 1 / `peer` of our times."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for connections in serving.SINGLES:
-        for name, factor in ((serving.OURS, 1.0), (serving.FASTAPI, peer)):
+        for name, factor in ((serving.OURS, 1.0), (FASTAPI, peer)):
             here = {"per_s": 800 * factor, "p50_ms": 3 / factor, "p99_ms": 30 / factor}
             found[name, f"1 image, {connections} at once"] = here
     found["bare engine", "batch of 1"] = {"per_s": 1000, "p50_ms": 1}
@@ -161,16 +161,16 @@ def rows(peer: float) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_the_bars_hold_where_we_are_ahead_and_not_where_we_are_behind() -> None:
-    ahead, skipped = serving.bars(rows(peer=0.7), [serving.FASTAPI])
+    ahead, skipped = serving.bars(rows(peer=0.7), [FASTAPI])
     assert [bar["name"] for bar in ahead if not bar["holds"]] == []
     assert not skipped
-    behind, _ = serving.bars(rows(peer=0.9), [serving.FASTAPI])
+    behind, _ = serving.bars(rows(peer=0.9), [FASTAPI])
     names = [bar["name"] for bar in behind if not bar["holds"]]
     assert names == [
         "throughput at concurrency 1, ours / fastapi",  # 1.11, and 1.25 is asked for
         "added median latency at concurrency 1, ours / fastapi",
     ]
-    worst, _ = serving.bars(rows(peer=1.1), [serving.FASTAPI])
+    worst, _ = serving.bars(rows(peer=1.1), [FASTAPI])
     assert sum("fastapi" in bar["name"] and not bar["holds"] for bar in worst) == 7
 
 
@@ -200,7 +200,7 @@ def test_what_could_not_be_measured_is_no_bar() -> None:
     ]
     assert not any(overload.CASES[1] in bar["name"] for bar in found)
     measured["bare engine", "batch of 1"]["p50_ms"] = 5
-    _, skipped = serving.bars(measured, [serving.FASTAPI])
+    _, skipped = serving.bars(measured, [FASTAPI])
     assert skipped[-1]["name"].startswith("added median latency")
 
 
