@@ -22,7 +22,7 @@ from benchmarks.server import Server
 HOST = "127.0.0.1"
 FACTOR, LEAST_FACTOR = 2.0, 1.9
 LEAD_S = 2.0  # until the queue is full
-# Who is answered waits for the queue before it. This one is as long as the case that they are
+# Who is answered has waited for the queue. The short one is as long as the case that its p99 is
 # compared with has callers: the fewest with which batches form. 64 would be the milder comparison:
 # they wait for two batches of 32.
 UNLOADED = SHORT_QUEUE = 16
