@@ -10,10 +10,11 @@ import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import uvloop
 
 from benchmarks import overload, serving
 from benchmarks.overload import LOST, OK, REFUSED, Ask
@@ -70,8 +71,7 @@ class Fake(asyncio.Protocol):
         self._answer = answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._answer(self)
@@ -86,7 +86,8 @@ def offered(answer: Callable[[Fake], None], rate: float, seconds: float) -> list
             port = server.sockets[0].getsockname()[1]
             return await overload.offer(port, b"POST / HTTP/1.1\r\n\r\n", rate, seconds)
 
-    return asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
 
 
 def test_requests_go_on_while_none_is_answered() -> None:
