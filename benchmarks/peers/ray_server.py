@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from benchmarks.peers.classifier import Classifier
 
-QUIET = {"enable_access_log": False}
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 @serve.deployment(max_ongoing_requests=256, logging_config=QUIET)
