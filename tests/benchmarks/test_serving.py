@@ -18,6 +18,7 @@ import uvloop
 
 from benchmarks import overload, serving
 from benchmarks import report as report_module
+from benchmarks import server as server_module
 from benchmarks.overload import LOST, OK, REFUSED, Ask
 from benchmarks.peers.peer import FASTAPI, PEERS, Peer, absent
 from benchmarks.requests import png
@@ -208,7 +209,11 @@ def test_what_could_not_be_measured_is_no_bar() -> None:
 
 @pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
 def test_a_quick_run_beside_one_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--quick` measures, but for the waits and the most connections."""
     monkeypatch.setattr(report_module, "LOOK_S", 0.1)
+    monkeypatch.setattr(server_module, "DRAIN_S", 0.1)
+    monkeypatch.setattr(overload, "LEAD_S", 1.0)
+    monkeypatch.setattr(serving, "SINGLES", (1, 16))
     report = serving.measure(tmp_path, seconds=1, rounds=1, peers=[FASTAPI])
     servers = {row["server"] for row in report["rows"]}
     assert servers == {"bare engine", serving.OURS, FASTAPI}
