@@ -129,7 +129,7 @@ def measure(server: Server, capacity: float, seconds: float) -> dict[str, float]
 
 
 def row(asks: list[Ask], seconds: float) -> dict[str, float]:
-    """Return the figures of the requests of the last `seconds`.
+    """Return the figures of the requests of the last `seconds`, and the answers/s in that time.
 
     Raises:
         SystemExit: none of them was answered.
@@ -143,8 +143,9 @@ def row(asks: list[Ask], seconds: float) -> dict[str, float]:
     if not len(times[OK]):
         raise SystemExit(f"at {FACTOR:g} times the capacity nothing was answered in {seconds} s")
     spent = counted[-1].sent - counted[0].sent
+    answers = [ask for ask in asks if ask.status == OK and end - seconds < ask.answered <= end]
     return {
-        "per_s": len(times[OK]) / seconds,
+        "per_s": len(answers) / seconds,
         "p50_ms": _percentile(times[OK], 50),
         "p99_ms": _percentile(times[OK], 99),
         "offered_per_s": (len(counted) - 1) / spent,

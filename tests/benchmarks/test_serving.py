@@ -124,8 +124,11 @@ def test_connections_are_kept_for_later_requests() -> None:
 
 
 def test_the_figures_of_an_overload() -> None:
-    """A lead that does not count, then 4 requests in 2 s: 2 answered, 1 refused, 1 lost."""
-    lead = [Ask(due, due, due + 9, REFUSED) for due in (0.0, 0.5)]
+    """A lead that does not count, then 4 requests in 2 s: 2 answered, 1 refused, 1 lost.
+
+    Of the answers within these 2 s one is to a request of the lead, and one comes too late.
+    """
+    lead = [Ask(0.0, 0.0, 9.0, REFUSED), Ask(0.5, 0.5, 1.2, OK)]
     counted = [
         Ask(1.0, 1.0, 1.1, OK),
         Ask(1.5, 1.6, 1.7, REFUSED),
