@@ -21,19 +21,21 @@ class Classifier:
     Args:
         path: the ONNX file.
         threads: of one inference.
+        spinning: as ONNX Runtime does it by default, idle threads spin for a while: quicker for
+            one caller, slower for several.
     """
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, spinning: bool = False) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
         self.card = Card.from_metadata(self.session.get_modelmeta().custom_metadata_map, "model")
 
     @classmethod
-    def from_environment(cls) -> Self:
+    def from_environment(cls, spinning: bool = False) -> Self:
         """Return a classifier of the file and with the threads that the variables name."""
-        return cls(os.environ["PEER_MODEL"], int(os.environ["PEER_THREADS"]))
+        return cls(os.environ["PEER_MODEL"], int(os.environ["PEER_THREADS"]), spinning)
 
     def decode(self, data: bytes) -> Pixels:
         return load(data, self.card.preprocess)

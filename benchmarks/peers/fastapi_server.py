@@ -1,6 +1,6 @@
 """A plain FastAPI and onnxruntime server: one synchronous endpoint, uvicorn with uvloop.
 
-PEER_MODEL=FILE PEER_THREADS=N python -m benchmarks.peers.fastapi_server PORT
+PEER_MODEL=FILE PEER_THREADS=N python -m benchmarks.peers.fastapi_server PORT [spinning]
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ async def raw_body(request: Request) -> bytes:
     return await request.body()
 
 
-def application() -> FastAPI:
+def application(spinning: bool) -> FastAPI:
     app = FastAPI()
-    classifier = Classifier.from_environment()
+    classifier = Classifier.from_environment(spinning)
 
     @app.get("/health")
     def health() -> str:
@@ -46,4 +46,4 @@ def serve(app: FastAPI) -> None:
 
 
 if __name__ == "__main__":
-    serve(application())
+    serve(application(spinning="spinning" in sys.argv))

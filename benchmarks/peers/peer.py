@@ -41,6 +41,9 @@ class Peer:
 
 PEERS = {
     FASTAPI: Peer(("fastapi", "uvicorn"), ("benchmarks.peers.fastapi_server", "PORT")),
+    "fastapi-spinning": Peer(
+        ("fastapi", "uvicorn"), ("benchmarks.peers.fastapi_server", "PORT", "spinning")
+    ),
     "fastapi-batching": Peer(("fastapi", "uvicorn"), ("benchmarks.peers.fastapi_batching", "PORT")),
     "bentoml": Peer(
         ("bentoml",),
@@ -64,5 +67,5 @@ def absent(names: Collection[str]) -> dict[str, str]:
     for name in names:
         lacking = [package for package in PEERS[name].packages if find_spec(package) is None]
         if lacking:
-            found[name] = f"{' and '.join(lacking)} not installed: pip install '.[bench]'"
+            found[name] = f"{' and '.join(lacking)} not installed"
     return found

@@ -78,6 +78,17 @@ class Batcher(Generic[R]):
         """Images that wait for the engine."""
         return self._submitted - self._taken
 
+    def check_room(self, count: int = 1) -> None:
+        """Check that `count` more images may wait.
+
+        Raises:
+            ServiceError: the queue is full.
+        """
+        waiting = self.waiting
+        # A job larger than the whole queue may still run when nothing else waits.
+        if waiting and waiting + count > self._max_queue:
+            raise ServiceError("queue_full", "too many images are waiting; retry later")
+
     def submit(self, images: Images) -> asyncio.Future[Part[R]]:
         """Queue `images` and return the future of their results; cancelling it leaves the batch.
 
@@ -85,10 +96,7 @@ class Batcher(Generic[R]):
             ServiceError: the queue is full.
         """
         count = len(images)
-        waiting = self.waiting
-        # A job larger than the whole queue may still run when nothing else waits.
-        if waiting and waiting + count > self._max_queue:
-            raise ServiceError("queue_full", "too many images are waiting; retry later")
+        self.check_room(count)
         future: asyncio.Future[Part[R]] = self._loop.create_future()
         future.add_done_callback(self._close_job)
         job, self._open = _Job(images, future), self._open + 1
