@@ -1,8 +1,9 @@
-"""What both peers do with an image: our decoder and the same ONNX file, and a plain answer."""
+"""What every peer does with an image: our decoder and the same ONNX file, and a plain answer."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,26 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Classifier:
-    """A loaded model that answers with label, index and probability."""
+    """A loaded model that answers with label, index and probability.
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.card = Card.from_metadata(session.get_modelmeta().custom_metadata_map, "model")
+    Args:
+        path: the ONNX file.
+        threads: of one inference.
+        spinning: as ONNX Runtime does it by default, idle threads spin for a while: quicker for
+            one caller, slower for several.
+    """
+
+    def __init__(self, path: str, threads: int, spinning: bool = False) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        self.card = Card.from_metadata(self.session.get_modelmeta().custom_metadata_map, "model")
+
+    @classmethod
+    def from_environment(cls, spinning: bool = False) -> Self:
+        """Return a classifier of the file and with the threads that the variables name."""
+        return cls(os.environ["PEER_MODEL"], int(os.environ["PEER_THREADS"]), spinning)
 
     def decode(self, data: bytes) -> Pixels:
         return load(data, self.card.preprocess)

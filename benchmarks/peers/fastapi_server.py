@@ -1,15 +1,13 @@
 """A plain FastAPI and onnxruntime server: one synchronous endpoint, uvicorn with uvloop.
 
-python -m benchmarks.peers.fastapi_server MODEL PORT THREADS
+PEER_MODEL=FILE PEER_THREADS=N python -m benchmarks.peers.fastapi_server PORT [spinning]
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
-import onnxruntime as ort
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 
@@ -20,12 +18,9 @@ async def raw_body(request: Request) -> bytes:
     return await request.body()
 
 
-def application(model: Path, threads: int) -> FastAPI:
+def application(spinning: bool) -> FastAPI:
     app = FastAPI()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours
-    classifier = Classifier(ort.InferenceSession(model, options, ["CPUExecutionProvider"]))
+    classifier = Classifier.from_environment(spinning)
 
     @app.get("/health")
     def health() -> str:
@@ -38,12 +33,17 @@ def application(model: Path, threads: int) -> FastAPI:
     return app
 
 
-if __name__ == "__main__":
+def serve(app: FastAPI) -> None:
+    """Serve an application on the port that the command line names."""
     uvicorn.run(
-        application(Path(sys.argv[1]), int(sys.argv[3])),
-        port=int(sys.argv[2]),
+        app,
+        port=int(sys.argv[1]),
         loop="uvloop",
         http="httptools",
         log_level="warning",
         access_log=False,
     )
+
+
+if __name__ == "__main__":
+    serve(application(spinning="spinning" in sys.argv))

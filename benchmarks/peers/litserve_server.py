@@ -2,7 +2,7 @@
 
 LitServe hands its users JSON or forms, no raw bodies: the image comes as base64 in JSON.
 
-python -m benchmarks.peers.litserve_server MODEL PORT THREADS
+PEER_MODEL=FILE PEER_THREADS=N python -m benchmarks.peers.litserve_server PORT
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ import sys
 from typing import Any
 
 import litserve  # type: ignore[import-untyped]
-import onnxruntime as ort
 
 from benchmarks.peers.classifier import Classifier, Pixels
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: str) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = int(sys.argv[3])
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours
-        session = ort.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
-        self.classifier = Classifier(session)
+        self.classifier = Classifier.from_environment()
 
     def decode_request(self, request: dict[str, str]) -> Pixels:
         return self.classifier.decode(base64.b64decode(request["image"]))
@@ -43,4 +38,4 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     server = litserve.LitServer(Api(max_batch_size=32), accelerator="cpu", workers_per_device=1)
-    server.run(port=int(sys.argv[2]), generate_client_file=False, log_level="warning")
+    server.run(port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

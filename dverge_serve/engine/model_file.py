@@ -53,7 +53,7 @@ def cpu_session(data: bytes, path: Path, *, threads: int, spinning: bool) -> ort
     options = _options(path)
     options.intra_op_num_threads = threads
     if not spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return _session(data, options, [CPU])
     # ONNX Runtime raises a different class for every way a file can be wrong.

@@ -34,9 +34,14 @@ class Scores:
         return len(self.logits)
 
     @cached_property
+    def _softmax(self) -> npt.NDArray[np.float64]:
+        """Softmax of the mean logits, then of each member's, `[batch, 1 + members, classes]`."""
+        return softmax(np.concatenate([self.logits[:, None], self.member_logits], axis=1))
+
+    @property
     def probabilities(self) -> npt.NDArray[np.float64]:
         """Softmax of the mean logits, `[batch, classes]`."""
-        return softmax(self.logits)
+        return self._softmax[:, 0]
 
     @cached_property
     def predictions(self) -> npt.NDArray[np.int64]:
@@ -46,17 +51,18 @@ class Scores:
     @cached_property
     def agreement(self) -> npt.NDArray[np.float64]:
         """Share of members whose own prediction is the ensemble's, `[batch]` in 0..1."""
-        return np.asarray((self.votes == self.predictions[:, None]).mean(axis=1))
+        same = self.votes == self.predictions[:, None]
+        return np.asarray(same.sum(axis=1) / same.shape[1])
 
     @cached_property
     def votes(self) -> npt.NDArray[np.int64]:
         """Each member's own predictions, class indices `[batch, members]`."""
         return np.asarray(self.member_logits.argmax(axis=-1))
 
-    @cached_property
+    @property
     def member_probabilities(self) -> npt.NDArray[np.float64]:
         """Softmax of each member's logits, `[batch, members, classes]`."""
-        return softmax(self.member_logits)
+        return self._softmax[:, 1:]
 
     @cached_property
     def disagreement(self) -> npt.NDArray[np.float64]:
@@ -65,8 +71,10 @@ class Scores:
         0 where all members give the same probabilities, log(members) at most.
         """
         members = self.member_probabilities
-        mean = members.mean(axis=1)
-        return np.asarray(np.maximum(_entropy(mean) - _entropy(members).mean(axis=1), 0.0))
+        count = members.shape[1]
+        mean = members.sum(axis=1, keepdims=True) / count
+        entropies = _entropy(np.concatenate([mean, members], axis=1))
+        return np.maximum(entropies[:, 0] - entropies[:, 1:].sum(axis=1) / count, 0.0)
 
     @classmethod
     def concatenate(cls, parts: list[Scores]) -> Scores:

@@ -56,7 +56,8 @@ class Predictions:
         self.scores, self._labels = scores, labels
         order = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP]
         self._top = order.tolist()
-        self._top_shares = np.take_along_axis(scores.probabilities, order, axis=1).tolist()
+        rows = np.arange(len(order))[:, None]
+        self._top_shares = scores.probabilities[rows, order].tolist()
         self._votes = scores.votes.tolist()
         self._vote_shares = scores.member_probabilities.max(axis=-1).tolist()
         self.agreement: list[float] = scores.agreement.tolist()

@@ -63,7 +63,8 @@ class Engine:
             not work; `cuda` and `tensorrt` insist; `cpu`.
         threads: threads for one call; 0 means every core. With W workers, give each its share.
         expected_sha256: refuse any other file.
-        spinning: let idle threads spin between calls; faster alone, wasteful beside other workers.
+        spinning: let idle threads spin between calls, too, not within a call alone; faster where
+            nothing else runs, wasteful beside other work.
         device_id: which GPU.
 
     Raises:
@@ -153,6 +154,8 @@ class Engine:
 
     def run_all(self, images: npt.NDArray[np.float32], batch: int = BATCH) -> Scores:
         """Run any number of images in batches of at most `batch`."""
+        if len(images) <= batch:
+            return self.run(images)
         return Scores.concatenate(
             [self.run(images[at : at + batch]) for at in range(0, len(images), batch)]
         )

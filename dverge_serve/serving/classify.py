@@ -56,6 +56,7 @@ class Classifier:
         """
         settings = self.settings
         with self.model() as served, request.holding(self.budget):
+            served.check_room()
             body = await request.body(settings.max_body_bytes, settings.timeout_s, self.budget)
             try:
                 async with asyncio.timeout(settings.timeout_s):

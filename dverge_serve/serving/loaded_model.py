@@ -99,6 +99,15 @@ class ServedModel:
             self._batcher.close()
             self._batcher = None
 
+    def check_room(self) -> None:
+        """Refuse a request that would find the queue full, before any work goes into it.
+
+        Raises:
+            ServiceError: the queue is full.
+        """
+        assert self._batcher, "start() comes first"
+        self._batcher.check_room()
+
     def submit(self, images: Images) -> asyncio.Future[Part[Predictions]]:
         """Queue images for the engine.
 

@@ -59,6 +59,11 @@ class Protocol(HttpToolsProtocol):
                 HEADERS_S, self._refuse, "The headers came too slowly."
             )
 
+    def on_response_complete(self) -> None:
+        """Send the answer; what the application does after it need not be waited for."""
+        self._writes.flush()
+        super().on_response_complete()
+
     def on_message_begin(self) -> None:
         """Begin a request."""
         if not self._replaying:

@@ -13,6 +13,8 @@ HTML = b"text/html; charset=utf-8"
 Headers = tuple[tuple[bytes, bytes], ...]
 
 RETRY_AFTER_S = 1
+# NaN and infinities, which JSON lacks, are an error of ours.
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 # Every error code there is, with its HTTP status. Clients may switch on them; add, never change.
 CODES: dict[str, int] = {
@@ -73,8 +75,8 @@ class ServiceError(Exception):
 
 
 def dump(value: Any) -> bytes:
-    """Return `value` as JSON bytes; NaN and infinities, which JSON lacks, are an error of ours."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Return `value` as JSON bytes."""
+    return _JSON.encode(value).encode()
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
-from dverge_serve.serving.batching import Batcher, Images
+from dverge_serve.serving import batching as batching_module
+from dverge_serve.serving.batching import INLINE_S, Batcher, Images
 from dverge_serve.serving.responses import ServiceError
 
 pytestmark = pytest.mark.anyio
@@ -40,7 +42,7 @@ def images(*values: float) -> Images:
 
 @asynccontextmanager
 async def batching(
-    engine: Engine, max_batch: int = 8, max_queue: int = 100
+    engine: Engine | QuickEngine, max_batch: int = 8, max_queue: int = 100
 ) -> AsyncIterator[Batcher[list[float]]]:
     batcher = Batcher(
         engine.run, asyncio.get_running_loop(), max_batch=max_batch, max_queue=max_queue
@@ -49,7 +51,8 @@ async def batching(
         yield batcher
     finally:
         batcher.close()
-        engine.go_on.release(1000)
+        if isinstance(engine, Engine):
+            engine.go_on.release(1000)
 
 
 async def test_an_idle_engine_takes_a_job_at_once_and_the_rest_run_together() -> None:
@@ -143,3 +146,66 @@ async def test_what_was_queued_before_closing_still_runs() -> None:
         engine.go_on.release(2)
         assert (await job).result == [1.0]
         assert (await queued).result == [2.0]
+
+
+class QuickEngine:
+    """Notes which thread ran each batch; takes `seconds` for it."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.batches: list[tuple[int, bool]] = []
+        self.seconds = seconds
+
+    def run(self, parts: Sequence[Images]) -> list[float]:
+        here = threading.current_thread() is threading.main_thread()
+        self.batches.append((sum(map(len, parts)), here))
+        time.sleep(self.seconds)
+        if any((part < 0).any() for part in parts):
+            raise ValueError("negative")
+        return [float(image.sum()) for part in parts for image in part]
+
+
+@pytest.fixture
+def all_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    monkeypatch.setattr(batching_module, "INLINE_S", 60.0)
+
+
+async def test_a_quick_engine_runs_a_single_image_in_the_event_loop_while_it_is_alone(
+    all_is_quick: None,
+) -> None:
+    engine = QuickEngine()
+    async with batching(engine) as batcher:
+        for _ in range(2):  # the first one shows how quick it is
+            assert (await batcher.submit(images(1))).result == [1.0]
+        jobs = [batcher.submit(images(value)) for value in (2, 3)]
+        parts = await asyncio.gather(*jobs)
+        assert [part.result[part.start] for part in parts] == [2.0, 3.0]
+        assert (await batcher.submit(images(4, 5))).result == [4.0, 5.0]
+        assert (await batcher.submit(images(6))).result == [6.0]
+    assert engine.batches[:2] == [(1, False), (1, True)]
+    assert not any(here for _, here in engine.batches[2:-1])
+    assert sum(count for count, _ in engine.batches[2:-1]) == 4
+    assert engine.batches[-1] == (1, True)
+
+
+async def test_a_slow_engine_never_runs_in_the_event_loop() -> None:
+    engine = QuickEngine(seconds=2 * INLINE_S)
+    async with batching(engine) as batcher:
+        for _ in range(3):
+            await batcher.submit(images(1))
+    assert engine.batches == [(1, False)] * 3
+
+
+async def test_in_the_event_loop_failures_are_told_and_cancelled_jobs_left_out(
+    all_is_quick: None,
+) -> None:
+    engine = QuickEngine()
+    async with batching(engine) as batcher:
+        await batcher.submit(images(1))
+        with pytest.raises(ValueError, match="negative"):
+            await batcher.submit(images(-1))
+        batcher.submit(images(2)).cancel()
+        await asyncio.sleep(0)
+        await batcher.submit(images(3))
+        assert batcher.waiting == 0
+    assert engine.batches == [(1, False), (1, True), (1, True)]

@@ -67,6 +67,23 @@ async def test_headers_and_body_leave_together(protocol: Protocol, wire: Wire) -
     assert not wire.closed
 
 
+async def test_an_answer_does_not_wait_for_what_the_application_does_after_it(wire: Wire) -> None:
+    sent_in_time: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await answer(scope, receive, send)
+        sent_in_time.append(len(wire.sent))
+
+    config = uvicorn.Config(application)
+    config.load()
+    protocol = Protocol(config, ServerState(), {})
+    protocol.connection_made(wire)
+    protocol.data_received(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+    await let_it_answer()
+    protocol.connection_lost(None)
+    assert sent_in_time == [1]
+
+
 async def test_an_answer_is_sent_before_the_connection_closes(
     protocol: Protocol, wire: Wire
 ) -> None:

@@ -152,6 +152,8 @@ async def test_a_full_queue_is_503_and_harms_no_accepted_request(
     for task in done:
         refusal(task.result(), "queue_full")
         assert task.result().headers["retry-after"] == "1"
+    unread = await client.post("/predict", content=b"no image", headers=PNG)
+    refusal(unread, "queue_full")  # no work goes into what is refused anyway
     gate.open.set()
     for task in [*accepted, *waiting]:
         assert (await task).json()["predictions"][0]["label"] == "bright"
