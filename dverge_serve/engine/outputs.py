@@ -74,7 +74,7 @@ class Scores:
         count = members.shape[1]
         mean = members.sum(axis=1, keepdims=True) / count
         entropies = _entropy(np.concatenate([mean, members], axis=1))
-        return np.maximum(entropies[:, 0] - entropies[:, 1:].sum(axis=1) / count, 0.0)
+        return np.asarray(np.maximum(entropies[:, 0] - entropies[:, 1:].sum(axis=1) / count, 0.0))
 
     @classmethod
     def concatenate(cls, parts: list[Scores]) -> Scores:
