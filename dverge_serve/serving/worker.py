@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import tempfile
 import time
@@ -132,8 +131,6 @@ class Worker:
                 self._on_failure(cause)
             return
         self._serve(served)
-        gc.collect()
-        gc.freeze()  # what has come so far stays; no collection needs to look at it again
         LOGGER.info("worker %d is ready after %.1f s", self.number, time.perf_counter() - begun)
         reloader.announce(served)
         self._watch = loop.create_task(reloader.watch())

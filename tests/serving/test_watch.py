@@ -66,14 +66,19 @@ def test_near_copies_share_hashes_and_other_images_do_not(side: int, channels: i
     assert shared(fingerprint, image, picture(side, channels)) < SHARED
 
 
+def fingerprints(count: int) -> list[Fingerprint]:
+    return [Fingerprint() for _ in range(count)]
+
+
 def test_noise_far_below_a_bin_and_a_shift_leave_a_near_copy() -> None:
     rows, columns = np.mgrid[:32, :32]
     image = np.stack([127 + 120 * np.sin(rows / 3) * np.cos(columns / k) for k in (4, 5, 6)])
     noisy = image + RNG.uniform(-8, 8, image.shape)
     sent = [np.clip(np.rint(each), 0, 255).astype(np.uint8) for each in (image, noisy)]
-    fingerprint = Fingerprint()
-    assert shared(fingerprint, *sent) >= SHARED
-    assert shared(fingerprint, sent[0], np.roll(sent[0], 1, axis=2)) >= SHARED
+    moved = sent[0], np.roll(sent[0], 1, axis=2)
+    # Random numbers of its own: with some of them an edge between bins is where the noise is.
+    found = [[shared(each, *pair) for each in fingerprints(25)] for pair in (sent, moved)]
+    assert np.median(found, axis=1).min() >= SHARED
 
 
 def test_floats_and_8_bits_of_one_image_have_one_fingerprint() -> None:
