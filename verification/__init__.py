@@ -62,7 +62,7 @@ def verify(
         norm: of the radii: `linf` or `l2`.
         data: a folder of images or a data set's name; by default the run's own.
         images: number of test images; by default the recipe's limit, else all; for `quick` as many
-            as have 0.4 million pixels, at least 120.
+            as have 0.25 million pixels, at least 120.
         checkpoint: the weights file that the model was exported from, for gradients instead of a
             run.
         labels: file with the class names of a foreign classifier, in the order of its scores.

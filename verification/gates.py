@@ -174,7 +174,7 @@ def control_falls(
         f"at most {CONTROL_KEEPS * clean:.3f} shows that the attacks bite"
     )
     if searched:
-        detail += "; eps auto chose the radii so that it falls"
+        detail += "; eps auto chose radii at which the control falls"
     return Gate(name, bool(kept <= CONTROL_KEEPS * clean), "INCONCLUSIVE", detail)
 
 

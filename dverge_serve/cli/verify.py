@@ -61,7 +61,7 @@ def verify_robustness(
     images: Annotated[
         int | None,
         typer.Option(
-            help="Use only this many test images. [default: all, of quick 0.4 million pixels]"
+            help="Use only this many test images. [default: all, of quick 0.25 million pixels]"
         ),
     ] = None,
     against: Annotated[

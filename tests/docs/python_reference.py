@@ -34,8 +34,9 @@ from verification import verify
 
 run = train(load_recipe("digits"), "runs/demo", device="auto")
 export(run, "model.onnx")
-report = verify("model.onnx", run=run, eps=(0.1,))
-print(report.robust_accuracy[0.1].transfer.value)
+report = verify("model.onnx", run=run, eps=(0.1, 0.15))
+print(report.verdict, report.robust_accuracy[0.1].transfer.value)
+# A picture of a digit, such as dverge_serve/serving/templates/examples/3.png.
 print(Engine("model.onnx").predict(["3.png"])[0].label)
 ```
 

@@ -332,7 +332,7 @@ def test_a_control_that_stands_makes_it_inconclusive() -> None:
     assert gates.control_falls(robust, falling, chosen, [EPS]).passed
     assert "auto" not in gates.control_falls(robust, falling, chosen, [EPS]).detail
     searched = gates.control_falls(robust, falling, chosen, [EPS], searched=True)
-    assert searched.detail.endswith("; eps auto chose the radii so that it falls")
+    assert searched.detail.endswith("; eps auto chose radii at which the control falls")
     (patterns,) = [each for each in chosen if isinstance(each, UniversalPatterns)]
     assert (
         gates.control_falls(robust, falling, [patterns], [EPS]).passed is False
