@@ -113,7 +113,7 @@ def _processor() -> Iterator[Finding]:
 
 def _gpu() -> Iterator[Finding]:
     if not gpus():
-        advice = "many images take hours to train on; photographs and the recipes in -fast suit a CPU"
+        advice = "many images take hours; photographs and the recipes in -fast suit a CPU"
         yield Finding("GPU", "no NVIDIA GPU", advice)
         return
     yield Finding("GPU", f"NVIDIA, {gpus()} for this process")
