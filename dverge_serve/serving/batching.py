@@ -64,10 +64,11 @@ class Batcher(Generic[R]):
         self._run, self._loop = run, loop
         self._max_batch, self._max_queue = max_batch, max_queue
         self._inbox: SimpleQueue[_Job[R] | None] = SimpleQueue()
-        # Two counters with one writer each (the loop, the thread) need no lock.
+        # Counters with one writer each (the loop, the thread) need no lock. The thread is idle
+        # where it has finished all that was submitted, whether or not callers still wait for it.
         self._submitted = 0
         self._taken = 0
-        self._open = 0
+        self._finished = 0
         self._single_s = INLINE_S + 1  # time of the last batch of one image
         self._alone: _Job[R] | None = None
         self._thread = threading.Thread(target=self._work, name="dverge-engine", daemon=True)
@@ -98,9 +99,9 @@ class Batcher(Generic[R]):
         count = len(images)
         self.check_room(count)
         future: asyncio.Future[Part[R]] = self._loop.create_future()
-        future.add_done_callback(self._close_job)
-        job, self._open = _Job(images, future), self._open + 1
-        if self._open == 1 and count == 1 and self._single_s <= INLINE_S:
+        job = _Job(images, future)
+        idle = self._alone is None and self._finished == self._submitted
+        if idle and count == 1 and self._single_s <= INLINE_S:
             self._alone = job
             self._loop.call_soon(self._run_alone)  # others may come in this very step
             return future
@@ -110,9 +111,6 @@ class Batcher(Generic[R]):
                 self._inbox.put(each)
         self._alone = None
         return future
-
-    def _close_job(self, _: object) -> None:
-        self._open -= 1
 
     def _run_alone(self) -> None:
         job, self._alone = self._alone, None
@@ -130,8 +128,9 @@ class Batcher(Generic[R]):
             if first is None:
                 return
             batch, first, last = self._gather(first)
+            outcomes = self._results(batch) if batch else []
+            self._finished = self._taken
             if batch:
-                outcomes = self._results(batch)
                 # The loop is closed only when the process is going down.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_deliver, batch, outcomes)

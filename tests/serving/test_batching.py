@@ -209,3 +209,20 @@ async def test_in_the_event_loop_failures_are_told_and_cancelled_jobs_left_out(
         await batcher.submit(images(3))
         assert batcher.waiting == 0
     assert engine.batches == [(1, False), (1, True), (1, True)]
+
+
+async def test_nothing_runs_in_the_event_loop_while_the_thread_is_stuck(all_is_quick: None) -> None:
+    engine = Engine()
+    async with batching(engine) as batcher:
+        engine.go_on.release()
+        await batcher.submit(images(1))
+        await engine.wait_for_batch()
+        stuck = [batcher.submit(images(2)), batcher.submit(images(3))]
+        await engine.wait_for_batch()
+        for job in stuck:
+            job.cancel()  # their callers give up; the engine has not
+        late = batcher.submit(images(4))
+        await asyncio.sleep(0.01)
+        assert not late.done()
+        engine.go_on.release(10)
+        assert (await late).result[-1] == 4.0
