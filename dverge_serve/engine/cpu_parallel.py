@@ -1,4 +1,4 @@
-"""Large batches on a CPU: every core runs its own part of the batch.
+"""Many images on a CPU: every core runs its own part of a batch, or a batch of its own.
 
 One call that all cores share makes them wait for each other after every layer. With enough images,
 a session of one thread runs a part on each core without waiting.
@@ -45,11 +45,17 @@ class Lanes:
         """Whether a batch of this many images is faster in lanes."""
         return images >= EACH * self.count
 
-    def run(self, images: npt.NDArray[np.float32]) -> Scores:
-        """Run float32 `[batch, channels, height, width]` in `[0,1]`; safe from many threads."""
-        size = min(self.part, -(-len(images) // self.count))
+    def run(self, images: npt.NDArray[np.float32], *, here: bool = False) -> Scores:
+        """Run float32 `[batch, channels, height, width]` in `[0,1]`; safe from many threads.
+
+        Args:
+            images: the batch.
+            here: in the caller's thread alone.
+        """
+        size = min(self.part, len(images) if here else -(-len(images) // self.count))
         parts = [images[at : at + size] for at in range(0, len(images), size)]
-        return Scores.concatenate(list(self._pool.map(self._run, parts)))
+        over = map if here or len(parts) == 1 else self._pool.map
+        return Scores.concatenate(list(over(self._run, parts)))
 
     def _run(self, images: npt.NDArray[np.float32]) -> Scores:
         return Scores(*self._session.run([LOGITS, MEMBER_LOGITS], {INPUT: images}))

@@ -79,6 +79,8 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: list[Scores]) -> Scores:
         """Join the outputs of several calls in order."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             np.concatenate([part.logits for part in parts]),
             np.concatenate([part.member_logits for part in parts]),

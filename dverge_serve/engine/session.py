@@ -122,11 +122,22 @@ class Engine:
         if self.provider == CPU and (threads or cores()) > 1:
             self._lanes = Lanes(load, self.card, threads)
 
-    def run(self, images: npt.NDArray[np.float32]) -> Scores:
+    @property
+    def lanes(self) -> int:
+        """Batches that should run at a time, each `in_lane`: one a thread, or one on a GPU."""
+        return self._lanes.count if self._lanes else 1
+
+    @property
+    def lane_batch(self) -> int:
+        """Most images of a batch `in_lane`: beyond that, images wait for each other in vain."""
+        return self._lanes.part if self._lanes else BATCH
+
+    def run(self, images: npt.NDArray[np.float32], *, in_lane: bool = False) -> Scores:
         """Run the model on one batch.
 
         Args:
             images: float32 `[batch, channels, height, width]` in `[0,1]`, batch at least 1.
+            in_lane: on one core alone: `lanes` of these at a time keep all cores busy.
 
         Raises:
             ValueError: another dtype or shape, NaN, or values outside `[0,1]`.
@@ -148,17 +159,16 @@ class Engine:
             raise ValueError(f"pixel values from {low} to {high}; expected numbers in [0, 1]")
         if (buckets := self._buckets) is not None:
             return buckets.run(images)
-        if (lanes := self._lanes) is not None and lanes.worth(count):
-            return lanes.run(images)
+        if (lanes := self._lanes) is not None and (in_lane or lanes.worth(count)):
+            return lanes.run(images, here=in_lane)
         return Scores(*session.run(_OUTPUTS, {INPUT: images}))
 
-    def run_all(self, images: npt.NDArray[np.float32], batch: int = BATCH) -> Scores:
-        """Run any number of images in batches of at most `batch`."""
-        if len(images) <= batch:
-            return self.run(images)
-        return Scores.concatenate(
-            [self.run(images[at : at + batch]) for at in range(0, len(images), batch)]
-        )
+    def run_all(
+        self, images: npt.NDArray[np.float32], batch: int = BATCH, *, in_lane: bool = False
+    ) -> Scores:
+        """Run any number of images in batches of at most `batch`; the rest is as for `run`."""
+        parts = [images[at : at + batch] for at in range(0, len(images) or 1, batch)]
+        return Scores.concatenate([self.run(each, in_lane=in_lane) for each in parts])
 
     def predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
         """Classify images, decoded and preprocessed as in the service.
@@ -220,7 +230,9 @@ class Engine:
         On a GPU that is every size a batch is padded to, whatever `batches` says.
         """
         for batch in self._buckets.sizes if self._buckets else batches:
-            self.run(np.zeros((batch, *self.card.input_shape), dtype=np.float32))
+            for in_lane in (False, True):
+                blank = np.zeros((batch, *self.card.input_shape), dtype=np.float32)
+                self.run(blank, in_lane=in_lane)
 
     @property
     def session(self) -> ort.InferenceSession:

@@ -1,4 +1,4 @@
-"""A model file in service: its engine, its report, and the thread that feeds it."""
+"""A model file in service: its engine, its report, and the threads that feed it."""
 
 from __future__ import annotations
 
@@ -75,8 +75,15 @@ class ServedModel:
     def start(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         """Begin to take images."""
         self._metrics = metrics
-        limits = {"max_batch": self._max_batch, "max_queue": self._max_queue}
-        self._batcher = Batcher(self._run, loop, **limits)
+        engine = self.engine
+        self._batcher = Batcher(
+            self._run,
+            loop,
+            threads=engine.lanes,
+            max_batch=min(self._max_batch, engine.lane_batch),
+            max_queue=self._max_queue,
+            yields=engine.provider == CPU,
+        )
 
     def __enter__(self) -> Self:
         """Hold the model for one request: until it leaves, a retired model still answers."""
@@ -121,10 +128,10 @@ class ServedModel:
         assert self._batcher, "start() comes first"
         return self._batcher.submit(images)
 
-    def _run(self, parts: Sequence[Images]) -> Predictions:
+    def _run(self, parts: Sequence[Images], alone: bool) -> Predictions:
         images = _joined(parts)
         begun = time.perf_counter()
-        scores = self.engine.run_all(images)
+        scores = self.engine.run_all(images, in_lane=not alone)
         seconds = time.perf_counter() - begun
         found = Predictions(scores, self.card.labels)
         metrics, batcher = self._metrics, self._batcher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter as Tally
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,8 @@ class Metrics:
         self, labels: Iterable[str], disagreement: Sequence[float], split: int, suspicious: int
     ) -> None:
         """Count classified images: their answers, and how their members voted."""
-        for label in labels:
-            self._predictions.labels(label).inc()
+        for label, count in Tally(labels).items():
+            self._predictions.labels(label).inc(count)
         for value in disagreement:
             self._disagreement.observe(value)
         if split:

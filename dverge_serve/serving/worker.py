@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from dverge_serve.serving.metrics import Metrics
 from dverge_serve.serving.reload import ModelVersions, Reloader
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
+
+# A thread that waits for the interpreter's lock gets it after so long: the threads of the engine
+# need it for moments, several times a batch, while the event loop always has something to do.
+SWITCH_S = 0.0002
 
 
 class Worker:
@@ -52,6 +57,7 @@ class Worker:
 
     async def start(self) -> None:
         """Begin to load the model."""
+        sys.setswitchinterval(SWITCH_S)
         if self._folder is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="dverge-")
             self._folder = Path(self._own_folder.name)

@@ -116,6 +116,9 @@ def test_lanes_answer_as_one_call_does(tiny_model: Path) -> None:
         expected, found = alone.run(noise(count)), shared.run(noise(count))
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
         np.testing.assert_allclose(found.member_logits, expected.member_logits, atol=1e-5)
+        found = shared.run(noise(count), in_lane=True)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    assert (alone.lanes, shared.lanes, shared.lane_batch) == (1, 3, lanes.part)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from dverge_serve.serving import batching as batching_module
-from dverge_serve.serving.batching import INLINE_S, Batcher, Images
+from dverge_serve.serving.batching import INLINE_S, NICE, Batcher, Images
 from dverge_serve.serving.responses import ServiceError
 
 pytestmark = pytest.mark.anyio
@@ -21,11 +23,13 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.alone: list[bool] = []
         self.started = threading.Semaphore(0)
         self.go_on = threading.Semaphore(0)
 
-    def run(self, parts: Sequence[Images]) -> list[float]:
+    def run(self, parts: Sequence[Images], alone: bool) -> list[float]:
         self.batches.append([len(part) for part in parts])
+        self.alone.append(alone)
         self.started.release()
         assert self.go_on.acquire(timeout=30)
         if any((part < 0).any() for part in parts):
@@ -42,11 +46,11 @@ def images(*values: float) -> Images:
 
 @asynccontextmanager
 async def batching(
-    engine: Engine | QuickEngine, max_batch: int = 8, max_queue: int = 100
+    engine: Engine | QuickEngine, max_batch: int = 8, max_queue: int = 100, threads: int = 1
 ) -> AsyncIterator[Batcher[list[float]]]:
-    batcher = Batcher(
-        engine.run, asyncio.get_running_loop(), max_batch=max_batch, max_queue=max_queue
-    )
+    loop = asyncio.get_running_loop()
+    limits = {"threads": threads, "max_batch": max_batch, "max_queue": max_queue}
+    batcher = Batcher(engine.run, loop, **limits, yields=threads > 1)
     try:
         yield batcher
     finally:
@@ -66,6 +70,56 @@ async def test_an_idle_engine_takes_a_job_at_once_and_the_rest_run_together() ->
         parts = await asyncio.gather(*jobs)
     assert engine.batches == [[1], [2, 1]]
     assert [part.result[part.start : part.stop] for part in parts] == [[1.0], [2.0, 3.0], [4.0]]
+
+
+async def test_threads_take_fair_shares_and_know_whether_they_are_alone() -> None:
+    engine = Engine()
+    async with batching(engine, threads=2) as batcher:
+        jobs = [batcher.submit(images(1))]
+        await engine.wait_for_batch()
+        jobs += [batcher.submit(images(2))]
+        await engine.wait_for_batch()
+        jobs += [batcher.submit(images(value)) for value in range(6)]
+        engine.go_on.release()  # one of the two goes on, with half of the seven there are then
+        await engine.wait_for_batch()
+        assert batcher.waiting == 2
+        engine.go_on.release(10)
+        await asyncio.gather(*jobs)
+        assert (await batcher.submit(images(3, 4))).result == [3.0, 4.0]
+    assert engine.batches[:3] == [[1], [1], [1] * 4]
+    assert engine.batches[-1] == [2]
+    assert engine.alone[:3] == [True, False, False]
+    assert engine.alone[-1]
+
+
+async def test_a_job_too_large_for_a_batch_is_first_in_the_next_one() -> None:
+    engine = Engine()
+    async with batching(engine, threads=2, max_batch=4) as batcher:
+        jobs = [batcher.submit(images(0)) for _ in range(2)]
+        await engine.wait_for_batch()
+        await engine.wait_for_batch()
+        jobs += [batcher.submit(images(*range(size))) for size in (3, 4, 1)]
+        for _ in range(3):
+            engine.go_on.release()
+            await engine.wait_for_batch()
+        engine.go_on.release(2)
+        await asyncio.gather(*jobs)
+        batcher.close()
+    assert engine.batches == [[1], [1], [3], [4], [1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
+async def test_only_threads_that_yield_have_a_lower_priority() -> None:
+    def niceness(parts: Sequence[Images], alone: bool) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found = []
+    for yields in (False, True):
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(niceness, loop, threads=1, max_batch=1, max_queue=1, yields=yields)
+        found.append((await batcher.submit(images(1))).result - os.getpriority(os.PRIO_PROCESS, 0))
+        batcher.close()
+    assert found == [0, min(NICE, 19 - os.getpriority(os.PRIO_PROCESS, 0))]
 
 
 async def test_batches_are_bounded_and_a_job_is_never_split() -> None:
@@ -155,7 +209,7 @@ class QuickEngine:
         self.batches: list[tuple[int, bool]] = []
         self.seconds = seconds
 
-    def run(self, parts: Sequence[Images]) -> list[float]:
+    def run(self, parts: Sequence[Images], alone: bool) -> list[float]:
         here = threading.current_thread() is threading.main_thread()
         self.batches.append((sum(map(len, parts)), here))
         time.sleep(self.seconds)

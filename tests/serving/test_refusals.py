@@ -122,10 +122,10 @@ class Gate:
         self.open, self.entered = threading.Event(), threading.Semaphore(0)
         run = Engine.run_all
 
-        def held(engine: Engine, images: Any, batch: int = 256) -> Scores:
+        def held(engine: Engine, images: Any, batch: int = 256, *, in_lane: bool = False) -> Scores:
             self.entered.release()
             assert self.open.wait(timeout=30)
-            return run(engine, images, batch)
+            return run(engine, images, batch, in_lane=in_lane)
 
         monkeypatch.setattr(Engine, "run_all", held)
 
@@ -136,7 +136,7 @@ class Gate:
 async def test_a_full_queue_is_503_and_harms_no_accepted_request(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = await start(queue=2)
+    client = await start(queue=2, threads=1)  # one batch at a time
     gate = Gate(monkeypatch)
 
     def post() -> asyncio.Task[httpx.Response]:
@@ -176,7 +176,7 @@ async def test_a_bug_of_ours_is_500_in_the_same_shape(
 ) -> None:
     client = await start()
 
-    def broken(*_: Any) -> Scores:
+    def broken(*_: Any, **__: Any) -> Scores:
         raise RuntimeError("internal detail")
 
     monkeypatch.setattr(Engine, "run_all", broken)
