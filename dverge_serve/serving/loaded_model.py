@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import time
 from collections.abc import Sequence
 from typing import Self
@@ -134,6 +135,8 @@ class ServedModel:
         scores = self.engine.run_all(images, in_lane=not alone)
         seconds = time.perf_counter() - begun
         found = Predictions(scores, self.card.labels)
+        if not all(map(math.isfinite, found.disagreement)):  # JSON would have null in its place
+            raise ArithmeticError("the model's answer is not a number")
         metrics, batcher = self._metrics, self._batcher
         if metrics and batcher:  # a batch can be quicker than the batcher's constructor
             metrics.batch(len(found), seconds, batcher.waiting)

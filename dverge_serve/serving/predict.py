@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from dverge_serve.engine.predictions import ClassProbability, Prediction
+from dverge_serve.engine.predictions import Prediction
 from dverge_serve.serving.batching import Images
 from dverge_serve.serving.classify import Classifier
 from dverge_serve.serving.decoding import INLINE_BYTES
@@ -61,18 +61,14 @@ def exposed(prediction: Prediction, served: ServedModel, expose: Exposure) -> di
     found: dict[str, Any] = {"label": prediction.label, "index": prediction.index}
     if expose != "label":
         found["probability"] = prediction.probability
-        found["top"] = list(map(_class, prediction.top))
+        found["top"] = prediction.top
     if expose == "full":
         found["agreement"] = prediction.agreement
         found["disagreement"] = prediction.disagreement
-        found["votes"] = list(map(_class, prediction.votes))
+        found["votes"] = prediction.votes
         if served.threshold is not None:
             found["suspicious"] = served.is_suspicious(prediction.disagreement)
     return found
-
-
-def _class(found: ClassProbability) -> dict[str, Any]:
-    return {"label": found.label, "index": found.index, "probability": found.probability}
 
 
 def model_card(served: ServedModel, expose: Exposure) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
@@ -13,8 +14,7 @@ HTML = b"text/html; charset=utf-8"
 Headers = tuple[tuple[bytes, bytes], ...]
 
 RETRY_AFTER_S = 1
-# NaN and infinities, which JSON lacks, are an error of ours.
-_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_ENCODER = msgspec.json.Encoder()
 
 # Every error code there is, with its HTTP status. Clients may switch on them; add, never change.
 CODES: dict[str, int] = {
@@ -75,8 +75,8 @@ class ServiceError(Exception):
 
 
 def dump(value: Any) -> bytes:
-    """Return `value` as JSON bytes."""
-    return _JSON.encode(value).encode()
+    """Return `value`, of which dataclasses may be part, as JSON bytes."""
+    return _ENCODER.encode(value)
 
 
 def json_response(value: Any, status: int = 200) -> Response:

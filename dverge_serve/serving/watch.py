@@ -9,7 +9,6 @@ and what is too much is a number of them in a day.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 import threading
@@ -40,7 +39,7 @@ PIXELS_SEEN = 64  # exact copies that are known as such, of one image's near-cop
 PERIOD_S = 86_400.0
 HEADER = b"x-near-copies"
 
-Hashes = npt.NDArray[np.uint64]
+Hashes = npt.NDArray[np.uint32]
 
 
 class Fingerprint:
@@ -51,10 +50,9 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._key = secrets.token_bytes(16)
         self._offset = BIN * secrets.randbelow(2**20) / 2**20
         self._across, self._down = _odd(4), _odd(4)
-        levels = np.arange(256 // BIN + 2, dtype=np.uint64)
+        levels = np.arange(256 // BIN + 2, dtype=np.uint32)
         self._plain = {
             window: set(
                 self._windows(np.tile(levels[:, None, None], (window, window)), window)
@@ -74,22 +72,20 @@ class Fingerprint:
         window = WINDOW if min(gray.shape[1:]) >= SMALL_SIDE else SMALL_WINDOW
         if min(gray.shape[1:]) < window:
             return [[] for _ in gray]
-        levels = ((gray + np.float32(self._offset)) * np.float32(1 / BIN)).astype(np.uint64)
-        hashes = np.sort(self._windows(levels, window), axis=1)
+        gray += np.float32(self._offset)
+        gray *= np.float32(1 / BIN)
+        hashes = np.sort(self._windows(gray.astype(np.uint32), window), axis=1)
         plain = self._plain[window]
-        most = HASHES + len(plain)
         found = []
         for row in hashes:
-            first = np.ones(len(row), dtype=bool)
-            np.not_equal(row[1:], row[:-1], out=first[1:])
-            distinct = row[first][:most].tolist()
-            found.append([each for each in distinct if each not in plain][:HASHES])
+            kept: list[int] = []
+            for most in (2 * HASHES, row.size):  # twice as many are nearly always enough
+                distinct = dict.fromkeys(row[:most].tolist())
+                kept = [each for each in distinct if each not in plain][:HASHES]
+                if len(kept) == HASHES:
+                    break
+            found.append(kept)
         return found
-
-    def digest(self, image: Images) -> bytes:
-        """Return what only exact copies of an image have in common."""
-        data = np.ascontiguousarray(image)
-        return hashlib.blake2b(data.data, digest_size=8, key=self._key).digest()
 
     def _windows(self, levels: Hashes, window: int) -> Hashes:
         """Return the hashes of all windows of levels `[N, H, W]`, `[N, windows]`.
@@ -100,9 +96,9 @@ class Fingerprint:
         found = levels.reshape(count, -1)
         for step, factors in ((1, self._across), (width, self._down)):
             found = _sums(found, step, factors, window)
-            found ^= found >> np.uint64(29)
+            found ^= found >> np.uint32(15)
             found *= factors[-1]
-        return np.asarray(found >> np.uint64(4))  # integers of Python that take less memory
+        return np.asarray(found >> np.uint32(2))  # integers of Python that take less memory
 
 
 def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
@@ -117,7 +113,7 @@ def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
 
 
 def _odd(count: int) -> Hashes:
-    return np.frombuffer(secrets.token_bytes(8 * count), np.uint64) | np.uint64(1)
+    return np.frombuffer(secrets.token_bytes(4 * count), np.uint32) | np.uint32(1)
 
 
 def _gray(images: Images) -> npt.NDArray[np.float32]:
@@ -155,7 +151,7 @@ class _Family:
     """An image and its near-copies."""
 
     fingerprints: deque[list[int]] = field(default_factory=deque)
-    pixels: deque[bytes] = field(default_factory=lambda: deque(maxlen=PIXELS_SEEN))
+    pixels: deque[int] = field(default_factory=lambda: deque(maxlen=PIXELS_SEEN))
     copies: int = 0
     level: float = 0.0
     since: float = 0.0
@@ -196,11 +192,12 @@ class NearCopies:
             images: uint8, or float32 in `[0,1]`, `[N, C, H, W]`.
         """
         hashes = self._fingerprint(images)
-        digests = [self._fingerprint.digest(image) for image in images]
+        # What only exact copies have in common: SipHash, by a key that this process drew.
+        digests = [hash(image.tobytes()) for image in images]
         with self._lock:
             return list(map(self._see, hashes, digests))
 
-    def _see(self, hashes: list[int], digest: bytes) -> Sighting:
+    def _see(self, hashes: list[int], digest: int) -> Sighting:
         if len(hashes) < SHARED:
             return Sighting()
         found: Counter[Any] = Counter(map(self._index.get, hashes))

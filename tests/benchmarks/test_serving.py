@@ -183,10 +183,10 @@ def test_the_bars_hold_where_we_are_ahead_and_not_where_we_are_behind() -> None:
 @pytest.mark.parametrize(
     ("change", "missed"),
     [
-        ({"per_s": 700}, "answered, twice the capacity, queue of 16 / capacity"),
-        ({"refused_p99_ms": 51}, "p99 of the refused, twice the capacity, queue of 16"),
+        ({"per_s": 700}, "answered, twice the capacity, queue of 8 / capacity"),
+        ({"refused_p99_ms": 51}, "p99 of the refused, twice the capacity, queue of 8"),
         ({"failed_share": 0.01}, "share neither answered nor refused, twice the capacity, queue"),
-        ({"p99_ms": 61}, "p99 of the answered, twice the capacity, queue of 16 / 16 at once"),
+        ({"p99_ms": 61}, "p99 of the answered, twice the capacity, queue of 8 / 16 at once"),
     ],
 )
 def test_the_bars_of_the_overload(change: dict[str, float], missed: str) -> None:

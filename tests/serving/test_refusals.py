@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from dverge_serve.engine.outputs import Scores
@@ -184,6 +185,21 @@ async def test_a_bug_of_ours_is_500_in_the_same_shape(
     message = refusal(answer, "internal_error")
     assert answer.headers["x-request-id"] in message
     assert "internal detail" not in answer.text
+
+
+async def test_an_answer_that_is_not_a_number_is_500(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await start()
+    run = Engine.run_all
+
+    def overflowing(*args: Any, **named: Any) -> Scores:
+        scores = run(*args, **named)
+        return Scores(scores.logits, scores.member_logits * np.float32("inf"))
+
+    monkeypatch.setattr(Engine, "run_all", overflowing)
+    answer = await client.post("/predict", content=tiny.png(255), headers=PNG)
+    refusal(answer, "internal_error")
 
 
 async def test_not_ready_before_the_model_is_loaded(gray_model: Path) -> None:

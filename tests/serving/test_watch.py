@@ -102,7 +102,6 @@ def test_every_start_has_random_numbers_of_its_own() -> None:
     image = picture()[None]
     one, other = Fingerprint(), Fingerprint()
     assert not set(one(image)[0]) & set(other(image)[0])
-    assert one.digest(image[0]) == one.digest(image[0].copy()) != other.digest(image[0])
 
 
 def test_near_copies_are_over_the_budget_after_it() -> None:
