@@ -25,9 +25,9 @@ FACTOR, LEAST_FACTOR = 2.0, 1.9
 LEAD_S = 2.0  # until the queue is full
 # uvloop's timers count whole milliseconds, and may end early: a request is late, never early.
 TIMER_S = 0.0015
-# Who is answered has waited for the queue. With the images in hand the short one holds about as many
-# as the case that its p99 is compared with has callers: 16, the fewest with which batches fill. 64
-# would be the milder comparison.
+# Who is answered has waited for the queue. With the images in hand the short one holds about as
+# many as the case that its p99 is compared with has callers: 16, the fewest with which batches
+# fill. 64 would be the milder comparison.
 UNLOADED, SHORT_QUEUE = 16, 8
 # Refusing the other half of the requests takes its share of the cores, and so does asking.
 LEAST_SHARE = 0.75

@@ -183,7 +183,7 @@ def test_the_bars_hold_where_we_are_ahead_and_not_where_we_are_behind() -> None:
 @pytest.mark.parametrize(
     ("change", "missed"),
     [
-        ({"per_s": 700}, "answered, twice the capacity, queue of 8 / capacity"),
+        ({"per_s": 590}, "answered, twice the capacity, queue of 8 / capacity"),
         ({"refused_p99_ms": 51}, "p99 of the refused, twice the capacity, queue of 8"),
         ({"failed_share": 0.01}, "share neither answered nor refused, twice the capacity, queue"),
         ({"p99_ms": 61}, "p99 of the answered, twice the capacity, queue of 8 / 16 at once"),
