@@ -90,18 +90,19 @@ class Metrics:
             "dverge_alarm_workers",
             "Workers whose model has a report that says when an image is suspicious.",
         )
-        self._children: dict[tuple[str, str, str], Counter] = {}
+        self._children: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
 
     def request(self, route: str, method: str, status: str, seconds: float) -> None:
         """Count one request. `route` is one of ours or "other"."""
         if method not in METHODS:
             method = "other"
         key = (route, method, status)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = self._requests.labels(*key)
-        child.inc()
-        self._seconds.labels(route).observe(seconds)
+        children = self._children.get(key)
+        if children is None:
+            children = self._requests.labels(*key), self._seconds.labels(route)
+            self._children[key] = children
+        children[0].inc()
+        children[1].observe(seconds)
 
     def refusal(self, code: str) -> None:
         """Count one refusal by its code."""
