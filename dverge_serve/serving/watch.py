@@ -50,7 +50,7 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._offset = BIN * secrets.randbelow(2**20) / 2**20
+        self._offset = secrets.randbelow(2**20) / 2**20
         self._across, self._down = _odd(4), _odd(4)
         levels = np.arange(256 // BIN + 2, dtype=np.uint32)
         self._plain = {
@@ -68,13 +68,14 @@ class Fingerprint:
         Args:
             images: uint8, or float32 in `[0,1]`, `[N, C, H, W]`.
         """
-        gray = _gray(images)
+        gray = _channel_sums(images)
         window = WINDOW if min(gray.shape[1:]) >= SMALL_SIDE else SMALL_WINDOW
         if min(gray.shape[1:]) < window:
             return [[] for _ in gray]
+        gray *= np.float32((1 if images.dtype == np.uint8 else 255) / (images.shape[1] * BIN))
         gray += np.float32(self._offset)
-        gray *= np.float32(1 / BIN)
-        hashes = np.sort(self._windows(gray.astype(np.uint32), window), axis=1)
+        hashes = self._windows(gray.astype(np.uint32), window)
+        hashes.sort(axis=1)
         plain = self._plain[window]
         found = []
         for row in hashes:
@@ -98,7 +99,7 @@ class Fingerprint:
             found = _sums(found, step, factors, window)
             found ^= found >> np.uint32(15)
             found *= factors[-1]
-        return np.asarray(found >> np.uint32(2))  # integers of Python that take less memory
+        return found
 
 
 def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
@@ -116,19 +117,15 @@ def _odd(count: int) -> Hashes:
     return np.frombuffer(secrets.token_bytes(4 * count), np.uint32) | np.uint32(1)
 
 
-def _gray(images: Images) -> npt.NDArray[np.float32]:
-    """Return the mean of the channels, 0 to 255, `[N, h, w]`; of large images, of blocks."""
-    channels = images.shape[1]
-    gray = images[:, 0].astype(np.float32)
-    for channel in range(1, channels):
-        gray += images[:, channel]
-    gray *= np.float32((1 if images.dtype == np.uint8 else 255) / channels)
-    block = -(-min(gray.shape[1:]) // SIDE)
+def _channel_sums(images: Images) -> npt.NDArray[np.float32]:
+    """Return the sums over the channels, `[N, h, w]`; of large images, their means over blocks."""
+    sums = images.sum(axis=1, dtype=np.float32)
+    block = -(-min(sums.shape[1:]) // SIDE)
     if block > 1:
-        height, width = (side // block for side in gray.shape[1:])
-        gray = gray[:, : height * block, : width * block]
-        gray = gray.reshape(-1, height, block, width, block).mean((2, 4))
-    return gray
+        height, width = (side // block for side in sums.shape[1:])
+        sums = sums[:, : height * block, : width * block]
+        sums = sums.reshape(-1, height, block, width, block).mean((2, 4))
+    return np.asarray(sums)
 
 
 class Sighting(NamedTuple):
