@@ -230,9 +230,10 @@ class Engine:
         On a GPU that is every size a batch is padded to, whatever `batches` says.
         """
         for batch in self._buckets.sizes if self._buckets else batches:
-            for in_lane in (False, True):
-                blank = np.zeros((batch, *self.card.input_shape), dtype=np.float32)
-                self.run(blank, in_lane=in_lane)
+            blank = np.zeros((batch, *self.card.input_shape), dtype=np.float32)
+            self.run(blank)
+            if self._lanes:
+                self.run(blank, in_lane=True)
 
     @property
     def session(self) -> ort.InferenceSession:
