@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.evidence import images
-from benchmarks.evidence.protocol import CIFAR10, DIGITS, Protocol
+from benchmarks.evidence.protocol import CIFAR10, DIGITS, DIGITS_FAST, Protocol
 from export.source import config_json
 from training.config import Config
 from training.recipe import load_recipe
@@ -34,6 +34,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "dverge-3-batch": {"dverge.batchnorm": "batch"},
     "dverge-3-bf16": {"precision": "bf16"},
 }
+# From whose images a member learns in a step: all the others', or those of one drawn anew.
+ALL, ONE = ({"dverge.partners": count} for count in (0, 1))
 METHODS: dict[str, dict[str, Any]] = {
     "adp": {},
     "gal": {"architecture": "resnet8-leaky"},  # as its authors have it: ReLU starves its gradients
@@ -99,7 +101,7 @@ def slug(recipe: str, name: str, seed: int) -> str:
 
 def every() -> list[Cell]:
     """Return all cells, the most important first."""
-    return [*_digits(DIGITS), *_cifar10(CIFAR10)]
+    return [*_digits(DIGITS), *_partners(DIGITS_FAST), *_cifar10(CIFAR10)]
 
 
 def _digits(protocol: Protocol) -> Iterator[Cell]:
@@ -117,6 +119,14 @@ def _digits(protocol: Protocol) -> Iterator[Cell]:
         for method in ("dverge", "standard"):
             for seed in SEEDS:
                 yield _cell(protocol, f"{method}-{members}", method, members, seed)
+
+
+def _partners(protocol: Protocol) -> Iterator[Cell]:
+    for members in (3, 8, 5, 16):
+        for seed in SEEDS:
+            if members < 16:
+                yield _cell(protocol, f"all-{members}", "dverge", members, seed, ALL)
+            yield _cell(protocol, f"one-{members}", "dverge", members, seed, ONE)
 
 
 def _cifar10(protocol: Protocol) -> Iterator[Cell]:

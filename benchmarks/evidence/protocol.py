@@ -56,6 +56,8 @@ class Protocol:
 
 
 DIGITS = Protocol(recipe="digits", surrogates=("standard-3", "standard-5"), eps=(0.05, 0.1, 0.15))
+# Where each member learns from one other's images at a time beside where it learns from all.
+DIGITS_FAST = Protocol(recipe="digits-fast", surrogates=DIGITS.surrogates, eps=DIGITS.eps)
 CIFAR10 = Protocol(
     recipe="cifar10-cpu",
     surrogates=("standard-2", "standard-3"),
