@@ -239,8 +239,10 @@ def test_every_training_of_the_training_page(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smaller = ["width=8", "standard.epochs=1", "dverge.epochs=1", "dverge.steps=1"]
-    smaller += ["transfer.epochs=1", "data.crop=[16,16]", "batch_size=32", "members=2"]
+    smaller += ["transfer.epochs=1", "data.crop=[16,16]", "batch_size=24", "members=2"]
     smaller += ["standard.lr=0.01", "dverge.lr=0.01"]  # the recipes' are for larger batches
+    # 72 images: no batch is small, where BatchNorm would see few values of a map of 1x1 in bf16.
+    smaller += ["precision=fp32"]
     commands = commands_of("training.md")
     runs = set()
     for command in commands:
