@@ -28,7 +28,8 @@ from dverge_serve.serving.requests import Request
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
-SIDE = 32  # larger images are averaged over blocks until the shorter side has no more pixels
+# Larger images are averaged over blocks until the shorter, and the longer side have no more pixels.
+SIDE, LONGEST = 32, 512
 WINDOW, SMALL_WINDOW, SMALL_SIDE = 5, 3, 16  # pixels, and for images smaller than 16
 BIN = 64  # grey levels that count as one
 HASHES = 32  # of a fingerprint
@@ -40,6 +41,7 @@ PERIOD_S = 86_400.0
 HEADER = b"x-near-copies"
 
 Hashes = npt.NDArray[np.uint32]
+Matrix = npt.NDArray[np.float64]
 
 
 class Fingerprint:
@@ -51,14 +53,13 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self._offset = secrets.randbelow(2**20) / 2**20
-        self._across, self._down = _odd(4), _odd(4)
-        levels = np.arange(256 // BIN + 2, dtype=np.uint32)
+        # A window's weighted sum is below 2**53, so that float64 holds it exactly.
+        self._across, self._down = _drawn(22), _drawn(23)
+        self._mixing = np.uint64(secrets.randbits(64) | 1)
+        self._bands: dict[tuple[int, int, int], Matrix] = {}
+        levels = np.arange(256 // BIN + 2, dtype=np.float64)[:, None, None]
         self._plain = {
-            window: set(
-                self._windows(np.tile(levels[:, None, None], (window, window)), window)
-                .ravel()
-                .tolist()
-            )
+            window: set(self._windows(np.tile(levels, (window, window)), window).ravel().tolist())
             for window in (WINDOW, SMALL_WINDOW)
         }
 
@@ -74,7 +75,7 @@ class Fingerprint:
             return [[] for _ in gray]
         gray *= np.float32((1 if images.dtype == np.uint8 else 255) / (images.shape[1] * BIN))
         gray += np.float32(self._offset)
-        hashes = self._windows(gray.astype(np.uint32), window)
+        hashes = self._windows(np.floor(gray, dtype=np.float64), window)
         hashes.sort(axis=1)
         plain = self._plain[window]
         found = []
@@ -88,39 +89,35 @@ class Fingerprint:
             found.append(kept)
         return found
 
-    def _windows(self, levels: Hashes, window: int) -> Hashes:
+    def _windows(self, levels: Matrix, window: int) -> Hashes:
         """Return the hashes of all windows of levels `[N, H, W]`, `[N, windows]`.
 
-        A window that begins near the end of a row goes on in the next one.
+        The weights of a window's pixels are products of one for its column and one for its row.
         """
-        count, _, width = levels.shape
-        found = levels.reshape(count, -1)
-        for step, factors in ((1, self._across), (width, self._down)):
-            found = _sums(found, step, factors, window)
-            found ^= found >> np.uint32(15)
-            found *= factors[-1]
+        height, width = levels.shape[1:]
+        sums = self._band(1, height, window) @ (levels @ self._band(0, width, window).T)
+        mixed = sums.reshape(len(levels), -1).astype(np.uint64) * self._mixing
+        return (mixed >> np.uint64(32)).astype(np.uint32)
+
+    def _band(self, axis: int, side: int, window: int) -> Matrix:
+        """Return the matrix that takes `side` values to the weighted sums of windows along them."""
+        found = self._bands.get((axis, side, window))
+        if found is None:
+            found = np.zeros((side - window + 1, side))
+            for place, weight in enumerate((self._across, self._down)[axis][:window]):
+                np.fill_diagonal(found[:, place:], weight)
+            self._bands[axis, side, window] = found
         return found
 
 
-def _sums(values: Hashes, step: int, factors: Hashes, window: int) -> Hashes:
-    """Return weighted sums of `window` (odd) values that are `step` apart, for each first one."""
-    found, size = values, 1
-    for factor in factors:
-        if 2 * size > window:
-            break
-        found = found[:, : -size * step] + factor * found[:, size * step :]
-        size *= 2
-    return np.asarray(found[:, :-step] + factors[-2] * values[:, size * step :])
-
-
-def _odd(count: int) -> Hashes:
-    return np.frombuffer(secrets.token_bytes(4 * count), np.uint32) | np.uint32(1)
+def _drawn(bits: int) -> list[float]:
+    return [float(secrets.randbits(bits) | 1) for _ in range(WINDOW)]
 
 
 def _channel_sums(images: Images) -> npt.NDArray[np.float32]:
     """Return the sums over the channels, `[N, h, w]`; of large images, their means over blocks."""
     sums = images.sum(axis=1, dtype=np.float32)
-    block = -(-min(sums.shape[1:]) // SIDE)
+    block = max(-(-min(sums.shape[1:]) // SIDE), -(-max(sums.shape[1:]) // LONGEST))
     if block > 1:
         height, width = (side // block for side in sums.shape[1:])
         sums = sums[:, : height * block, : width * block]
