@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.evidence.paired import MARGIN, Difference, share, stack
 from benchmarks.evidence.tables import (
@@ -133,6 +133,35 @@ def fast_is_not_inferior(variants: Variants, exact: str, fast: Sequence[str]) ->
                 f"lowest interval ends at {100 * worst:+.1f}, allowed {100 * MARGIN:.0f})."
             )
     return told
+
+
+def one_partner_is_enough(variants: Variants, pairs: Iterable[tuple[str, str]]) -> str:
+    """Judge: one partner a step in place of all is not inferior, and its cost grows linearly.
+
+    Args:
+        variants: all there are.
+        pairs: one partner, all others, by the number of members.
+    """
+    there = [pair for pair in pairs if all(name in variants for name in pair)]
+    if not there:
+        return MISSING
+    told = []
+    for one, every in there:
+        failed = [
+            f"{what} {points(found)}"
+            for what, found in judged(variants, one, every)
+            if not found.not_inferior
+        ]
+        size, seeds = one.rpartition("-")[2], len(common_seeds(variants, one, every))
+        verdict = f"not shown in {'; '.join(failed)}" if failed else "non-inferior in every column"
+        told.append(f"{size} members, {seeds} seeds: {verdict}")
+    grown = [
+        f"{gradients(variants[f'{name}-8']) / gradients(variants[f'{name}-3']):.1f} times {what}"
+        for name, what in (("one", "with one partner"), ("all", "with all others"))
+        if f"{name}-8" in variants and f"{name}-3" in variants
+    ]
+    growth = f" From 3 to 8 members the cost grows {', '.join(grown)}." if grown else ""
+    return f"{'. '.join(told)}.{growth}"
 
 
 def judged(variants: Variants, ours: str, other: str) -> list[tuple[str, Difference]]:

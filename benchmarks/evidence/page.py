@@ -37,6 +37,12 @@ VARIANTS = {
     for name, told in COSTS.items()
     if name.startswith("dverge-3") and name != EXACT
 }
+PARTNERED = {
+    f"{name}-{size}": f"{told}, {size} members"
+    for size in (3, 5, 8, 16)
+    for name, told in (("all", "all others"), ("one", "one partner"))
+}
+ONE_FOR_ALL = {f"{size} members": (f"one-{size}", f"all-{size}") for size in (3, 5, 8)}
 CIFAR10 = {
     "standard-3": "standard",
     "dverge-3": "**DVERGE**",
@@ -58,6 +64,7 @@ def write_page(docs: Path = DOCS, folder: Path = record.FOLDER) -> list[Path]:
 def page(records: Sequence[Record]) -> str:
     """Return the page."""
     digits = tables.by_name(records, "digits")
+    partners = tables.by_name(records, "digits-fast")
     cifar10 = tables.by_name(records, "cifar10-cpu")
     plots = panels(digits)
     search = json.loads(SEARCH.read_text()) if SEARCH.is_file() else None
@@ -77,7 +84,11 @@ def page(records: Sequence[Record]) -> str:
         rules_claim=claims.rules_are_alike(digits),
         rules=tables.combination_rules(digits, RULED),
         alarm=tables.alarm(digits, ALARMED),
-        costs=tables.costs(digits, EXACT),
+        partners_claim=claims.one_partner_is_enough(partners, ONE_FOR_ALL.values()),
+        partners=tables.accuracies(partners, PARTNERED),
+        partners_differences=tables.differences(partners, ONE_FOR_ALL, "one less all"),
+        partners_costs=tables.costs(partners, PARTNERED, "all-3"),
+        costs=tables.costs(digits, COSTS, EXACT),
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
         fast_claims="\n".join(f"- {line}" for line in fast),
         searched=tables.searched(search) if search else "Not run yet.\n",

@@ -152,12 +152,18 @@ def alarm(variants: Variants, names: Mapping[str, str]) -> str:
     return table(head, rows) if rows else "Not run yet.\n"
 
 
-def costs(variants: Variants, exact: str) -> str:
-    """Return gradient evaluations, how they compare, and the seconds of the fastest seed."""
-    head = ["", "gradient evaluations", "of exact", "first stage", "second stage", "load before"]
-    whole = gradients(variants[exact]) if exact in variants else None
+def costs(variants: Variants, names: Mapping[str, str], whole: str) -> str:
+    """Return gradient evaluations, how they compare, and the seconds of the fastest seed.
+
+    Args:
+        variants: all there are.
+        names: of the rows, and what they are called.
+        whole: the variant whose evaluations are 100%.
+    """
+    head = ["", "gradient evaluations", "share", "first stage", "second stage", "load before"]
+    base = gradients(variants[whole]) if whole in variants else None
     rows = []
-    for name, told in COSTS.items():
+    for name, told in names.items():
         if name not in variants:
             continue
         spent = gradients(variants[name])
@@ -167,7 +173,7 @@ def costs(variants: Variants, exact: str) -> str:
             [
                 told,
                 f"{spent / 1e6:.2f} million",
-                f"{spent / whole:.0%}" if whole else NONE,
+                f"{spent / base:.0%}" if base else NONE,
                 f"{first:.0f} s",
                 f"{second[0]:.0f} s" if second else NONE,
                 f"{fastest['machine']['load_average_before']:.1f}",
