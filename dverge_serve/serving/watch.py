@@ -28,7 +28,7 @@ from dverge_serve.serving.requests import Request
 from dverge_serve.serving.responses import ServiceError
 from dverge_serve.serving.settings import Settings
 
-# Larger images are averaged over blocks until the shorter, and the longer side have no more pixels.
+# Larger images are averaged over blocks: pixels of the shorter and of the longer side at most.
 SIDE, LONGEST = 32, 512
 WINDOW, SMALL_WINDOW, SMALL_SIDE = 5, 3, 16  # pixels, and for images smaller than 16
 BIN = 64  # grey levels that count as one
