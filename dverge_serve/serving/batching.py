@@ -21,7 +21,7 @@ Images = npt.NDArray[Any]
 R = TypeVar("R")
 
 # An engine that takes no longer for one image runs in the event loop while it is alone: waking a
-# thread, and the loop after it, takes time of its own. What comes meanwhile would wait for the engine anyway.
+# thread, and the loop after it, takes time of its own. What comes meanwhile would wait anyway.
 INLINE_S = 0.005
 NICE = 5  # of threads that yield to the event loop: on a full machine it stays quick to refuse
 
