@@ -24,7 +24,7 @@ from verification.attacks.target import Target
 from verification.live import Caller, attack_service, chosen
 from verification.service_client import Service
 
-EPS, REQUESTS = 0.3, 240
+EPS, REQUESTS = 0.5, 240
 NOISE = Noise(name="noise", threat="transfer", source="none")
 
 

@@ -44,5 +44,6 @@ class RayS(LabelAttack, kind="rays"):
                         high = middle
                     else:
                         low = middle
-                direction, shortest = tried, high
+                if high < shortest:
+                    direction, shortest = tried, high
             level += 1
