@@ -7,6 +7,7 @@ machine changes little, and the bounds leave room besides.
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import threading
 import time
@@ -104,10 +105,12 @@ CASES: dict[str, tuple[Callable[[bytes], object], Grow]] = {
 
 def cost(work: Callable[[bytes], object], body: bytes) -> tuple[float, int]:
     """Return the seconds of this thread and the peak of Python's memory that a body costs."""
+    gc.freeze()  # passes over what other tests have left in memory are not this body's cost
     begun = time.thread_time()
     with contextlib.suppress(ServiceError):
         work(body)
     seconds = time.thread_time() - begun
+    gc.unfreeze()
     tracemalloc.start()
     try:
         with contextlib.suppress(ServiceError):
