@@ -233,7 +233,7 @@ def test_verification_ends_with_its_report(trained: Path, tmp_path: Path) -> Non
     assert min(norms) > 0
     kinds = {attack["kind"] for attack in found["attacks"]}
     assert {"noise", "gradient", "autoattack", "square"} <= kinds
-        assert page_path(model).is_file()
+    assert page_path(model).is_file()
 
 
 def test_every_level_becomes_the_services_number() -> None:

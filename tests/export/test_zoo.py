@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dverge_serve.engine.report import Report
 from export.published_checkpoint import read_published
 
 ROOT = Path(__file__).parents[2]
@@ -21,3 +22,16 @@ def test_the_page_describes_the_file_and_it_is_read() -> None:
     answers = {int(member(torch.full((1, 3, 32, 32), 0.5)).argmax()) for member in found.members}
     assert all(0 <= answer < found.resnet.classes for answer in answers)
     assert FILE.stat().st_size < 2_000_000
+
+
+def test_the_page_tells_what_the_report_of_the_file_says() -> None:
+    report = Report.load(FILE.with_suffix(".report.json"))
+    assert report.verdict == "VALID"
+    assert report.model.weights_sha256 == read_published(FILE).sha256
+    page = (ROOT / "docs" / "model-zoo.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| .0")]
+    told = {float(row[1]): [float(cell.split()[0]) for cell in row[2:4]] for row in rows}
+    assert told == {
+        eps: [round(100 * rate.value, 1) for rate in (at.transfer, at.white_box) if rate]
+        for eps, at in report.robust_accuracy.items()
+    }
