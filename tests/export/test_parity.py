@@ -46,7 +46,7 @@ from training.models.resnet import resnet_stages
         ("resnet11-bottleneck", 3, 3, 16, "grouped"),
         ("resnet8-leaky", 3, 3, 16, "grouped"),
         (("resnet8", "resnet14"), 2, 3, 16, "branches"),
-        ("torchvision:mobilenet_v3_small", 2, 3, 64, "branches"),
+        ("torchvision:mobilenet_v3_small", 2, 3, 224, "branches"),
         ("torchvision:resnet18", 1, 3, 64, "branches"),
     ],
 )

@@ -182,6 +182,6 @@ def test_a_step_in_float32_is_the_literal_procedure_but_for_rounding(
             assert not torch.equal(image, batch[0].float())
             equal += int((image == expected).sum())
             pixels += image.numel()
-        torch.testing.assert_close(found.losses, found.expected_losses, rtol=1e-3, atol=0)
+        torch.testing.assert_close(found.losses, found.expected_losses, rtol=2e-4, atol=0)
     assert pixels == DEPTH * 3 * count * 64
     assert equal >= 0.999 * pixels, f"{equal} of {pixels}"
