@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from dverge_serve.errors import UserError
 
@@ -240,7 +240,9 @@ def _read_heif(data: bytes) -> Image.Image:
 
 
 def _array(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
-    image = _opaque(image).convert(preprocess.mode)
+    image = _opaque(image)
+    if image.mode != preprocess.mode:  # else the whole image would be copied
+        image = image.convert(preprocess.mode)
     if image.size != preprocess.crop[::-1]:
         image = _cover(image, preprocess)
     pixels = np.asarray(image, dtype=np.uint8)
@@ -261,7 +263,8 @@ def _scale_transparent_value(image: Image.Image, bits: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # damaged EXIF gives no orientation; the pixels are intact
         return image
 
