@@ -19,14 +19,14 @@ from training.trainer import prepare
 from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
-from verification.attacks.rounds import cycle_length, searches
+from verification.attacks.rounds import later_rounds
+from verification.attacks.suite import SMALLER
 from verification.attacks.target import Scorer
 from verification.gradients import ready
 from verification.surrogate import Surrogate
 from verification.surrogates import SurrogateSet
 
 FEW = 8  # images that a gradient is timed on
-SMALLER = 0.5  # of the work in the largest ball: what skips broken images does in the smaller ones
 CHECKS = 65  # gradients of the model on each image, for the gates and the other measurements
 LONG_S = 0.02  # for a gradient of one image
 
@@ -84,8 +84,7 @@ def gradient_cost(
         radii: at how many each attack runs.
     """
     total = 0.0
-    # Few images are left to the later rounds, or none.
-    later = [each for one in searches(suite).values() for each in one[cycle_length(one) :]]
+    later = later_rounds(suite)
     for attack in suite:
         if attack.asks or attack in later:
             continue

@@ -51,6 +51,11 @@ def cycle_length(search: Sequence[AdaptivePGD]) -> int:
     return len({each.loss for each in search})
 
 
+def later_rounds(suite: Sequence[Attack]) -> list[AdaptivePGD]:
+    """Return the rounds after each search's first cycle: few images are left to them, or none."""
+    return [each for one in searches(suite).values() for each in one[cycle_length(one) :]]
+
+
 def last_cycle(search: Sequence[AdaptivePGD], outcome: Outcomes, eps: float) -> LastCycle | None:
     """Return the last cycle of a search at this radius; None before the first has ended."""
     run = [each for each in search if outcome.has(each, eps)]

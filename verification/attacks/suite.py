@@ -26,7 +26,7 @@ from verification.attacks.outcomes import Mask, Outcomes, Pixels
 from verification.attacks.perturbation import encode_fp16
 from verification.attacks.query_attack import QueryAttack
 from verification.attacks.recorder import Deltas, OutcomeRecorder, Scored
-from verification.attacks.rounds import is_over
+from verification.attacks.rounds import is_over, later_rounds
 from verification.attacks.target import Target
 from verification.config import SUBSTITUTE
 
@@ -34,6 +34,7 @@ from verification.config import SUBSTITUTE
 Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
 ANSWERS = 3  # in the time of one gradient
+SMALLER = 0.5  # of the work in the largest ball: what skips broken images does in the smaller ones
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Job:
         names: targets that the images are scored on.
         model: the source.
         weights: a hash of it; empty where nothing identifies it.
-        share: of the images that it is run on at most.
+        share: of the images that it will probably be run on.
     """
 
     attack: Attack
@@ -62,7 +63,7 @@ class Job:
     def work(self) -> int:
         """Gradients of a network for each image in one restart, for progress."""
         members = len(self.model) if isinstance(self.model, Ensemble) else 1
-        passes = self.attack.work * self.attack.nearest * self.share / len(self.radii)
+        passes = self.attack.work * self.share / len(self.radii)
         passes /= ANSWERS if self.attack.asks else 1
         return max(round(passes), 1) * max(members, 1)
 
@@ -103,8 +104,12 @@ def run_suite(
     check_suite(suite, sources)
     recorders = {name: OutcomeRecorder(target.engine, split) for name, target in targets.items()}
     first = next(iter(targets))
+    later = later_rounds(suite)
     jobs = [
-        Job(attack, eps, radii if attack.one_search else [eps], *chosen, _share(attack, split))
+        Job(
+            *(attack, eps, radii if attack.one_search else [eps], *chosen),
+            0.0 if attack in later else _share(attack, len(split), smaller=eps < max(radii)),
+        )
         for attack, eps, radii in _in_order(suite, eps_grid)
         for chosen in _pairs(attack, sources, targets)
     ]
@@ -134,8 +139,9 @@ def run_suite(
     return {name: recorder.outcomes for name, recorder in recorders.items()}
 
 
-def _share(attack: Attack, split: Split) -> float:
-    return min(attack.sample / len(split), 1.0) if attack.sample else 1.0
+def _share(attack: Attack, count: int, *, smaller: bool) -> float:
+    sampled = min(attack.sample / count, 1.0) if attack.sample else 1.0
+    return sampled * attack.nearest * (SMALLER if smaller and attack.skip_broken else 1.0)
 
 
 def check_suite(suite: Sequence[Attack], sources: Iterable[str]) -> None:

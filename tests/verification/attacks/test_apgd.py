@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dverge_serve.progress import Progress
 from tests.verification.models import EPS, VALUES, Linear, TorchEngine, linear_split
 from training.data.splits import to_float
 from training.pgd import Norm, cross_entropy, pgd_loop, random_start
@@ -15,7 +16,7 @@ from training.seeds import generator
 from verification.attacks import losses
 from verification.attacks.apgd import AdaptivePGD, ApgdLoss, checkpoints
 from verification.attacks.presets import Variant, suite
-from verification.attacks.rounds import searches
+from verification.attacks.rounds import later_rounds, searches
 from verification.attacks.suite import run_suite
 from verification.attacks.target import Target
 
@@ -152,3 +153,26 @@ def test_rounds_go_on_until_a_cycle_breaks_almost_nothing() -> None:
     left = outcome.robust([first], EPS)
     assert not left.all()
     assert outcome.ran[second.name, EPS].tolist() == left.tolist()
+
+
+def test_rounds_that_will_hardly_be_run_are_no_work_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    totals = []
+
+    class Counting(Progress):
+        def __init__(self, label: str, total: int) -> None:
+            totals.append(total)
+            super().__init__(label, total)
+
+        def __exit__(self, *_: object) -> None:
+            assert self._done == self._total
+
+    monkeypatch.setattr("verification.attacks.suite.Progress", Counting)
+    chosen = [attack for attack in suite(Variant(preset="quick", classes=2), []) if attack.gate]
+    later = later_rounds(chosen)
+    few = [attack for attack in chosen if attack not in later]
+    for each in (chosen, few):
+        target = Target(TorchEngine([Linear()]), [Linear()])
+        run_suite(each, {}, {"m": target}, linear_split(VALUES), [EPS], seed=0)
+    assert totals[0] - totals[1] == sum(each.restarts for each in later) < totals[1] / 5
