@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+TINY = np.finfo(np.float64).tiny
 
 
 def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -88,5 +89,5 @@ class Scores:
 
 
 def _entropy(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    logarithms = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    logarithms = np.log(np.maximum(probabilities, TINY))
     return np.asarray(-(probabilities * logarithms).sum(axis=-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +54,8 @@ class Predictions:
 
     def __init__(self, scores: Scores, labels: Sequence[str]) -> None:
         self.scores, self._labels = scores, labels
-        order = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP]
-        self._top = order.tolist()
-        rows = np.arange(len(order))[:, None]
-        self._top_shares = scores.probabilities[rows, order].tolist()
+        self._top = np.argsort(-scores.logits, axis=1, kind="stable")[:, :TOP].tolist()
         self._votes = scores.votes.tolist()
-        self._vote_shares = scores.member_probabilities.max(axis=-1).tolist()
         self.agreement: list[float] = scores.agreement.tolist()
         self.disagreement: list[float] = scores.disagreement.tolist()
 
@@ -67,8 +63,10 @@ class Predictions:
         return len(self._top)
 
     def __getitem__(self, row: int) -> Prediction:
-        top = self._named(self._top[row], self._top_shares[row])
-        votes = self._named(self._votes[row], self._vote_shares[row])
+        share = self.scores.probabilities[row].item
+        top = tuple(self._class(index, share(index)) for index in self._top[row])
+        share = self.scores.member_probabilities[row].item
+        votes = enumerate(self._votes[row])
         return Prediction(
             label=top[0].label,
             index=top[0].index,
@@ -76,7 +74,7 @@ class Predictions:
             top=top,
             agreement=self.agreement[row],
             disagreement=self.disagreement[row],
-            votes=votes,
+            votes=tuple(self._class(index, share(member, index)) for member, index in votes),
         )
 
     def __iter__(self) -> Iterator[Prediction]:
@@ -86,8 +84,5 @@ class Predictions:
         """Return each image's label."""
         return [self._labels[top[0]] for top in self._top]
 
-    def _named(
-        self, indices: Iterable[int], probabilities: Iterable[float]
-    ) -> tuple[ClassProbability, ...]:
-        pairs = zip(indices, probabilities, strict=True)
-        return tuple(ClassProbability(self._labels[index], index, share) for index, share in pairs)
+    def _class(self, index: int, probability: float) -> ClassProbability:
+        return ClassProbability(self._labels[index], index, probability)
