@@ -5,8 +5,9 @@ python -m benchmarks.serving [--seconds 5] [--rounds 3] [--json]
 Every server runs one worker on the same ONNX file (3 ResNet-20, 32x32 colour, random weights:
 time does not depend on them) with the same decoder and engine threads. They take turns under
 `wrk`, and those whose turn it is not are stopped. Then ours gets twice as many requests as it can
-answer (`benchmarks.overload`). Figures are medians over the rounds. A peer that is not installed is
-left out, and the report says so.
+answer (`benchmarks.overload`). Figures are medians over the rounds. So are ratios, taken between
+neighbours within each round: a machine's speed may change from minute to minute. A peer that is not
+installed is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -38,6 +40,8 @@ from dverge_serve.engine.session import Engine
 SINGLES = (1, 16, 64)
 BATCH, BATCH_CONNECTIONS = 32, 4
 OURS = "dverge-serve"
+Which = tuple[str, str]  # a server and a case
+Samples = dict[Which, list[dict[str, float]]]  # what was measured, once a round
 COLUMNS = ["server", "case", "per_s", "p50_ms", "p99_ms", *overload.COLUMNS]
 
 
@@ -89,30 +93,26 @@ def environment_for(model: Path, folder: Path) -> dict[str, str]:
     }
 
 
-class Samples:
-    """What was measured, by server and case, a sample for each round."""
+def medians(samples: Samples) -> list[dict[str, Any]]:
+    """Return one row for each server and case: the median of each figure over the rounds."""
+    return [
+        {"server": name, "case": case}
+        | {key: statistics.median(each[key] for each in found) for key in found[0]}
+        for (name, case), found in samples.items()
+    ]
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], list[dict[str, float]]] = {}
 
-    def keep(self, name: str, case: str, result: dict[str, float]) -> None:
-        """Keep one round's figures."""
-        self._found.setdefault((name, case), []).append(result)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each server and case: the median of each figure."""
-        return [
-            {"server": name, "case": case}
-            | {key: statistics.median(each[key] for each in found) for key in found[0]}
-            for (name, case), found in self._found.items()
-        ]
+def ratio(samples: Samples, ours: Which, other: Which, key: str) -> float:
+    """Return the median over the rounds of how a figure compares: a machine's speed may change."""
+    pairs = zip(samples[ours], samples[other], strict=True)
+    return statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)
 
 
 def take_turns(
     servers: list[Server], engine: Engine, folder: Path, seconds: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Load the started servers and the bare engine in turns; return the rows."""
-    samples = Samples()
+) -> Samples:
+    """Load the started servers and the bare engine in turns."""
+    samples: Samples = defaultdict(list)
     ours, short, *others = servers
     tensor, tensor_headers = tensors(BATCH)
     (folder / "tensor").write_bytes(tensor)
@@ -120,28 +120,33 @@ def take_turns(
         (folder / server.name).write_bytes(server.body)
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        for batch in (1, BATCH):
-            images = np.zeros((batch, 3, 32, 32), dtype=np.float32)
-            median = bare_engine(partial(engine.run, images), seconds / 2)
-            result = {"per_s": batch / median, "p50_ms": median * 1000}
-            samples.keep("bare engine", f"batch of {batch}", result)
+        keep_bare(samples, engine, 1, seconds)
         for connections in SINGLES:
             for server in (ours, *others):
                 body = folder / server.name
                 found = load(server, "/predict", body, server.headers, connections, seconds)
-                samples.keep(server.name, f"1 image, {connections} at once", found)
+                samples[server.name, f"1 image, {connections} at once"].append(found)
                 if server is ours:
                     capacity = found["per_s"]  # at last, with the most connections
+        keep_bare(samples, engine, BATCH, seconds)
         found = load(
             ours,
             "/v2/models/dverge/infer",
             *(folder / "tensor", tensor_headers, BATCH_CONNECTIONS, seconds),
         )
         found["per_s"] *= BATCH
-        samples.keep(OURS, f"{BATCH} images, {BATCH_CONNECTIONS} at once", found)
+        samples[OURS, f"{BATCH} images, {BATCH_CONNECTIONS} at once"].append(found)
         for case, server in zip(overload.CASES, (ours, short), strict=True):
-            samples.keep(OURS, case, overload.measure(server, capacity, seconds))
-    return samples.rows()
+            samples[OURS, case].append(overload.measure(server, capacity, seconds))
+    return samples
+
+
+def keep_bare(samples: Samples, engine: Engine, batch: int, seconds: float) -> None:
+    """Measure the engine alone; call it beside what it is compared with."""
+    images = np.zeros((batch, 3, 32, 32), dtype=np.float32)
+    median = bare_engine(partial(engine.run, images), seconds / 2)
+    result = {"per_s": batch / median, "p50_ms": median * 1000}
+    samples["bare engine", f"batch of {batch}"].append(result)
 
 
 def measure(
@@ -161,47 +166,55 @@ def measure(
             server.signal(signal.SIGSTOP)
         with Engine(model, device="cpu", threads=cores()) as engine:
             engine.warm_up((1, BATCH))
-            rows = take_turns(servers, engine, folder, seconds, rounds)
+            samples = take_turns(servers, engine, folder, seconds, rounds)
     finally:
         for server in servers:
             if server.process:
                 server.signal(signal.SIGKILL)
                 server.process.wait()
-    found, skipped = bars({(row["server"], row["case"]): row for row in rows}, peers)
+    found, skipped = bars(samples, peers)
     skipped += [{"name": name, "why": why} for name, why in left_out.items()]
-    return {"machine": here, "rows": rows, "bars": found, "skipped": skipped}
+    return {"machine": here, "rows": medians(samples), "bars": found, "skipped": skipped}
 
 
 def bars(
-    rows: dict[tuple[str, str], dict[str, Any]], peers: Collection[str]
+    samples: Samples, peers: Collection[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Return the bars, and those that this run could not measure."""
     found, skipped = overload.bars(
-        {case: row for (server, case), row in rows.items() if server == OURS},
+        {row["case"]: row for row in medians(samples) if row["server"] == OURS},
         *(f"1 image, {connections} at once" for connections in (overload.UNLOADED, SINGLES[-1])),
     )
     for connections in SINGLES:
         case = f"1 image, {connections} at once"
-        ours = rows[OURS, case]
         for peer in peers:
-            other, what = rows[peer, case], f"at concurrency {connections}, ours / {peer}"
-            throughput, tail = (ours[key] / other[key] for key in ("per_s", "p99_ms"))
+            what = f"at concurrency {connections}, ours / {peer}"
+            pair = (OURS, case), (peer, case)
+            throughput, tail = (ratio(samples, *pair, key) for key in ("per_s", "p99_ms"))
             least = 1.25 if (peer, connections) == (FASTAPI, 1) else 1.0
             found.append(bar(f"throughput {what}", throughput, "at least", least))
             found.append(bar(f"p99 {what}", tail, "at most", 1.0, at_most=True))
-    batches = rows[OURS, f"{BATCH} images, {BATCH_CONNECTIONS} at once"]
-    share = batches["per_s"] / rows["bare engine", f"batch of {BATCH}"]["per_s"]
+    batches = (OURS, f"{BATCH} images, {BATCH_CONNECTIONS} at once")
+    share = ratio(samples, batches, ("bare engine", f"batch of {BATCH}"), "per_s")
     found.append(
         bar(f"images/s in batches of {BATCH}, ours / bare engine", share, "at least", 0.93)
     )
     name = "added median latency at concurrency 1, ours / fastapi"
     if FASTAPI in peers:
-        floor = rows["bare engine", "batch of 1"]["p50_ms"]
         case = "1 image, 1 at once"
-        added = {server: rows[server, case]["p50_ms"] - floor for server in (OURS, FASTAPI)}
-        if min(added.values()) > 0:
-            ratio = added[OURS] / added[FASTAPI]
-            found.append(bar(name, ratio, "at most", 0.75, at_most=True))
+        which = ("bare engine", "batch of 1"), (OURS, case), (FASTAPI, case)
+        added = [
+            (ours["p50_ms"] - floor["p50_ms"], other["p50_ms"] - floor["p50_ms"])
+            for floor, ours, other in zip(*(samples[each] for each in which), strict=True)
+        ]
+        if min(map(min, added)) > 0:
+            found.append(
+                bar(
+                    *(name, statistics.median(ours / other for ours, other in added)),
+                    *("at most", 0.75),
+                    at_most=True,
+                )
+            )
         else:
             why = "the bare engine was slower than a server: the machine was busy otherwise"
             skipped.append({"name": name, "why": why})

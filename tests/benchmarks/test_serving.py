@@ -10,7 +10,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -149,34 +149,46 @@ def test_the_figures_of_an_overload() -> None:
     )
 
 
-def rows(peer: float) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return a run in which a peer has `peer` times our throughput and 1 / `peer` of our times."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def samples(peer: float) -> serving.Samples:
+    """Return a run in which a peer has `peer` times our throughput and 1 / `peer` of our times.
+
+    In its second round the machine is half as fast, in its third three times.
+    """
+    found: dict[serving.Which, dict[str, float]] = {}
     for connections in serving.SINGLES:
         for name, factor in ((serving.OURS, 1.0), (FASTAPI, peer)):
             here = {"per_s": 800 * factor, "p50_ms": 3 / factor, "p99_ms": 30 / factor}
             found[name, f"1 image, {connections} at once"] = here
-    found["bare engine", "batch of 1"] = {"per_s": 1000, "p50_ms": 1}
-    found["bare engine", "batch of 32"] = {"per_s": 1000, "p50_ms": 32}
+    found["bare engine", "batch of 1"] = {"per_s": 1000.0, "p50_ms": 1.0}
+    found["bare engine", "batch of 32"] = {"per_s": 1000.0, "p50_ms": 32.0}
     found[serving.OURS, "32 images, 4 at once"] = {"per_s": 940}
-    full = {"per_s": 760, "p99_ms": 700, "offered_per_s": 1590, "failed_share": 0}
+    full = {"per_s": 760.0, "p99_ms": 700.0, "offered_per_s": 1590.0, "failed_share": 0.0}
     default, short = overload.CASES
     found[serving.OURS, default] = full | {"refused_p99_ms": 20}
     found[serving.OURS, short] = full | {"refused_p99_ms": 49, "p99_ms": 59}
-    return found
+    return {
+        which: [
+            {
+                key: value * (speed if key in ("per_s", "offered_per_s") else 1 / speed)
+                for key, value in row.items()
+            }
+            for speed in (1, 0.5, 3)
+        ]
+        for which, row in found.items()
+    }
 
 
 def test_the_bars_hold_where_we_are_ahead_and_not_where_we_are_behind() -> None:
-    ahead, skipped = serving.bars(rows(peer=0.7), [FASTAPI])
+    ahead, skipped = serving.bars(samples(peer=0.7), [FASTAPI])
     assert [bar["name"] for bar in ahead if not bar["holds"]] == []
     assert not skipped
-    behind, _ = serving.bars(rows(peer=0.9), [FASTAPI])
+    behind, _ = serving.bars(samples(peer=0.9), [FASTAPI])
     names = [bar["name"] for bar in behind if not bar["holds"]]
     assert names == [
         "throughput at concurrency 1, ours / fastapi",  # 1.11, and 1.25 is asked for
         "added median latency at concurrency 1, ours / fastapi",
     ]
-    worst, _ = serving.bars(rows(peer=1.1), [FASTAPI])
+    worst, _ = serving.bars(samples(peer=1.1), [FASTAPI])
     assert sum("fastapi" in bar["name"] and not bar["holds"] for bar in worst) == 7
 
 
@@ -190,22 +202,24 @@ def test_the_bars_hold_where_we_are_ahead_and_not_where_we_are_behind() -> None:
     ],
 )
 def test_the_bars_of_the_overload(change: dict[str, float], missed: str) -> None:
-    measured = rows(peer=0.7)
-    measured[serving.OURS, overload.CASES[1]] |= change
+    measured = samples(peer=0.7)
+    for row in measured[serving.OURS, overload.CASES[1]]:
+        row |= change
     found, _ = serving.bars(measured, [])
     (bar,) = [bar for bar in found if not bar["holds"]]
     assert bar["name"].startswith(missed)
 
 
 def test_what_could_not_be_measured_is_no_bar() -> None:
-    measured = rows(peer=0.7)
-    measured[serving.OURS, overload.CASES[1]]["offered_per_s"] = 1200
+    measured = samples(peer=0.7)
+    for row in measured[serving.OURS, overload.CASES[1]]:
+        row["offered_per_s"] = 1200
     found, skipped = serving.bars(measured, [])
     assert skipped == [
         {"name": overload.CASES[1], "why": "no more than 1200 requests/s could be offered"}
     ]
     assert not any(overload.CASES[1] in bar["name"] for bar in found)
-    measured["bare engine", "batch of 1"]["p50_ms"] = 5
+    measured["bare engine", "batch of 1"][0]["p50_ms"] = 5
     _, skipped = serving.bars(measured, [FASTAPI])
     assert skipped[-1]["name"].startswith("added median latency")
 
