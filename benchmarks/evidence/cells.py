@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.evidence import images
-from benchmarks.evidence.protocol import CIFAR10, DIGITS, DIGITS_FAST, Protocol
+from benchmarks.evidence.protocol import DIGITS, DIGITS_FAST, Protocol
 from export.source import config_json
 from training.config import Config
 from training.recipe import load_recipe
@@ -41,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gal": {"architecture": "resnet8-leaky"},  # as its authors have it: ReLU starves its gradients
     "adversarial": {},
     "dverge+adversarial": {},
+    "transfer": {},
+    "dverge+transfer": {"dverge.schedule": "one-cycle"},
 }
 
 
@@ -51,7 +52,7 @@ class Cell:
     Args:
         protocol: the data's common measurement.
         name: of the variant; cells of one name differ by their seed alone.
-        method: as in recipes; `published` is a checkpoint that is not trained here.
+        method: as in recipes.
         members: how many.
         seed: of the training.
         overrides: what else differs from the recipe.
@@ -70,28 +71,15 @@ class Cell:
         return slug(self.protocol.recipe, self.name, self.seed)
 
     @property
-    def published(self) -> bool:
-        """Whether this is the paper's own checkpoint."""
-        return self.method == "published"
-
-    def settings(self, *, here: bool) -> Config:
-        """Return the run's settings; with `here` also where the images are on this machine.
-
-        Raises:
-            UserError: the images are asked for and are not here.
-        """
-        recipe = self.protocol.recipe
-        own: dict[str, Any] = {"members": self.members, "seed": self.seed}
-        own |= {} if self.published else {"method": self.method}
-        where = images.overrides(recipe) if here else {}
-        return load_recipe(
-            recipe, where | dict(self.protocol.overrides) | own | dict(self.overrides)
-        )
+    def settings(self) -> Config:
+        """The run's settings."""
+        own = {"members": self.members, "seed": self.seed, "method": self.method}
+        whole = dict(self.protocol.overrides) | own | dict(self.overrides)
+        return load_recipe(self.protocol.recipe, whole)
 
     def definition(self) -> dict[str, Any]:
         """Return everything that shapes the cell's figures, except the code."""
-        trained = images.CHECKPOINT if self.published else config_json(self.settings(here=False))
-        return {"training": trained, "protocol": self.protocol.to_json()}
+        return {"training": config_json(self.settings), "protocol": self.protocol.to_json()}
 
 
 def slug(recipe: str, name: str, seed: int) -> str:
@@ -101,7 +89,7 @@ def slug(recipe: str, name: str, seed: int) -> str:
 
 def every() -> list[Cell]:
     """Return all cells, the most important first."""
-    return [*_digits(DIGITS), *_partners(DIGITS_FAST), *_cifar10(CIFAR10)]
+    return [*_digits(DIGITS), *_partners(DIGITS_FAST)]
 
 
 def _digits(protocol: Protocol) -> Iterator[Cell]:
@@ -127,12 +115,6 @@ def _partners(protocol: Protocol) -> Iterator[Cell]:
             if members < 16:
                 yield _cell(protocol, f"all-{members}", "dverge", members, seed, ALL)
             yield _cell(protocol, f"one-{members}", "dverge", members, seed, ONE)
-
-
-def _cifar10(protocol: Protocol) -> Iterator[Cell]:
-    yield _cell(protocol, "dverge-3", "dverge", 3, 0)
-    yield _cell(protocol, "standard-3", "standard", 3, 0)
-    yield _cell(protocol, "published-3", "published", 3, 0)
 
 
 def _cell(

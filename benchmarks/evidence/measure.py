@@ -13,16 +13,15 @@ import numpy as np
 import torch
 
 from benchmarks.bench import machine
-from benchmarks.evidence import images, record
+from benchmarks.evidence import record
 from benchmarks.evidence.cells import Cell
-from benchmarks.evidence.protocol import trained_surrogates
+from benchmarks.evidence.protocol import evidence_cache, trained_surrogates
 from benchmarks.evidence.record import Record
 from benchmarks.evidence.rules import under_attack
 from dverge_serve import __version__
 from dverge_serve.engine.session import Engine
 from dverge_serve.files import canonical_json
 from export.exporter import export
-from export.published_checkpoint import from_checkpoint
 from training.budget import gradient_evaluations
 from training.config import Config
 from training.data.splits import Split, load_test
@@ -43,29 +42,23 @@ def measure(cell: Cell, device: torch.device) -> Record:
     """Run one cell. What is in the cache already is not made again.
 
     Raises:
-        UserError: images, a checkpoint or hardware that the cell needs are not here.
+        UserError: hardware that the cell needs is not here.
     """
     begun, before = time.monotonic(), machine()
-    config, protocol = cell.settings(here=True), cell.protocol
+    config, protocol = cell.settings, cell.protocol
     autocast_dtype(config.precision, device)  # refuses hardware it lacks before anything is made
     name = f"{cell.slug}-{record.fingerprint(cell.definition())[:12]}"
-    folder = images.evidence_cache() / "cells" / name
+    folder = evidence_cache() / "cells" / name
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.onnx"
-    run = None if cell.published else train(config, folder / "run", device=device, resume=True)
-    checkpoint = images.checkpoint() if cell.published else None
-    if run is not None:
-        export(run, model, form="grouped")
-    elif checkpoint is not None:
-        export(from_checkpoint(checkpoint, "cifar10"), model, form="grouped")
+    run = train(config, folder / "run", device=device, resume=True)
+    export(run, model, form="grouped")
     surrogates = trained_surrogates(protocol, device)
     attacking = time.monotonic()
     report = verify(
         model,
         preset=protocol.preset,
         run=run,
-        checkpoint=checkpoint,
-        data=None if run else config.data.path,
         surrogates=surrogates,
         eps=protocol.eps,
         images=protocol.images or None,
@@ -76,9 +69,7 @@ def measure(cell: Cell, device: torch.device) -> Record:
     split = _test(config, protocol.images, device)
     assert split.sha256 == report["data"]["sha256"]
     engine = Engine(model, device="cpu")
-    gradients = find_gradients(
-        engine.card, model, run=run.path if run else None, checkpoint=checkpoint, device=device
-    )
+    gradients = find_gradients(engine.card, model, run=run.path, checkpoint=None, device=device)
     assert gradients is not None
     found = given_surrogates([surrogates], engine.card.labels, engine.card.input_shape, device)
     sources = {each.name: (each.members, each.weights) for each in found}
@@ -151,10 +142,8 @@ def _diversity(report: dict[str, Any]) -> float | None:
     return float(np.mean(pairs)) if pairs else None
 
 
-def _training(run: Run | None, config: Config) -> Record | None:
+def _training(run: Run, config: Config) -> Record:
     """Return what training cost, stage by stage; seconds add up over interruptions."""
-    if run is None:
-        return None
     seconds: dict[str, float] = {}
     count = run.checkpoint["train_images"]
     for line in (run.path / "metrics.jsonl").read_text().splitlines():

@@ -7,17 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from benchmarks.evidence import cells, claims, record, tables
 from benchmarks.evidence.drawing import panels, plot
 from benchmarks.evidence.paired import RESAMPLES
 from benchmarks.evidence.record import Record
 from benchmarks.evidence.tables import COSTS, METHODS
+from benchmarks.report import markdown
 from dverge_serve.files import write_atomic
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEMPLATE = Path(__file__).with_name("results.template.md")
-SEARCH = record.FOLDER.parent / "fast-digits.json"
+FIGURES = record.FOLDER.parent
+SEARCH = FIGURES / "fast-digits.json"
+TRANSFER = FIGURES / "transfer-digits.json"
+SIGNS = FIGURES / "traffic_signs.json"
 EXACT = "dverge-3-exact"
 FAST = ("dverge-3-fast-a", "dverge-3-fast-b", "dverge-3-fast-c")
 SIZES = {
@@ -43,10 +48,10 @@ PARTNERED = {
     for name, told in (("all", "all others"), ("one", "one partner"))
 }
 ONE_FOR_ALL = {f"{size} members": (f"one-{size}", f"all-{size}") for size in (3, 5, 8)}
-CIFAR10 = {
-    "standard-3": "standard",
-    "dverge-3": "**DVERGE**",
-    "published-3": "published checkpoint",
+OURS, PUBLISHED = "**DVERGE, `cifar10-start`**", "published DVERGE checkpoint"
+# Verifications of whole models for CIFAR-10, by what their rows are called.
+REPORTS = {
+    OURS: DOCS.parent / "examples" / "zoo" / "cifar10-dverge-3xresnet20.report.json",
 }
 
 
@@ -65,9 +70,8 @@ def page(records: Sequence[Record]) -> str:
     """Return the page."""
     digits = tables.by_name(records, "digits")
     partners = tables.by_name(records, "digits-fast")
-    cifar10 = tables.by_name(records, "cifar10-cpu")
+    cifar10 = {name: [record.of_report(path, name)] for name, path in REPORTS.items()}
     plots = panels(digits)
-    search = json.loads(SEARCH.read_text()) if SEARCH.is_file() else None
     fast = claims.fast_is_not_inferior(digits, EXACT, FAST)
     return Template(TEMPLATE.read_text()).substitute(
         progress=_progress(records),
@@ -77,6 +81,8 @@ def page(records: Sequence[Record]) -> str:
         methods=tables.accuracies(digits, METHODS),
         methods_plot=_plot("methods", "Accuracy against eps") if "methods" in plots else "",
         methods_differences=tables.differences(digits, AGAINST, "against"),
+        transfer_claim=claims.learns_from_other_networks(digits),
+        transfer_searched=tables.searched(_kept(TRANSFER)),
         sizes_claim=claims.grows_with_members(digits),
         sizes=tables.accuracies(digits, SIZES),
         sizes_differences=tables.differences(digits, GROWN, "ensemble"),
@@ -91,12 +97,30 @@ def page(records: Sequence[Record]) -> str:
         costs=tables.costs(digits, COSTS, EXACT),
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
         fast_claims="\n".join(f"- {line}" for line in fast),
-        searched=tables.searched(search) if search else "Not run yet.\n",
-        cifar10=tables.accuracies(cifar10, CIFAR10),
-        cifar10_differences=tables.differences(
-            cifar10, {"standard": ("dverge-3", "standard-3")}, "against"
-        ),
+        searched=tables.searched(_kept(SEARCH)),
+        cifar10=tables.accuracies(cifar10, {name: name for name in REPORTS}),
+        cifar10_differences=tables.differences(cifar10, {PUBLISHED: (OURS, PUBLISHED)}, "against"),
+        cifar10_more="".join(_whole(name, path) for name, path in REPORTS.items()),
+        signs=markdown(_kept(SIGNS)),
         hardware=_hardware(records),
+    )
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
+
+
+def _whole(name: str, path: Path) -> str:
+    """Return what else a verification says, as an item of a list."""
+    report = _kept(path)
+    more, control = (report["more_clean_images"][of] for of in ("model", "control"))
+    left = ", ".join(
+        f"{100 * at['transfer']['value']:.1f}" for at in report["control"]["robust_accuracy"]
+    )
+    return (
+        f"- {name}: {report['verdict']}; clean {100 * more['value']:.1f} of {more['n']:,} images. "
+        f"Its control keeps {left} and has {100 * control['value']:.1f} clean.\n"
     )
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence import images
-from dverge_serve.files import canonical_json, sha256
+from dverge_serve.files import cache_folder, canonical_json, sha256
 from export.source import config_json
 from training.config import Config
 from training.data.splits import TrainingData, load_training
@@ -42,14 +41,14 @@ class Protocol:
 
     @property
     def config(self) -> Config:
-        """The recipe, with its images as found here."""
-        return load_recipe(self.recipe, images.overrides(self.recipe) | dict(self.overrides))
+        """The recipe."""
+        return load_recipe(self.recipe, dict(self.overrides))
 
     def to_json(self) -> dict[str, Any]:
         """Return what shapes the figures; the surrogates with all their settings."""
         table = asdict(self) | {"surrogates": {}}
         for kind in self.surrogates:
-            config = surrogate_config(load_recipe(self.recipe, dict(self.overrides)), kind)
+            config = surrogate_config(self.config, kind)
             assert config is not None
             table["surrogates"][kind] = config_json(config)
         return table
@@ -58,12 +57,11 @@ class Protocol:
 DIGITS = Protocol(recipe="digits", surrogates=("standard-3", "standard-5"), eps=(0.05, 0.1, 0.15))
 # Where each member learns from one other's images at a time beside where it learns from all.
 DIGITS_FAST = Protocol(recipe="digits-fast", surrogates=DIGITS.surrogates, eps=DIGITS.eps)
-CIFAR10 = Protocol(
-    recipe="cifar10-cpu",
-    surrogates=("standard-2", "standard-3"),
-    eps=(0.01, 0.02, 0.03),
-    images=300,
-)
+
+
+def evidence_cache() -> Path:
+    """Return where models and surrogates are kept between calls."""
+    return cache_folder() / "evidence"
 
 
 def trained_surrogates(protocol: Protocol, device: torch.device) -> Path:
@@ -75,7 +73,7 @@ def trained_surrogates(protocol: Protocol, device: torch.device) -> Path:
     data = load_training(config.data)
     wanted = {kind: surrogate_config(config, kind) for kind in protocol.surrogates}
     key = sha256(canonical_json([protocol.to_json()["surrogates"], data.train.sha256]))
-    folder = images.evidence_cache() / "surrogates" / f"{protocol.recipe}-{key[:16]}"
+    folder = evidence_cache() / "surrogates" / f"{protocol.recipe}-{key[:16]}"
     for kind, each in wanted.items():
         assert each is not None
         train(each, folder / kind, device=device, resume=True, data=data, surrogate=True)

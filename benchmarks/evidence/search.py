@@ -1,4 +1,7 @@
-"""Look for a fast recipe on held-out images: `python -m benchmarks.evidence.search [--json FILE]`.
+"""Look for settings on held-out images: `python -m benchmarks.evidence.search NAME [--json FILE]`.
+
+NAME is `fast`, for a cheaper recipe of DVERGE, or `transfer`, for one that learns from the attacks
+of other networks.
 
 Seeds from 100 on, never those of the cells; the test images are not touched. What looks good here
 becomes a cell, and is confirmed or refuted there.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,13 @@ import torch
 
 from benchmarks.bench import machine, say
 from benchmarks.evidence.cells import EXACT
-from benchmarks.evidence.images import evidence_cache
-from benchmarks.evidence.protocol import DIGITS, Protocol, trained_surrogates, training_data
+from benchmarks.evidence.protocol import (
+    DIGITS,
+    Protocol,
+    evidence_cache,
+    trained_surrogates,
+    training_data,
+)
 from dverge_serve.files import canonical_json, pretty_json, sha256, write_atomic
 from dverge_serve.progress import show
 from training.budget import gradient_evaluations
@@ -45,7 +54,7 @@ SHORT = {"standard.epochs": 12, "dverge.epochs": 15}
 AVERAGED = {"dverge.average": 0.25}
 SMALL = {"batch_size": 32}
 EVERY = {"dverge.layer_every": "batch"}
-CANDIDATES: dict[str, dict[str, Any]] = {
+FAST: dict[str, dict[str, Any]] = {
     "exact": EXACT,
     "recipe": {},
     "two steps": TWO_STEPS | QUARTER,
@@ -62,14 +71,33 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "one step, 37 epochs, batches of 32, a layer every batch": ONE_STEP | LONGER | SMALL | EVERY,
     "one step, 12 + 15 epochs, batches of 32": ONE_STEP | SHORT | SMALL,
 }
+# One-cycle, but for the first.
+STORED = {"method": "transfer", "transfer.schedule": "one-cycle", "transfer.networks": 5}
+TEN, WIDER = {"transfer.networks": 10}, {"transfer.eps": 0.25}
+TRANSFER: dict[str, dict[str, Any]] = {
+    "3 networks, lr in steps": {"method": "transfer", "transfer.networks": 3},
+    "3 networks": STORED | {"transfer.networks": 3},
+    "5 networks": STORED,
+    "5 networks, eps .25": STORED | WIDER,
+    "10 networks": STORED | TEN,
+    "10 networks, eps .25": STORED | TEN | WIDER,
+    "5 networks and DVERGE's loss": STORED
+    | {"method": "dverge+transfer", "dverge.schedule": "one-cycle"},
+}
+SEARCHES = {"fast": FAST, "transfer": TRANSFER}
 
 
 def measure(
-    protocol: Protocol, name: str, seed: int, data: TrainingData, surrogates: Path
+    protocol: Protocol,
+    name: str,
+    overrides: Mapping[str, Any],
+    seed: int,
+    data: TrainingData,
+    surrogates: Path,
 ) -> dict[str, Any]:
     """Train one candidate and attack the held-out images from the surrogates."""
     config = load_recipe(
-        protocol.recipe, dict(protocol.overrides) | CANDIDATES[name] | {"seed": seed}
+        protocol.recipe, dict(protocol.overrides) | dict(overrides) | {"seed": seed}
     )
     device = torch.device("cpu")
     key = sha256(canonical_json(config.to_json()))[:16]
@@ -103,6 +131,7 @@ def main() -> None:
     """Run the search and print a table, the candidates' means over the seeds."""
     show()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("search", choices=SEARCHES, help="what is looked for")
     parser.add_argument("--json", type=Path, help="write the rows here; those there stay")
     parser.add_argument("--only", default="", help="candidates with this in their name")
     options = parser.parse_args()
@@ -112,9 +141,9 @@ def main() -> None:
         rows = json.loads(options.json.read_text())["rows"]
     known = {(row["candidate"], row["seed"]) for row in rows}
     for seed in SEEDS:
-        for name in CANDIDATES:
+        for name, overrides in SEARCHES[options.search].items():
             if options.only in name and (name, seed) not in known:
-                rows.append(measure(SEARCH, name, seed, data, surrogates))
+                rows.append(measure(SEARCH, name, overrides, seed, data, surrogates))
                 say(str(rows[-1]))
                 if options.json:
                     found = {"machine": machine(), "holdout": len(data.holdout), "rows": rows}

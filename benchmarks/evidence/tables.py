@@ -19,6 +19,8 @@ METHODS = {
     "dverge-3": "**DVERGE**",
     "adversarial-3": "adversarial training",
     "dverge+adversarial-3": "DVERGE + adversarial",
+    "transfer-3": "transfer",
+    "dverge+transfer-3": "DVERGE + transfer",
 }
 COSTS = {
     "dverge-3-exact": "exact: 10 steps, 30 + 40 epochs, batch statistics",

@@ -18,7 +18,6 @@ from benchmarks.evidence.__main__ import run_cells
 from benchmarks.evidence.cells import FAST, Cell
 from benchmarks.evidence.limit import TimeUp, within
 from benchmarks.evidence.paired import stack
-from dverge_serve.errors import UserError
 from training.recipe import load_recipe
 from training.runs.directory import Run
 
@@ -114,12 +113,11 @@ def test_a_record_is_current_until_a_setting_it_knows_changes(
 def test_what_is_not_here_is_skipped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("DVERGE_TEST_DATA", raising=False)
-    far = [each for each in cells.every() if each.protocol is protocol.CIFAR10]
-    skipped = run_cells(far, tmp_path)
-    assert set(skipped) == {each.slug for each in far}
-    assert all("DVERGE_TEST_DATA is not set" in why for why in skipped.values())
-    assert "skipped, DVERGE_TEST_DATA is not set" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    far = cell(overrides={"precision": "bf16"})
+    skipped = run_cells([far], tmp_path)
+    assert skipped == {far.slug: "precision bf16, which this cpu lacks; expected fp32 or auto"}
+    assert "skipped, precision bf16" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -163,18 +161,17 @@ def test_every_cell_has_a_file_of_its_own_and_settings_that_can_be() -> None:
     every = cells.every()
     assert len({each.slug for each in every}) == len(every)
     for each in every:
-        settings = each.settings(here=False)
+        settings = each.settings
         assert settings.seed == each.seed
-        if not each.published:
-            assert settings.members == each.members
-            assert settings.method == each.method
+        assert settings.members == each.members
+        assert settings.method == each.method
 
 
 def test_fast_cells_take_a_quarter_of_the_exact_ones_gradient_evaluations() -> None:
     from training.budget import gradient_evaluations
 
     spent = {
-        each.name: sum(gradient_evaluations(each.settings(here=False), 1293).values())
+        each.name: sum(gradient_evaluations(each.settings, 1293).values())
         for each in cells.every()
         if each.protocol is protocol.DIGITS
     }
@@ -188,16 +185,6 @@ def test_the_list_says_what_is_there() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines] == [f"digits-adp-3-seed{seed}" for seed in (0, 1, 2)]
-
-
-def test_a_checkpoint_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.evidence import images
-
-    monkeypatch.setenv("DVERGE_TEST_DATA", str(tmp_path))
-    with pytest.raises(UserError, match=images.CHECKPOINT):
-        images.checkpoint()
 
 
 def test_the_fast_recipe_is_the_variant_that_was_measured() -> None:
