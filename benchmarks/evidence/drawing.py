@@ -23,6 +23,8 @@ LOOKS = {
     "dverge-3": ("#0b6e99", "o"),
     "adversarial-3": ("#b3400e", "D"),
     "dverge+adversarial-3": ("#2f7d32", "P"),
+    "transfer-3": ("#c2528b", "X"),
+    "dverge+transfer-3": ("#1f2d3d", "h"),
 }
 Lines = dict[str, list[tuple[float, float, float, float]]]  # name -> x, value, low, high; percent
 

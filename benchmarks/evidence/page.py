@@ -81,7 +81,7 @@ def page(records: Sequence[Record]) -> str:
         methods=tables.accuracies(digits, METHODS),
         methods_plot=_plot("methods", "Accuracy against eps") if "methods" in plots else "",
         methods_differences=tables.differences(digits, AGAINST, "against"),
-        transfer_claim=claims.learns_from_other_networks(digits),
+        transfer_claims=_items(claims.learns_from_other_networks(digits)),
         transfer_searched=tables.searched(_kept(TRANSFER)),
         sizes_claim=claims.grows_with_members(digits),
         sizes=tables.accuracies(digits, SIZES),
@@ -96,7 +96,7 @@ def page(records: Sequence[Record]) -> str:
         partners_costs=tables.costs(partners, PARTNERED, "all-3"),
         costs=tables.costs(digits, COSTS, EXACT),
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
-        fast_claims="\n".join(f"- {line}" for line in fast),
+        fast_claims=_items(fast),
         searched=tables.searched(_kept(SEARCH)),
         cifar10=tables.accuracies(cifar10, {name: name for name in REPORTS}),
         cifar10_differences=tables.differences(cifar10, {PUBLISHED: (OURS, PUBLISHED)}, "against"),
@@ -104,6 +104,10 @@ def page(records: Sequence[Record]) -> str:
         signs=markdown(_kept(SIGNS)),
         hardware=_hardware(records),
     )
+
+
+def _items(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _kept(path: Path) -> dict[str, Any]:
