@@ -52,6 +52,7 @@ OURS, PUBLISHED = "**DVERGE, `cifar10-start`**", "published DVERGE checkpoint"
 # Verifications of whole models for CIFAR-10, by what their rows are called.
 REPORTS = {
     OURS: DOCS.parent / "examples" / "zoo" / "cifar10-dverge-3xresnet20.report.json",
+    PUBLISHED: FIGURES / "published" / "official_dverge_3xresnet20.report.json",
 }
 
 
