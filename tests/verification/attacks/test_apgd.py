@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,8 @@ def test_rounds_that_will_hardly_be_run_are_no_work_that_is_left(
             totals.append(total)
             super().__init__(label, total)
 
-        def __exit__(self, *_: object) -> None:
+        def __exit__(self, *ended: Any) -> None:
+            super().__exit__(*ended)
             assert self._done == self._total
 
     monkeypatch.setattr("verification.attacks.suite.Progress", Counting)
