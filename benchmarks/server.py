@@ -74,8 +74,9 @@ def load(
     with server.awake():
         for duration in (1, seconds):
             result = wrk(server.port, path, body, headers, connections, duration)
-        # Stopped in the middle of a batch, a server that learns from times would learn of minutes.
-        time.sleep(DRAIN_S)
+            # What the warming up left behind would delay the first that are measured. And stopped
+            # in the middle of a batch, a server that learns from times would learn of minutes.
+            time.sleep(DRAIN_S)
     if result["errors"]:
         raise SystemExit(f"{server.name} answered with errors: {result}")
     if not result["requests"]:
