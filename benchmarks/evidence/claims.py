@@ -145,7 +145,7 @@ def fast_is_not_inferior(variants: Variants, exact: str, fast: Sequence[str]) ->
         failed = [f"{what} {points(found)}" for what, found in checks if not found.not_inferior]
         passed = [what for what, found in checks if found.not_inferior]
         seeds = len(common_seeds(variants, name, exact))
-        head = f"`{name}`, {spent:.0%} of the gradient evaluations, {seeds} seeds: "
+        head = f"`{name}`, {spent:.0%} of the gradient evaluations, seeds: {seeds}, "
         if spent > QUARTER:
             told.append(f"{head}more than a quarter.")
         elif failed:
@@ -179,7 +179,7 @@ def one_partner_is_enough(variants: Variants, pairs: Iterable[tuple[str, str]]) 
         ]
         size, seeds = one.rpartition("-")[2], len(common_seeds(variants, one, every))
         verdict = f"not shown in {'; '.join(failed)}" if failed else "non-inferior in every column"
-        told.append(f"{size} members, {seeds} seeds: {verdict}")
+        told.append(f"{size} members, seeds: {seeds}, {verdict}")
     grown = [
         f"{gradients(variants[f'{name}-8']) / gradients(variants[f'{name}-3']):.1f} times {what}"
         for name, what in (("one", "with one partner"), ("all", "with all others"))

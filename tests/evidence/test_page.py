@@ -170,12 +170,12 @@ def test_a_fast_recipe_is_judged_by_cost_and_by_what_it_loses() -> None:
         variants, "exact", ("good", "bad", "dear", "missing")
     )
     assert "**non-inferior**" in good
-    assert "25% of the gradient evaluations, 3 seeds" in good
+    assert "25% of the gradient evaluations, seeds: 3," in good
     assert "**not shown to be non-inferior** in clean -5.0" in bad
     assert "more than a quarter" in dear
     assert "not run yet" in missing
     fewer = variants | {"exact": seeds("exact", [0.95, 0.95], 400)}
-    assert ", 2 seeds" in claims.fast_is_not_inferior(fewer, "exact", ("good",))[0]
+    assert "seeds: 2," in claims.fast_is_not_inferior(fewer, "exact", ("good",))[0]
 
 
 def test_claims_say_where_they_do_not_hold() -> None:
