@@ -71,10 +71,13 @@ FAST: dict[str, dict[str, Any]] = {
     "one step, 37 epochs, batches of 32, a layer every batch": ONE_STEP | LONGER | SMALL | EVERY,
     "one step, 12 + 15 epochs, batches of 32": ONE_STEP | SHORT | SMALL,
 }
-# One-cycle, but for the first.
 # What the recipe took over from here is spelled out, so that it stays what was measured.
-STORED = {"method": "transfer", "transfer.networks": 5, "transfer.eps": 0.2}
-STORED |= {"transfer.schedule": "one-cycle"}
+STORED = {
+    "method": "transfer",
+    "transfer.networks": 5,
+    "transfer.eps": 0.2,
+    "transfer.schedule": "one-cycle",
+}
 TEN, WIDER = {"transfer.networks": 10}, {"transfer.eps": 0.25}
 TRANSFER: dict[str, dict[str, Any]] = {
     "3 networks, lr in steps": STORED | {"transfer.networks": 3, "transfer.schedule": "step"},
