@@ -118,11 +118,18 @@ def test_a_wrong_folder_is_told_before_anything_is_said_to_begin(
 FEW = ["--set", "data.train_limit=60", "--members", "2", "--set", "width=8"]
 
 
-def test_a_time_budget_shortens_both_stages_and_is_recorded(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def a_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step that is timed take a second, by itself; an epoch of `FEW` may be one step."""
     monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
-    out = tmp_path / "run"  # by this clock a step takes a second, and an epoch is one step
+    monkeypatch.setattr("training.estimate.overlaps", lambda *_: False)
+
+
+@pytest.mark.usefixtures("a_second_a_step")
+def test_a_time_budget_shortens_both_stages_and_is_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
     long = ["--set", "batch_size=54", "--set", "standard.epochs=50", "--set", "dverge.epochs=100"]
     assert run(["train", "--out", str(out), *FEW, *long, "--budget", "5s"]) == 0
     recorded = json.loads((out / "config.json").read_text())
@@ -134,10 +141,8 @@ def test_a_time_budget_shortens_both_stages_and_is_recorded(
     assert "its own epochs" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_the_epochs_of_a_time_budget(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
+@pytest.mark.usefixtures("a_second_a_step")
+def test_a_dry_run_shows_the_epochs_of_a_time_budget(capsys: pytest.CaptureFixture[str]) -> None:
     long = ["--set", "batch_size=54", "--set", "standard.epochs=50", "--set", "dverge.epochs=100"]
     assert run(["train", "--dry-run", *FEW, *long, "--budget", "1m"]) == 0
     settings = json.loads(capsys.readouterr().out)
@@ -152,10 +157,10 @@ def test_a_budget_that_is_no_time_is_refused(
     assert "a time such as 90s, 10m or 1h30m" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("a_second_a_step")
 def test_a_budget_too_small_or_for_several_processes_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.estimate.time.monotonic", iter(range(100)).__next__)
     few = [*FEW, "--set", "batch_size=2", "--out", str(tmp_path / "run")]
     assert run(["train", *few, "--budget", "1s"]) == 2
     assert "dverge: --budget 1s, less than an epoch" in capsys.readouterr().err
