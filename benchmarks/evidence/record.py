@@ -12,7 +12,6 @@ import numpy as np
 
 from benchmarks.evidence.cells import Cell
 from dverge_serve.files import canonical_json, sha256
-from verification.attacks import presets
 from verification.attacks.attack import Attack
 from verification.attacks.outcomes import Mask, Outcomes
 from verification.metrics.robust_accuracy import THREATS
@@ -31,25 +30,6 @@ def path_of(cell: Cell, folder: Path = FOLDER) -> Path:
 def read(folder: Path = FOLDER) -> list[Record]:
     """Return all records there are, by name."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def of_report(path: Path, name: str) -> Record:
-    """Return what a verification report says of its model, as the tables take it.
-
-    Args:
-        path: of the report's JSON file.
-        name: of the variant.
-    """
-    report = json.loads(path.read_bytes())
-    outcome = Outcomes.from_json(report["outcomes"]["model"])
-    eps = [at["eps"] for at in report["robust_accuracy"]]
-    return {
-        "name": name,
-        "seed": report["seed"],
-        "n": report["data"]["n"],
-        "eps": eps,
-        "outcomes": threats(outcome, presets.from_json(report["attacks"]), eps),
-    }
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:

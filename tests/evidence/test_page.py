@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.evidence import cells, claims, record, tables
 from benchmarks.evidence.drawing import key, panels, plot
-from benchmarks.evidence.page import DOCS, REPORTS, page
-from benchmarks.evidence.paired import Difference, difference, share, stack
+from benchmarks.evidence.page import DOCS, page
+from benchmarks.evidence.paired import Difference, difference, share
 from benchmarks.evidence.record import Record, packed, unpacked
 from benchmarks.evidence.rules import RULES
 from dverge_serve.engine.outputs import Scores
@@ -79,23 +78,6 @@ def test_the_plots_show_the_records_figures() -> None:
 def test_every_record_belongs_to_a_cell() -> None:
     known = {cell.slug for cell in cells.every()}
     assert {path.stem for path in record.FOLDER.glob("*.json")} <= known
-
-
-@pytest.mark.parametrize(("name", "path"), REPORTS.items())
-def test_a_report_is_read_as_it_was_written(name: str, path: Path) -> None:
-    found, report = record.of_report(path, name), json.loads(path.read_bytes())
-    assert stack([found], "clean").mean() == report["clean_accuracy"]["value"]
-    for at in report["robust_accuracy"]:
-        for threat in ("transfer", "white_box"):
-            assert stack([found], threat, at["eps"]).mean() == at[threat]["value"]
-
-
-def test_the_reports_side_by_side_met_the_same_attacks() -> None:
-    ours, *others = (json.loads(path.read_bytes()) for path in REPORTS.values())
-    for other in others:
-        for same in ("data", "threat_model", "surrogates"):
-            assert ours[same] == other[same]
-        assert ours["control"]["what"] == other["control"]["what"]
 
 
 def test_a_plot_is_the_same_for_the_same_figures() -> None:

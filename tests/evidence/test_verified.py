@@ -1,0 +1,47 @@
+"""`benchmarks.evidence.verified`: verification reports as the page takes them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import verified
+from benchmarks.evidence.page import CIFAR10
+from benchmarks.evidence.paired import stack
+
+REPORT = Path(__file__).parents[2] / "examples" / "zoo" / "cifar10-dverge-3xresnet20.report.json"
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(REPORT.read_bytes())
+    return found
+
+
+def test_the_figures_are_the_reports(report: dict[str, Any]) -> None:
+    found = verified.of_report(report)
+    assert stack([found], "clean").mean() == report["clean_accuracy"]["value"]
+    for at in report["robust_accuracy"]:
+        for threat in ("transfer", "white_box"):
+            assert stack([found], threat, at["eps"]).mean() == at[threat]["value"]
+
+
+def test_the_record_is_of_the_report_that_the_zoo_shows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(verified, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["verified", str(REPORT), "ours"])
+    verified.main()
+    assert verified.read("ours", tmp_path) == verified.read("cifar10-start")
+
+
+def test_models_side_by_side_met_the_same_attacks() -> None:
+    ours, *others = map(verified.read, CIFAR10)
+    for other in others:
+        for same in ("data", "threat_model", "surrogates", "configuration_sha256"):
+            assert ours[same] == other[same]
+        assert ours["control"]["what"] == other["control"]["what"]
