@@ -26,8 +26,7 @@ from verification.surrogate import Surrogate, control_among, part_sha256
 def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     """Return the models to attack, the model itself first, and what the control is.
 
-    The control is the run's own standard members; without a run, a surrogate, see
-    `control_among`.
+    The control is the run's own standard members, or a surrogate, see `control_among`.
     """
     gradients, surrogates = context.gradients, context.surrogates
     weights = gradients.weights if gradients else context.engine.card.weights_sha256
@@ -36,12 +35,13 @@ def find_targets(context: Context) -> tuple[dict[str, Target], str]:
     kin = _kin(surrogates, members or (), context.engine.card.weights_sha256)
     targets = {"model": Target(context.engine, members, weights, kin)}
     what = "none"
-    if gradients and gradients.run:
-        standard = from_run(gradients.run, "standard")
-        targets["control"], what = _control(context, standard, range(len(standard.ensemble))), "own"
-    elif (first := control_among(surrogates, context.training)) is not None:
+    run = gradients.run if gradients else None
+    if (first := control_among(surrogates, context.training, run)) is not None:
         targets["control"] = _control(context, first.origin.source(), first.indices)
         what = first.name
+    elif run is not None:
+        standard = from_run(run, "standard")
+        targets["control"], what = _control(context, standard, range(len(standard.ensemble))), "own"
     if (engine := context.against) is not None:
         found = find_run(engine.card, engine.path, None)
         members = [ready(member, context.device) for member in found.members()] if found else None

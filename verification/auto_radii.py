@@ -30,17 +30,16 @@ def control_and_sources(
 ) -> tuple[Sequence[nn.Module], list[Sequence[nn.Module]]]:
     """Return an undefended control and the sources it is attacked from.
 
-    The control is the run's undefended members; without a run a surrogate, see `control_among`.
-    The sources are all surrogates that share no network with it, or the control itself if there
-    are none.
+    The control is the run's standard members or a surrogate, see `control_among`. The sources are
+    all surrogates that share no network with it, or the control itself if there are none.
     """
-    if run is None:
-        first = control_among(surrogates, model) or surrogates[0]
-        control: Sequence[Member] = first.members
-        networks = first.networks
-    else:
-        control = [ready(member, device) for member in run.members("standard")]
+    first = control_among(surrogates, model, run)
+    if first is None and run is not None:
+        control: Sequence[Member] = [ready(member, device) for member in run.members("standard")]
         networks = frozenset(map(network_sha256, control))
+    else:
+        first = first or surrogates[0]
+        control, networks = first.members, first.networks
     others = [each.members for each in surrogates if not each.shares(networks)]
     return control, [*others] or [control]
 

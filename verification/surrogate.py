@@ -192,19 +192,25 @@ def alone(name: str, members: int) -> dict[str, tuple[int, ...]]:
     return {f"member {index} of {name}": (index,) for index in range(members)}
 
 
-def control_among(surrogates: Sequence[Surrogate], model: Config) -> Surrogate | None:
-    """Return the surrogate that is the control of a model without a run.
+def control_among(
+    surrogates: Sequence[Surrogate], model: Config, run: Run | None = None
+) -> Surrogate | None:
+    """Return the surrogate that is the model's control; None where its run's standard members are.
 
     Another surrogate must be able to attack it, which shares no network with it. Of those the
     first undefended one with as many networks of the model's architectures, else the first
-    undefended one, else the first.
+    undefended one, else the first. A run's own members from before its method come first if it
+    trained them itself. Where given weights stood for that, nobody knows whether those have a
+    defence: an undefended surrogate like them is preferred.
     """
+    if run is not None and not run.checkpoint.get("skipped_epochs"):
+        return None
     able = [
         each for each in surrogates if not all(other.shares(each.networks) for other in surrogates)
     ]
     undefended = [each for each in able if each.undefended]
     alike = [each for each in undefended if each.architectures == model.architectures]
-    return next(iter([*alike, *undefended, *able]), None)
+    return next(iter(alike if run else [*alike, *undefended, *able]), None)
 
 
 def clean_accuracies(surrogates: Sequence[Surrogate], split: Split) -> dict[str, float]:

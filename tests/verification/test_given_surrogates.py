@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_a_folder_may_mix_runs_and_published_files(
     assert control_among(list(found.values()), run.config) is copy
     assert control_among([mine, other], run.config) is other
     assert control_among([mine, copy], run.config) is None
+    # The run's own standard members, but not where somebody else's weights stood for them.
+    assert control_among([copy, other], run.config, run) is None
+    started = Run(mixture / "mine")
+    stood = json.dumps(started.checkpoint | {"skipped_epochs": 2})
+    (started.path / "checkpoint.json").write_text(stood)
+    assert control_among([other, copy, mine], run.config, started) is copy
+    assert control_among([mine, other], run.config, started) is None
     _, split = load_test(run.config.data)
     scores = torch_scores(run.ensemble(), to_float(split.images))
     expected = float((scores.predictions == split.labels.numpy()).mean())
