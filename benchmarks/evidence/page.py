@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -53,7 +53,11 @@ CIFAR10 = {
     "cifar10-start": "**DVERGE, `cifar10-start`**",
     "published-dverge": "published DVERGE checkpoint",
 }
-BESIDE_PUBLISHED = {CIFAR10["published-dverge"]: ("cifar10-start", "published-dverge")}
+# The same, attacked from networks that are not among the first one's source models.
+WITH_SOURCES = {
+    "held-out-dverge-and-transfer": "**DVERGE + transfer**",
+    "held-out-cifar10-start": "DVERGE, `cifar10-start`",
+}
 
 
 def write_page(docs: Path = DOCS, folder: Path = record.FOLDER) -> list[Path]:
@@ -71,7 +75,6 @@ def page(records: Sequence[Record]) -> str:
     """Return the page."""
     digits = tables.by_name(records, "digits")
     partners = tables.by_name(records, "digits-fast")
-    cifar10 = {name: [verified.read(name)] for name in CIFAR10}
     plots = panels(digits)
     fast = claims.fast_is_not_inferior(digits, EXACT, FAST)
     return Template(TEMPLATE.read_text()).substitute(
@@ -99,11 +102,22 @@ def page(records: Sequence[Record]) -> str:
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
         fast_claims=_items(fast),
         searched=tables.searched(_kept(SEARCH)),
-        cifar10=tables.accuracies(cifar10, CIFAR10),
-        cifar10_differences=tables.differences(cifar10, BESIDE_PUBLISHED, "against"),
-        cifar10_more=_items([verified.describe(CIFAR10[name], *cifar10[name]) for name in CIFAR10]),
+        cifar10=_side_by_side(CIFAR10),
+        cifar10_with_sources=_side_by_side(WITH_SOURCES),
         signs=markdown(_kept(SIGNS)),
         hardware=_hardware(records),
+    )
+
+
+def _side_by_side(names: Mapping[str, str]) -> str:
+    """Return the tables of verified models: each one's, and the first less each of the others."""
+    variants = {name: [verified.read(name)] for name in names}
+    first, *others = names
+    return (
+        f"{tables.accuracies(variants, names)}\nThe first less the others, in points:\n\n"
+        + tables.differences(variants, {names[each]: (first, each) for each in others}, "against")
+        + "\n"
+        + _items([verified.describe(told, *variants[name]) for name, told in names.items()])
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.evidence import verified
-from benchmarks.evidence.page import CIFAR10
+from benchmarks.evidence.page import CIFAR10, WITH_SOURCES
 from benchmarks.evidence.paired import stack
 
 REPORT = Path(__file__).parents[2] / "examples" / "zoo" / "cifar10-dverge-3xresnet20.report.json"
@@ -39,8 +40,9 @@ def test_the_record_is_of_the_report_that_the_zoo_shows(
     assert verified.read("ours", tmp_path) == verified.read("cifar10-start")
 
 
-def test_models_side_by_side_met_the_same_attacks() -> None:
-    ours, *others = map(verified.read, CIFAR10)
+@pytest.mark.parametrize("names", [CIFAR10, WITH_SOURCES], ids=["beside published", "with sources"])
+def test_models_side_by_side_met_the_same_attacks(names: Mapping[str, str]) -> None:
+    ours, *others = map(verified.read, names)
     for other in others:
         for same in ("data", "threat_model", "surrogates", "configuration_sha256"):
             assert ours[same] == other[same]
