@@ -57,6 +57,7 @@ CIFAR10 = {
 WITH_SOURCES = {
     "held-out-dverge-and-transfer": "**DVERGE + transfer**",
     "held-out-cifar10-start": "DVERGE, `cifar10-start`",
+    "held-out-published-dverge": CIFAR10["published-dverge"],
 }
 
 
