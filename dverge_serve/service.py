@@ -114,14 +114,28 @@ def _give_up(error: UserError) -> None:
         return
     with contextlib.suppress(OSError):
         (folder / FAILED).write_text(str(error))
-    os.kill(os.getppid(), signal.SIGTERM)
+    if not _orphaned(folder):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
-async def _end_with_supervisor(supervisor: int, folder: Path) -> None:
+def _orphaned(folder: Path) -> bool:
+    """Return whether the supervisor was killed; this worker's parent is then another process."""
+    return os.getppid() != _supervisor(folder)
+
+
+@functools.cache
+def _supervisor(folder: Path) -> int:
+    # Noted down by the supervisor: it may have died before this worker came so far.
+    try:
+        return int((folder / SUPERVISOR).read_text())
+    except FileNotFoundError:
+        return -1  # it has, and another worker removed the folder
+
+
+async def _end_with_supervisor(folder: Path) -> None:
     """End this worker once its supervisor was killed, so that the port is free again."""
-    while os.getppid() == supervisor:
+    while not _orphaned(folder):
         await asyncio.sleep(ORPHAN_CHECK_S)
-    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -187,16 +201,16 @@ class Dverge:
             # A closed terminal tells the supervisor, too; what is to happen is its to say.
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         await application().start()
-        folder = _run_folder()
-        if folder is not None:
-            # Noted down by the supervisor: it may have died before this worker came so far.
-            supervisor = int((folder / SUPERVISOR).read_text())
-            self.watch = asyncio.create_task(_end_with_supervisor(supervisor, folder))
+        if (folder := _run_folder()) is not None:
+            self.watch = asyncio.create_task(_end_with_supervisor(folder))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         """Finish what is queued."""
         await application().stop()
+        folder = _run_folder()
+        if folder is not None and _orphaned(folder):  # nobody else is left to remove it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def service_settings() -> Settings:

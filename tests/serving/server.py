@@ -110,9 +110,16 @@ def bentoml_serve(folder: Path, port: int, *flags: str, **settings: str) -> Serv
 @contextlib.contextmanager
 def serving(folder: Path, *flags: str, **settings: str) -> Iterator[Server]:
     """Run a ready server for the length of the block."""
+    with starting(folder, *flags, **settings) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@contextlib.contextmanager
+def starting(folder: Path, *flags: str, **settings: str) -> Iterator[Server]:
+    """Run a server for the length of the block, which begins before it is ready."""
     server = bentoml_serve(folder, free_port(), *flags, **settings)
     try:
-        server.wait_until_ready()
         yield server
     finally:
         server.stop()

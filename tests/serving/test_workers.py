@@ -16,7 +16,7 @@ import pytest
 
 from tests.serving import tiny
 from tests.serving.figures import tell
-from tests.serving.server import Server, serving, wait_until
+from tests.serving.server import Server, serving, starting, wait_until
 from tests.serving.tiny import PNG
 
 
@@ -47,13 +47,18 @@ def test_json_logs_are_json_and_carry_the_request_id(strict: Server) -> None:
     assert any("serves tiny" in line["message"] for line in ours)
 
 
-def test_workers_end_with_a_killed_supervisor_and_free_the_port(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ready", [True, False])
+def test_workers_end_with_a_killed_supervisor_and_free_the_port(
+    ready: bool, tmp_path: Path
+) -> None:
+    """Ready or not: a worker that still loads the model makes no new folder."""
     tiny.save_gray_model(tmp_path / "model.onnx")
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    with serving(tmp_path, DVERGE_WORKERS="2", TMPDIR=str(temporary)) as server:
+    start = serving if ready else starting
+    with start(tmp_path, DVERGE_WORKERS="2", TMPDIR=str(temporary)) as server:
+        wait_until(lambda: len(server.workers()) == 2, server.log)
         workers = server.workers()
-        assert len(workers) == 2
         server.process.kill()
         server.process.wait()
         gone, alive = psutil.wait_procs(workers, timeout=30)
