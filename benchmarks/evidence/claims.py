@@ -174,7 +174,7 @@ def one_partner_is_enough(variants: Variants, pairs: Iterable[tuple[str, str]]) 
     for one, every in there:
         failed = [
             f"{what} {points(found)}"
-            for what, found in judged(variants, one, every)
+            for what, found in judged(variants, one, every, [*THREATS])
             if not found.not_inferior
         ]
         size, seeds = one.rpartition("-")[2], len(common_seeds(variants, one, every))
@@ -189,10 +189,12 @@ def one_partner_is_enough(variants: Variants, pairs: Iterable[tuple[str, str]]) 
     return f"{'. '.join(told)}.{growth}"
 
 
-def judged(variants: Variants, ours: str, other: str) -> list[tuple[str, Difference]]:
+def judged(
+    variants: Variants, ours: str, other: str, threats: Sequence[str] = ("transfer",)
+) -> list[tuple[str, Difference]]:
     """Return the differences that non-inferiority is judged by."""
-    eps = variants[ours][0]["eps"]
     return [("clean", paired(variants, ours, other, "clean"))] + [
-        (f"transfer at eps {each:g}", paired(variants, ours, other, "transfer", each))
-        for each in eps
+        (f"{THREATS[threat]} at eps {each:g}", paired(variants, ours, other, threat, each))
+        for threat in threats
+        for each in variants[ours][0]["eps"]
     ]
