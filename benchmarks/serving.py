@@ -20,9 +20,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,15 @@ Samples = dict[Which, list[dict[str, float]]]  # what was measured, once a round
 COLUMNS = ["server", "case", "per_s", "p50_ms", "p99_ms", *overload.COLUMNS]
 
 
-def bare_engine(run: Callable[[], Any], seconds: float) -> float:
-    """Return the median time of one call, seconds."""
+def call_times(engine: Engine, batch: int, seconds: float) -> list[float]:
+    """Return how long each call of the engine alone took, seconds."""
+    images = np.zeros((batch, 3, 32, 32), dtype=np.float32)
     times = []
     end = time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
-        run()
+        engine.run(images)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return times
 
 
 def save_model(path: Path) -> None:
@@ -123,7 +123,7 @@ def take_turns(
         (folder / server.name).write_bytes(server.body)
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        keep_bare(samples, engine, 1, seconds)
+        keep_bare(samples, 1, call_times(engine, 1, seconds / 2))
         for connections in SINGLES:
             for server in (ours, *others):
                 body = folder / server.name
@@ -132,7 +132,7 @@ def take_turns(
                 if server is ours:
                     capacity = found["per_s"]  # at last, with the most connections
         longer = seconds * BATCH_LONGER
-        keep_bare(samples, engine, BATCH, longer)
+        times = call_times(engine, BATCH, longer / 2)
         found = load(
             ours,
             "/v2/models/dverge/infer",
@@ -140,16 +140,19 @@ def take_turns(
         )
         found["per_s"] *= BATCH
         samples[OURS, f"{BATCH} images, {BATCH_CONNECTIONS} at once"].append(found)
+        times += call_times(engine, BATCH, longer / 2)  # a machine's speed drifts
+        keep_bare(samples, BATCH, times)
         for case, server in zip(overload.CASES, (ours, short), strict=True):
             samples[OURS, case].append(overload.measure(server, capacity, seconds))
     return samples
 
 
-def keep_bare(samples: Samples, engine: Engine, batch: int, seconds: float) -> None:
-    """Measure the engine alone; call it beside what it is compared with."""
-    images = np.zeros((batch, 3, 32, 32), dtype=np.float32)
-    median = bare_engine(partial(engine.run, images), seconds / 2)
-    result = {"per_s": batch / median, "p50_ms": median * 1000}
+def keep_bare(samples: Samples, batch: int, times: list[float]) -> None:
+    """Keep what the engine alone came to: its throughput, as of a server, and the median."""
+    result = {
+        "per_s": batch * len(times) / sum(times),
+        "p50_ms": statistics.median(times) * 1000,
+    }
     samples["bare engine", f"batch of {batch}"].append(result)
 
 

@@ -50,7 +50,7 @@ PARTNERED = {
 ONE_FOR_ALL = {f"{size} members": (f"one-{size}", f"all-{size}") for size in (3, 5, 8)}
 # Verified models for CIFAR-10, all under the same attacks.
 CIFAR10 = {
-    "cifar10-start": "**DVERGE, `cifar10-start`**",
+    "cifar10-36-epochs": "**DVERGE, 36 epochs**",
     "published-dverge": "published DVERGE checkpoint",
 }
 # The same, attacked from networks that are not among the first one's source models.

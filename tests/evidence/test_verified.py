@@ -14,7 +14,8 @@ from benchmarks.evidence import verified
 from benchmarks.evidence.page import CIFAR10, WITH_SOURCES
 from benchmarks.evidence.paired import stack
 
-REPORT = Path(__file__).parents[2] / "examples" / "zoo" / "cifar10-dverge-3xresnet20.report.json"
+ZOO = Path(__file__).parents[2] / "examples" / "zoo"
+REPORT = ZOO / "36-epochs" / "cifar10-dverge-3xresnet20.report.json"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_the_record_is_of_the_report_that_the_zoo_shows(
     monkeypatch.setattr(verified, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["verified", str(REPORT), "ours"])
     verified.main()
-    assert verified.read("ours", tmp_path) == verified.read("cifar10-start")
+    assert verified.read("ours", tmp_path) == verified.read("cifar10-36-epochs")
 
 
 @pytest.mark.parametrize("names", [CIFAR10, WITH_SOURCES], ids=["beside published", "with sources"])
