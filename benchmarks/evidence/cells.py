@@ -33,8 +33,13 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "dverge-3-batch": {"dverge.batchnorm": "batch"},
     "dverge-3-bf16": {"precision": "bf16"},
 }
-# From whose images a member learns in a step: all the others', or those of one drawn anew.
-ALL, ONE = ({"dverge.partners": count} for count in (0, 1))
+# From whose images a member learns in a step: all the others', or those of one drawn anew, where
+# the mean of the weights of the last epochs (as long as in `cifar10-start`) evens out the draws.
+PARTNERS: dict[str, dict[str, Any]] = {
+    "all": {"dverge.partners": 0},
+    "one": {"dverge.partners": 1},
+    "mean": {"dverge.partners": 1, "dverge.average": 0.3},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "adp": {},
     "gal": {"architecture": "resnet8-leaky"},  # as its authors have it: ReLU starves its gradients
@@ -112,9 +117,9 @@ def _digits(protocol: Protocol) -> Iterator[Cell]:
 def _partners(protocol: Protocol) -> Iterator[Cell]:
     for members in (3, 8, 5, 16):
         for seed in SEEDS:
-            if members < 16:
-                yield _cell(protocol, f"all-{members}", "dverge", members, seed, ALL)
-            yield _cell(protocol, f"one-{members}", "dverge", members, seed, ONE)
+            for name, overrides in PARTNERS.items():
+                if members < 16 or name == "one":
+                    yield _cell(protocol, f"{name}-{members}", "dverge", members, seed, overrides)
 
 
 def _cell(

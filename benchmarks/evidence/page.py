@@ -45,9 +45,13 @@ VARIANTS = {
 PARTNERED = {
     f"{name}-{size}": f"{told}, {size} members"
     for size in (3, 5, 8, 16)
-    for name, told in (("all", "all others"), ("one", "one partner"))
+    for name, told in {"all": "all others", **claims.ONE}.items()
 }
-ONE_FOR_ALL = {f"{size} members": (f"one-{size}", f"all-{size}") for size in (3, 5, 8)}
+ONE_FOR_ALL = {
+    f"{told}, {size} members": (f"{name}-{size}", f"all-{size}")
+    for size in (3, 5, 8)
+    for name, told in claims.ONE.items()
+}
 # Verified models for CIFAR-10, all under the same attacks.
 CIFAR10 = {
     "cifar10-36-epochs": "**DVERGE, 36 epochs**",
@@ -95,9 +99,9 @@ def page(records: Sequence[Record]) -> str:
         rules_claim=claims.rules_are_alike(digits),
         rules=tables.combination_rules(digits, RULED),
         alarm=tables.alarm(digits, ALARMED),
-        partners_claim=claims.one_partner_is_enough(partners, ONE_FOR_ALL.values()),
+        partners_claims=_items(claims.one_partner_is_enough(partners, ONE_FOR_ALL.values())),
         partners=tables.accuracies(partners, PARTNERED),
-        partners_differences=tables.differences(partners, ONE_FOR_ALL, "one less all"),
+        partners_differences=tables.differences(partners, ONE_FOR_ALL, "less all others"),
         partners_costs=tables.costs(partners, PARTNERED, "all-3"),
         costs=tables.costs(digits, COSTS, EXACT),
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
