@@ -61,7 +61,7 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor, steps: int, *, whole
         loss = F.cross_entropy(model(adversarial), labels)
         if whole:
             model.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             gradient = adversarial.grad
         else:
             (gradient,) = torch.autograd.grad(loss, adversarial)

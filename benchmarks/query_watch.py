@@ -218,7 +218,8 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     """Return the report."""
     here = machine() | {"busy_percent": busy_percent()}
     data = Path(os.environ.get("DVERGE_TEST_DATA", "nowhere"))
-    rows, skipped = [], []
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
     config = load_recipe("digits").data
     _, digits = load_test(config)
     with Engine(options.model, device="cpu", threads=1) as engine:

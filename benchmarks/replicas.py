@@ -214,7 +214,7 @@ def measure(folder: Path, seconds: int, rounds: int) -> dict[str, Any]:
         two_port = stack.enter_context(proxying(ports, folder / "two"))
         cases = {DIRECT: ports[0], ONE: one_port, TWO: two_port}
         rows = throughput(cases, body, seconds, rounds)
-        events = {
+        events: dict[str, Callable[[], None]] = {
             RELOAD: two.reload,
             WORKER: two.kill_worker,
             STOPPED: partial(two.restart, signal.SIGTERM),

@@ -22,7 +22,9 @@ class Classify:
         self.classifier = Classifier.from_environment()
 
     # BentoML answers 503 where it expects to take longer than `max_latency_ms`.
-    @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=10_000)
+    @bentoml.api(  # type: ignore[untyped-decorator]
+        batchable=True, max_batch_size=32, max_latency_ms=10_000
+    )
     def predict(self, images: list[str]) -> list[dict[str, Any]]:
         decoded = [self.classifier.decode(base64.b64decode(image)) for image in images]
         return self.classifier.answers(decoded)

@@ -11,7 +11,7 @@ import base64
 import sys
 from typing import Any
 
-import litserve  # type: ignore[import-untyped]
+import litserve
 
 from benchmarks.peers.classifier import Classifier, Pixels
 

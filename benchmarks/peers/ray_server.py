@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -37,5 +37,5 @@ class Classify:
 if __name__ == "__main__":
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     serve.start(http_options={"port": int(sys.argv[1])}, logging_config=QUIET)
-    serve.run(Classify.bind())
+    serve.run(cast(Any, Classify).bind())
     signal.pause()
