@@ -40,6 +40,7 @@ PARTNERS: dict[str, dict[str, Any]] = {
     "one": {"dverge.partners": 1},
     "mean": {"dverge.partners": 1, "dverge.average": 0.3},
 }
+SIZES = {"all": (3, 5, 8), "one": (3, 5, 8, 16), "mean": (3, 8)}
 METHODS: dict[str, dict[str, Any]] = {
     "adp": {},
     "gal": {"architecture": "resnet8-leaky"},  # as its authors have it: ReLU starves its gradients
@@ -118,7 +119,7 @@ def _partners(protocol: Protocol) -> Iterator[Cell]:
     for members in (3, 8, 5, 16):
         for seed in SEEDS:
             for name, overrides in PARTNERS.items():
-                if members < 16 or name == "one":
+                if members in SIZES[name]:
                     yield _cell(protocol, f"{name}-{members}", "dverge", members, seed, overrides)
 
 
