@@ -1,7 +1,7 @@
 """Look for settings on held-out images: `python -m benchmarks.evidence.search NAME [--json FILE]`.
 
-NAME is `fast`, for a cheaper recipe of DVERGE, or `transfer`, for one that learns from the attacks
-of other networks.
+NAME is `fast`, for a cheaper recipe of DVERGE, `transfer`, for one that learns from the attacks of
+other networks, or `partners`, for the rate of many members.
 
 Seeds from 100 on, never those of the cells; the test images are not touched. What looks good here
 becomes a cell, and is confirmed or refuted there.
@@ -89,7 +89,14 @@ TRANSFER: dict[str, dict[str, Any]] = {
     "5 networks and DVERGE's loss": STORED
     | {"method": "dverge+transfer", "dverge.schedule": "one-cycle"},
 }
-SEARCHES = {"fast": FAST, "transfer": TRANSFER}
+# The sum of equation 3 grows with the members, and with it each step: how far must the rate fall?
+EIGHT = ONE_STEP | LONGER | SMALL | {"members": 8}
+PARTNERS: dict[str, dict[str, Any]] = {
+    f"8 members, {told}, lr {lr:g}": EIGHT | {"dverge.partners": count, "dverge.lr": lr}
+    for lr in (0.1, 0.05, 0.025)
+    for count, told in ((1, "one partner"), (0, "all others"))
+}
+SEARCHES = {"fast": FAST, "transfer": TRANSFER, "partners": PARTNERS}
 
 
 def measure(
