@@ -22,6 +22,7 @@ TEMPLATE = Path(__file__).with_name("results.template.md")
 FIGURES = record.FOLDER.parent
 SEARCH = FIGURES / "fast-digits.json"
 TRANSFER = FIGURES / "transfer-digits.json"
+RATES = FIGURES / "partners-digits.json"
 SIGNS = FIGURES / "traffic_signs.json"
 EXACT = "dverge-3-exact"
 FAST = ("dverge-3-fast-a", "dverge-3-fast-b", "dverge-3-fast-c")
@@ -103,6 +104,7 @@ def page(records: Sequence[Record]) -> str:
         partners=tables.accuracies(partners, PARTNERED),
         partners_differences=tables.differences(partners, ONE_FOR_ALL, "less all others"),
         partners_costs=tables.costs(partners, PARTNERED, "all-3"),
+        partners_searched=tables.searched(_kept(RATES)),
         costs=tables.costs(digits, COSTS, EXACT),
         costs_differences=tables.differences(digits, VARIANTS, "variant"),
         fast_claims=_items(fast),
