@@ -34,7 +34,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "dverge-3-bf16": {"precision": "bf16"},
 }
 # From whose images a member learns in a step: all the others', or those of one drawn anew, where
-# the mean of the weights of the last epochs (as long as in `cifar10-start`) evens out the draws.
+# the mean of the weights of the last epochs (as many as in `cifar10-start`) may even out the draws.
 PARTNERS: dict[str, dict[str, Any]] = {
     "all": {"dverge.partners": 0},
     "one": {"dverge.partners": 1},
