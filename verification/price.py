@@ -20,7 +20,7 @@ from verification.attacks.attack import Attack
 from verification.attacks.batches import LARGEST
 from verification.attacks.gradient_attack import GradientAttack
 from verification.attacks.rounds import later_rounds
-from verification.attacks.suite import SMALLER
+from verification.attacks.suite import LATER, SMALLER
 from verification.attacks.target import Scorer
 from verification.gradients import ready
 from verification.surrogate import Surrogate
@@ -73,8 +73,8 @@ def gradient_cost(
 ) -> float:
     """Estimate what all gradients of a suite cost, counted or timed.
 
-    Exact for attacks that skip no image. Answers of the model are no gradients and cost nothing
-    here.
+    Exact for attacks that leave out no image. Answers of the model are no gradients and cost
+    nothing here.
 
     Args:
         suite: the attacks.
@@ -88,14 +88,15 @@ def gradient_cost(
     for attack in suite:
         if attack.asks or attack in later:
             continue
-        one = source.get(attack.source, 0.0)
-        if attack.source == "target" and attack.control:
-            one += source.get("control", 0.0)
+        one, starts = source.get(attack.source, 0.0), float(attack.restarts)
+        if attack.source == "target":
+            one += source.get("control", 0.0) * attack.control
+            starts = 1 + LATER * (attack.restarts - 1)
         times = 1.0 if attack.only_eps is not None else radii
         if attack.skip_broken:
             times = attack.nearest * (1 + SMALLER * (times > 1))
         attacked = min(attack.sample or images, images)
-        total += attack.work * attack.restarts * times * one * attacked
+        total += attack.work * starts * times * one * attacked
     return total
 
 

@@ -96,7 +96,8 @@ class Attack(ABC):
         source: the model that `run` is given: a surrogate's name, `target` (the attacked model
             itself), or `none`.
         norm: of the ball; `verify` wants the evaluation's.
-        restarts: repetitions with other draws; an image must survive them all.
+        restarts: repetitions with other draws; an image must survive them all. On the target's own
+            weights the later ones leave out what the earlier ones broke.
         skip_broken: leave out images that this threat has already broken at this eps, and those
             that stood in the next larger ball.
         nearest: with `skip_broken`, run on this share of the images that are left: those that the

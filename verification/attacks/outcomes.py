@@ -123,6 +123,17 @@ class Outcomes:
                     robust = robust & self.survived[attack.name, eps, version]
         return robust
 
+    def unbroken(self, attack: Attack, eps: float) -> Mask:
+        """Return which images an attack has left right in some version, `[n]`.
+
+        By the mean of softmax, too: more starts on the others change no figure.
+        """
+        unbroken = np.zeros_like(self.clean)
+        for version in VERSIONS:
+            key = (attack.name, eps, version)
+            unbroken |= self.survived[key] | self.soft[key]
+        return unbroken
+
     def by_softmax(self) -> Outcomes:
         """Return the outcomes had the members' softmax outputs been averaged, not their logits."""
         return Outcomes(self.soft, self.soft_clean, self.invalid, self.ran)

@@ -35,6 +35,7 @@ Keep = Callable[[str, float, Deltas, Pixels], None]
 Source = tuple[Sequence[nn.Module], str]  # members, and a hash of their weights
 ANSWERS = 3  # in the time of one gradient
 SMALLER = 0.5  # of the work in the largest ball: what skips broken images does in the smaller ones
+LATER = 0.3  # of the images of an attack's first start on the target: those its later ones run on
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def run_suite(
     is never its own surrogate, nor that of its kin. Rounds end, at each radius and for each target,
     as soon as a whole cycle of them breaks almost nothing; the later ones are not run. Attacks that
     skip broken images begin with the largest ball: it holds the smaller ones, so what stood there
-    is not attacked again in them.
+    is not attacked again in them. An attack's later starts on a target's own weights leave out the
+    images that its earlier ones broke.
 
     Args:
         suite: the attacks, in order.
@@ -125,6 +127,8 @@ def run_suite(
             for restart in range(attack.restarts):
                 outcomes = [recorders[name].outcomes for name in job.names]
                 ran = _selected(attack, outcomes, suite, eps, seed)
+                if restart and attack.source == "target" and not attack.asks:
+                    ran &= outcomes[0].unbroken(attack, eps)  # it has one target
                 deltas, queries, gradients = _crafted(job, split, (seed, restart), ran)
                 outcomes[0].gradients += gradients  # images for several targets are made once
                 for name in job.names:

@@ -17,7 +17,7 @@ from dverge_serve.engine.outputs import Scores
 from dverge_serve.images import to_float
 from tests.verification.models import EPS, Linear, TorchEngine, attack_linear, linear_split
 from training.pgd import Norm
-from verification.attacks.attack import NOTHING, Attack, Crafted
+from verification.attacks.attack import NOTHING, Attack, Crafted, Threat
 from verification.attacks.cache import cached, prune
 from verification.attacks.gradient_attack import GradientAttack, Noise
 from verification.attacks.outcomes import Outcomes, line
@@ -363,3 +363,21 @@ def test_attacks_from_the_substitute_are_scored_on_the_model_alone() -> None:
     sources = {"s": ([Linear()], "s")}
     found = run_suite([plain], sources, targets, linear_split([120]), [EPS], seed=0)
     assert [name for name in names if found[name].has(plain, EPS)] == ["model", "against"]
+
+
+@pytest.mark.parametrize("source", ["target", "surrogate"])
+def test_later_starts_on_the_target_leave_out_what_is_broken(source: str) -> None:
+    threat: Threat = "white_box" if source == "target" else "transfer"
+    attack = GradientAttack(
+        name="pgd", threat=threat, source=source, loss="cw", steps=10, restarts=3
+    )
+    target = Target(TorchEngine([Linear()]), [Linear()])
+    split = linear_split([120, 140, 200])
+    sources = {"surrogate": ([Linear()], "of the surrogate")}
+    outcome = run_suite([attack], sources, {"m": target}, split, [EPS], seed=0)["m"]
+    # 120 is broken; 140 as a float alone, so that the 8-bit version is tried again; 200 stands.
+    # Transfer images are made for any number of targets, once.
+    assert outcome.scored == (3 + 2 + 2 if source == "target" else 3 + 3 + 3)
+    assert line(outcome.ran["pgd", EPS]) == "111"
+    found = {key[2]: line(mask) for key, mask in outcome.survived.items()}
+    assert found == {"float": "001", "delivered": "011"}
