@@ -180,11 +180,13 @@ class Attack(ABC):
             eps: radius of the ball.
             seed: of every random draw.
         """
-        best, right = images, torch.ones_like(labels, dtype=torch.bool)
+        best, right = images.clone(), torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts):
+            if not right.any():
+                break
             names = (seed, self.name, str(float(eps)), restart)
-            made = self.run(self.seen(model), images, labels, eps, *names).images
-            best = torch.where(right.view(-1, 1, 1, 1), made.to(images.device), best)
+            made = self.run(self.seen(model), images[right], labels[right], eps, *names)
+            best[right] = made.images.to(images)
             with torch.no_grad():
                 right = right & (model(best).argmax(1) == labels)
         return best

@@ -231,6 +231,8 @@ def test_every_attack_is_a_plain_callable(attack: Attack, model: torch.nn.Module
 
 
 def test_of_several_restarts_the_first_that_breaks_is_kept() -> None:
+    sizes: list[int] = []
+
     @dataclass(frozen=True, kw_only=True)
     class Once(Shift):
         """Breaks images at its second restart alone."""
@@ -240,6 +242,7 @@ def test_of_several_restarts_the_first_that_breaks_is_kept() -> None:
         def run(
             self, model: Model, images: Tensor, labels: Tensor, eps: float, *seed: int | str
         ) -> Crafted:
+            sizes.append(len(images))
             return super().run(model, images, labels, eps if seed[-1] == 1 else 0.0)
 
     split = linear_split(VALUES)
@@ -247,6 +250,7 @@ def test_of_several_restarts_the_first_that_breaks_is_kept() -> None:
     found = Once()(Ensemble([Linear()]), images, split.labels, EPS)
     changed = (found != images).flatten(1).any(1)
     assert changed.tolist() == [True, True, False]
+    assert sizes == [3, 3, 1]
 
 
 def test_a_gradient_attack_refuses_a_model_without_gradients() -> None:
