@@ -90,9 +90,12 @@ TRANSFER: dict[str, dict[str, Any]] = {
     | {"method": "dverge+transfer", "dverge.schedule": "one-cycle"},
 }
 # The sum of equation 3 grows with the members, and with it each step: how far must the rate fall?
-EIGHT = ONE_STEP | LONGER | SMALL | {"members": 8}
 PARTNERS: dict[str, dict[str, Any]] = {
-    f"8 members, one partner, lr {lr:g}": EIGHT | {"dverge.partners": 1, "dverge.lr": lr}
+    f"{members} members, one partner, lr {lr:g}": ONE_STEP
+    | LONGER
+    | SMALL
+    | {"members": members, "dverge.partners": 1, "dverge.lr": lr}
+    for members in (8, 16)
     for lr in (0.1, 0.05, 0.025)
 }
 SEARCHES = {"fast": FAST, "transfer": TRANSFER, "partners": PARTNERS}
